@@ -1,0 +1,61 @@
+# `make demo` and `make test` are all that a fresh machine with Python and make needs.
+# PYTHON=python3.12 picks the interpreter; PIP_FLAGS and PYTEST_ARGS are passed on.
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+PYTEST_ARGS ?=
+DEMO ?= --max 10 --sigma 0.25 --n0 16 --n 150 --seed 1 --out runs/demo
+
+PIP_INSTALL = -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
+USE := .venv/.installed
+DEV := .venv-dev/.installed
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-slow lint zoo engines clean distclean python
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(USE) ## certify ten real images on the shipped engines, without torch and without a GPU
+	rm -rf runs/demo
+	.venv/bin/densepure-rt certify $(DEMO)
+
+test: $(DEV) ## all tests that need neither a GPU nor minutes
+	.venv-dev/bin/python -m pytest $(PYTEST_ARGS)
+
+test-slow: $(DEV) ## the tests that take minutes
+	.venv-dev/bin/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
+
+lint: $(DEV) ## formatting, lint and types
+	.venv-dev/bin/ruff format --check .
+	.venv-dev/bin/ruff check .
+	.venv-dev/bin/mypy
+
+zoo: $(DEV) ## train the default model into runs/zoo, or go on where it stopped (hours)
+	.venv-dev/bin/python -m densepure_rt.export.zoo.train --out runs/zoo
+
+engines: $(DEV) ## export the default model's weights to engines/
+	.venv-dev/bin/densepure-rt export --out engines --force
+
+clean: ## remove build outputs and caches; runs/ stays
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find densepure_rt export runtime tests -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean ## clean, and remove both virtual environments
+	rm -rf .venv .venv-dev
+
+python:
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.10 or newer, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "densepure-rt needs Python 3.10 or newer, $(PYTHON) is $$($(PYTHON) -V 2>&1): name a newer one: make PYTHON=python3.12" >&2; exit 1; }
+
+# The stamps make a second `make` quick: an environment is installed again only when what it holds has changed.
+$(USE): pyproject.toml constraints.txt | python
+	$(PYTHON) -m venv .venv
+	.venv/bin/python $(PIP_INSTALL) -e ".[cpu]"
+	@touch $@
+
+$(DEV): pyproject.toml constraints.txt | python
+	$(PYTHON) -m venv .venv-dev
+	.venv-dev/bin/python $(PIP_INSTALL) -e ".[cpu,export,report,dev]"
+	@touch $@

@@ -1,0 +1,146 @@
+"""Counts in, bound and radius out (Cohen, Rosenfeld & Kolter 2019). Nothing here samples.
+
+The bounded quantity is p_A = P(voted label = A) over the smoothing noise and all vote noise, jointly. Everything that
+is reported is rounded towards the weaker claim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import ROUND_FLOOR, Decimal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import special
+
+from densepure_rt.errors import UsageError
+
+Counts = NDArray[np.int64]  # [classes]: samples whose voted label was each class
+RADIUS_DIGITS = Decimal("0.001")  # of the TSV
+MARGIN = 1e-12  # relative; wider than the error of scipy's betainc and ndtr where they are used
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """With probability at least 1 - alpha over the sampling, the smoothed classifier answers `predict` on the whole
+    open l2 ball of `radius` around the image ([0, 1] pixel units). None, None: the procedure abstains.
+
+    n_a: of the n estimation samples, those that voted for the class that n0 others selected. p_lower: the bound on its
+    probability, at alpha less what the noise's finite precision is charged.
+    """
+
+    predict: int | None
+    radius: float | None
+    n0: int
+    n: int
+    n_a: int
+    alpha: float
+    p_lower: float
+
+    def covers(self, label: int | None, radius: float) -> bool:
+        """Whether `label` is certified at `radius`."""
+        return self.predict is not None and self.predict == label and self.radius is not None and self.radius >= radius
+
+
+def clopper_pearson_lower(successes: int, n: int, alpha: float) -> float:
+    """The one-sided Clopper-Pearson bound: P(Bin(n, p) >= successes) <= alpha for every p up to the returned value.
+
+    The inverse is checked with the forward function and moved down until that holds.
+    """
+    if successes == 0:
+        return 0.0
+    a, b = successes, n - successes + 1
+    bound = float(special.betaincinv(a, b, alpha))
+    while bound > 0 and special.betainc(a, b, bound) > alpha * (1 - MARGIN):
+        bound *= 1 - MARGIN
+    return bound
+
+
+def l2_radius(p_lower: float, sigma: float) -> float | None:
+    """sigma * Phi^-1(p_lower), rounded down, in the units of sigma; None unless p_lower is above one half."""
+    if not p_lower > 0.5:
+        return None
+    quantile = float(special.ndtri(p_lower))
+    while quantile > 0 and special.ndtr(quantile) > p_lower * (1 - MARGIN):
+        quantile *= 1 - MARGIN
+    return math.nextafter(sigma * quantile, 0.0)
+
+
+def floored(radius: float) -> str:
+    """A radius with three decimals, never above the radius itself."""
+    return str(Decimal(radius).quantize(RADIUS_DIGITS, ROUND_FLOOR))
+
+
+@dataclass(frozen=True)
+class FixedRule:
+    """Cohen's CERTIFY: n0 samples select a class, n fresh ones bound its probability.
+
+    charge: taken off alpha for the noise that is drawn not being exactly normal: n * pixels * total variation a pixel.
+    """
+
+    n0: int
+    n: int
+    alpha: float
+    charge: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.n0 < 1 or self.n < 1:
+            raise UsageError(f"n0 and n are counts of samples, got {self.n0} and {self.n}")
+        if not 0 < self.alpha < 0.5:
+            raise UsageError(f"alpha is a probability of failure, between 0 and 0.5, got {self.alpha:g}")
+        if self.alpha - self.charge <= self.alpha / 2:
+            raise UsageError(
+                f"the noise's finite precision over n = {self.n} samples costs {self.charge:.2g}, more than half of "
+                f"alpha = {self.alpha:g}: ask for a smaller n or a larger alpha"
+            )
+
+    @property
+    def test_level(self) -> float:
+        """What is left of alpha for the bound itself."""
+        return self.alpha - self.charge
+
+    def largest_radius(self, sigma: float) -> float | None:
+        """What an image gets when all n samples agree; None when even that certifies nothing."""
+        return l2_radius(clopper_pearson_lower(self.n, self.n, self.test_level), sigma)
+
+    def certify(self, selection: Counts, estimation: Counts, sigma: float) -> Certificate:
+        """The certificate of an image from the counts of its n0 and of its n samples.
+
+        Samples that were not finite are in no count; n includes them, so they weigh against the class.
+        """
+        candidate = int(selection.argmax())
+        n_a = int(estimation[candidate])
+        p_lower = clopper_pearson_lower(n_a, self.n, self.test_level)
+        radius = l2_radius(p_lower, sigma)
+        return Certificate(
+            predict=None if radius is None else candidate,
+            radius=radius,
+            n0=self.n0,
+            n=self.n,
+            n_a=n_a,
+            alpha=self.alpha,
+            p_lower=p_lower,
+        )
+
+
+def predicted(counts: Counts, alpha: float) -> int | None:
+    """Cohen's PREDICT: the top class, or None when the runner-up could be it (two-sided binomial test at alpha)."""
+    second, first = (int(count) for count in np.sort(counts)[-2:])
+    if first == second:
+        return None
+    p_value = 2 * special.betainc(first, second + 1, 0.5)  # P(Bin(first + second, 1/2) >= first), twice
+    return int(counts.argmax()) if p_value <= alpha else None
+
+
+def certified_accuracy(
+    certificates: Sequence[tuple[int | None, Certificate]], radii: Sequence[float], reach: float | None
+) -> list[float | None]:
+    """The share of (label, certificate) pairs that are right at each radius; None where n cannot reach the radius."""
+    return [
+        None
+        if radius > (reach or 0.0)
+        else sum(certificate.covers(label, radius) for label, certificate in certificates) / max(1, len(certificates))
+        for radius in radii
+    ]

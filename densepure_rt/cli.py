@@ -1,0 +1,342 @@
+"""The command line: options in, one call, one printed result. Nothing is computed here."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from densepure_rt import __version__
+from densepure_rt.console import Status, duration, stderr, stdout, track
+from densepure_rt.errors import DensePureError, EnvironmentFault, UsageError
+
+if TYPE_CHECKING:
+    from densepure_rt.certify_run import Summary
+    from densepure_rt.datasets import ImageSet
+    from densepure_rt.forecast import Forecast
+    from densepure_rt.smoothing import Settings, SmoothedClassifier
+
+INTERRUPTED = 130  # the shell's code for Ctrl-C
+SHIPPED_MAX = 40  # of the 500 shipped images, so that a plain `certify` ends within 10 minutes on 2 cores
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Certified-robust classification by diffusion purification and voting (DensePure), on ONNX engines.",
+)
+
+Engine = Annotated[
+    Path | None, typer.Option(help="Step engine, such as engines/unet.onnx; default: the one that ships.")
+]
+ClassifierFile = Annotated[
+    Path | None, typer.Option("--classifier", help="Classifier engine; default: the one that the sidecar names.")
+]
+Images = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of class folders, folder with labels.csv (file,label), images, .npz (x, y), IDX or CIFAR-10 .bin; "
+        "default: the shipped Fashion-MNIST test images."
+    ),
+]
+Sigma = Annotated[float, typer.Option(help="Standard deviation of the smoothing noise, in [0, 1] pixel units.")]
+Steps = Annotated[
+    int, typer.Option(help="Reverse steps (b). 1: one-shot denoising; 0: the classifier alone, plain smoothing.")
+]
+Votes = Annotated[int, typer.Option(help="Votes a noise sample (K).")]
+Alpha = Annotated[float, typer.Option(help="Probability that an answer is wrong, over the sampling.")]
+BatchSize = Annotated[int, typer.Option("--batch", help="Items a call of the engine; the results do not depend on it.")]
+Threads = Annotated[int | None, typer.Option(help="Callers of the engine; default: one for each core.")]
+Skip = Annotated[int, typer.Option(help="Take every SKIP-th image.")]
+Max = Annotated[
+    int | None, typer.Option("--max", help=f"How many images; default: all, {SHIPPED_MAX} of the shipped ones.")
+]
+Seed = Annotated[
+    int | None, typer.Option(help="A public seed, for reproduction; default: a new secret from the system.")
+]
+EngineHash = Annotated[
+    str | None, typer.Option("--engine-sha256", help="Refuse the engine unless its SHA-256 is this one.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+
+
+@app.callback(invoke_without_command=True)
+def densepure_rt(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        stdout.print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def certify(
+    engine: Engine = None,
+    classifier: ClassifierFile = None,
+    images: Images = None,
+    sigma: Sigma = 0.5,
+    steps: Steps = 2,
+    votes: Votes = 5,
+    method: Annotated[str, typer.Option(help="fixed: Cohen et al. 2019, n0 and n samples an image.")] = "fixed",
+    n0: Annotated[int, typer.Option(help="Samples that select the class.")] = 100,
+    n: Annotated[int, typer.Option(help="Samples that bound its probability.")] = 1000,
+    alpha: Alpha = 0.001,
+    preset: Annotated[
+        str | None, typer.Option(help="paper: --steps 10 --votes 40 --n0 100 --n 100000, as in the paper.")
+    ] = None,
+    batch: BatchSize = 32,
+    threads: Threads = None,
+    skip: Skip = 1,
+    limit: Max = None,
+    seed: Seed = None,
+    engine_sha256: EngineHash = None,
+    out: Annotated[Path | None, typer.Option(help="A new folder for the results; default: runs/certify-TIME.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cost and the reach, certify nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Certify images: for each, a label and the l2 radius within which no change of the image alters it."""
+    from densepure_rt import certify_run
+    from densepure_rt.forecast import forecast
+
+    if method != "fixed":
+        raise UsageError(f"--method {method} is not known: fixed is the only one now")
+    settings = make_settings(sigma, steps, votes, n0, n, alpha, preset)
+    with open_classifier(engine, classifier, batch, threads, engine_sha256, seed) as smoothed:
+        chosen = open_image_set(images, smoothed, skip, limit)
+        expected = forecast(smoothed, settings, len(chosen))
+        print_forecast(smoothed, chosen, settings, expected)
+        if dry_run:
+            if as_json:
+                print(json.dumps(dataclasses.asdict(expected)))
+            return
+        folder = out or Path("runs") / datetime.datetime.now().strftime("certify-%Y%m%d-%H%M%S")
+
+        def interrupted(summary: certify_run.Summary) -> None:
+            stderr.print(f"stopped after {summary.done} of {summary.asked} images; what is done is in {folder}")
+
+        summary = certify_run.run(smoothed, chosen, settings, expected, folder, seed, interrupted)
+        print_summary(summary, chosen.labelled, folder, as_json)
+
+
+@app.command()
+def predict(
+    images: Images = None,
+    engine: Engine = None,
+    classifier: ClassifierFile = None,
+    sigma: Sigma = 0.5,
+    steps: Steps = 2,
+    votes: Votes = 5,
+    n: Annotated[int, typer.Option(help="Noise samples an image.")] = 100,
+    alpha: Alpha = 0.001,
+    batch: BatchSize = 32,
+    threads: Threads = None,
+    skip: Skip = 1,
+    limit: Max = None,
+    seed: Seed = None,
+    engine_sha256: EngineHash = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout.")] = False,
+) -> None:
+    """Label images with the smoothed classifier, or abstain (-1). Without --seed every call draws new noise."""
+    settings = make_settings(sigma, steps, votes, 1, n, alpha, None)
+    with open_classifier(engine, classifier, batch, threads, engine_sha256, seed) as smoothed:
+        chosen = open_image_set(images, smoothed, skip, limit)
+        if not as_json:
+            print("idx\tlabel\tpredict\tcorrect\tname")
+        for found in track(smoothed.predict_each(chosen, settings), len(chosen), Status()):
+            image, label = found.image, found.label
+            if as_json:
+                names = smoothed.class_names
+                votes_by_class = {name: int(count) for name, count in zip(names, found.votes, strict=True) if count}
+                line = {"idx": image.idx, "label": image.label, "predict": label, "votes": votes_by_class}
+                print(json.dumps(line), flush=True)
+            else:
+                name = "abstain" if label is None else smoothed.class_names[label]
+                columns = (image.idx, none_as(-1, image.label), none_as(-1, label), int(label == image.label), name)
+                print(*columns, sep="\t", flush=True)
+
+
+@app.command()
+def export(
+    out: Annotated[Path, typer.Option(help="Folder for the bundle.")] = Path("engines"),
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="Folder of unet.safetensors and classifier.safetensors; default: those that ship."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a bundle of another model.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Export the model from PyTorch to ONNX engines, checked against PyTorch. Needs densepure-rt[export]."""
+    try:
+        from densepure_rt.export.default import export_default
+    except ImportError as error:
+        raise EnvironmentFault(
+            f"export needs PyTorch ({error}): run \"pip install 'densepure-rt[cpu,export]'\""
+        ) from error
+    done = export_default(out, weights, force, say=lambda line: stderr.print(f"{line} ..."))
+    if as_json:
+        print(json.dumps(dataclasses.asdict(done), default=str))
+        return
+    stdout.print(f"{done.comparisons} comparisons with PyTorch at real images and timesteps, worst:")
+    for worst in (done.worst_step, done.worst_logits):
+        stdout.print(
+            f"  {worst.what}, batch {worst.batch}: relative L2 {worst.relative_l2:.1e}, max {worst.max_abs:.1e}"
+        )
+    stdout.print(f"wrote {done.unet} and {done.classifier}, each with its sidecar")
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="An engine file or its sidecar.")],
+    as_json: Json = False,
+) -> None:
+    """Show what an engine is, and check its hash. Exit code 1 when the file is not what its sidecar says."""
+    from densepure_rt.inspection import inspect as look
+
+    report = look(file)
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        table = plain_table()
+        for name, value in flattened(report):
+            table.add_row(name, escape(value))
+        stdout.print(table)
+    if not report["check"]["matches"]:
+        stderr.print("error: the file's SHA-256 is not the one in its sidecar: it is damaged or another engine")
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what this machine has, what is missing for what, and the next command."""
+    from densepure_rt.doctor import diagnose
+
+    diagnosis = diagnose()
+    if as_json:
+        print(json.dumps(dataclasses.asdict(diagnosis), indent=2))
+    else:
+        table = plain_table()
+        for finding in diagnosis.findings:
+            style = {"ok": "green", "missing": "yellow", "broken": "red"}[finding.state]
+            table.add_row(f"[{style}]{finding.state}[/]", finding.what, escape(finding.found))
+        stdout.print(table)
+        print(f"next: {diagnosis.next_command}")
+    if not diagnosis.healthy:
+        raise typer.Exit(EnvironmentFault.exit_code)
+
+
+def make_settings(sigma: float, steps: int, votes: int, n0: int, n: int, alpha: float, preset: str | None) -> Settings:
+    from densepure_rt.smoothing import PAPER, Settings
+
+    if preset is None:
+        settings = Settings(sigma, steps, votes, n0, n, alpha)
+    elif preset == "paper":
+        settings = dataclasses.replace(PAPER, sigma=sigma, alpha=alpha)
+    else:
+        raise UsageError(f"--preset {preset} is not known: paper is the only one")
+    if settings.effective.votes < settings.votes:
+        stderr.print(f"with --steps {steps} nothing is random after the smoothing noise: votes set to 1")
+    return settings
+
+
+def open_classifier(
+    engine: Path | None, classifier: Path | None, batch: int, threads: int | None, sha256: str | None, seed: int | None
+) -> SmoothedClassifier:
+    from densepure_rt.smoothing import load, seeded_secret
+
+    secret = None if seed is None else seeded_secret(seed)
+    return load(engine, classifier, secret=secret, batch=batch, threads=threads, engine_sha256=sha256)
+
+
+def open_image_set(path: Path | None, smoothed: SmoothedClassifier, skip: int, limit: int | None) -> ImageSet:
+    from densepure_rt.datasets import open_images
+
+    limit = SHIPPED_MAX if path is None and limit is None else limit
+    return open_images(path, smoothed.bundle.unet.image, smoothed.class_names).select(skip, limit)
+
+
+def plain_table() -> Table:
+    """Two or three columns without a frame; long values are folded, never cut."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold")
+    return table
+
+
+def none_as(default: int, value: int | None) -> int:
+    return default if value is None else value
+
+
+def between(low: float, high: float, unit: str = "") -> str:
+    return f"{low:,.0f}{unit}" if low == high else f"{low:,.0f} to {high:,.0f}{unit}"
+
+
+def print_forecast(smoothed: SmoothedClassifier, images: ImageSet, settings: Settings, expected: Forecast) -> None:
+    device = smoothed.device.describe()
+    sigma, unet = settings.sigma, smoothed.bundle.unet
+    timesteps = ", ".join(str(t) for t in smoothed.chain(settings).timesteps) or "none"
+    low, high = (duration(seconds) for seconds in expected.seconds)
+    table = plain_table()
+    table.add_row(
+        "device", ", ".join(f"{value}" if name == "provider" else f"{name} {value}" for name, value in device.items())
+    )
+    table.add_row("engine", f"{smoothed.bundle.unet_path}, {unet.precision}, sha256 {unet.file.sha256[:16]}")
+    table.add_row("images", f"{expected.images} of {images.name}")
+    table.add_row("noise", f"sigma {sigma:g} in [0, 1] pixel units ({2 * sigma:g} in the network's [-1, 1])")
+    table.add_row("steps", f"{settings.steps}, timesteps {timesteps}; {settings.effective.votes} votes a sample")
+    table.add_row("UNet calls", f"{between(*expected.unet_calls)} an image")
+    table.add_row("time", low if low == high else f"{low} to {high}, as early as ballots are decided")
+    table.add_row("reach", f"no radius beyond {expected.reach:.3f} can be certified with n = {settings.n}")
+    stderr.print(table)
+
+
+def print_summary(summary: Summary, labelled: bool, folder: Path, as_json: bool) -> None:
+    from densepure_rt.certify_run import RADII
+
+    if as_json:
+        accuracy = dict(zip((f"{radius:g}" for radius in RADII), summary.accuracy, strict=True)) if labelled else None
+        print(json.dumps(dataclasses.asdict(summary) | {"accuracy": accuracy, "out": str(folder)}))
+        return
+    if labelled:
+        table = Table(title=f"certified accuracy of {summary.done} images", title_justify="left", box=None)
+        table.add_column("radius")
+        for radius in RADII:
+            table.add_column(f"{radius:g}", justify="right")
+        cells = ("-" if share is None else f"{100 * share:.1f} %" for share in summary.accuracy)
+        table.add_row("certified", *cells)
+        stdout.print(table)
+    stdout.print(f"{summary.abstained} abstained; results in {folder}")
+    if summary.not_finite:
+        stderr.print(f"warning: {summary.not_finite} samples were NaN or Inf and counted against the class")
+
+
+def flattened(report: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """A nested report as dotted names and printable values."""
+    rows: list[tuple[str, str]] = []
+    for name, value in report.items():
+        if isinstance(value, dict):
+            rows += flattened(value, f"{prefix}{name}.")
+        else:
+            rows.append((prefix + name, ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)))
+    return rows
+
+
+def main() -> None:
+    """The entry point: an error is one message and its exit code."""
+    try:
+        app()
+    except DensePureError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit stays quiet
+        sys.exit(1)

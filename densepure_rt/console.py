@@ -1,0 +1,70 @@
+"""What a run shows while it works: a bar on a terminal, plain lines elsewhere. Results go to stdout, this to stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+PLAIN_EVERY = 10.0  # seconds between plain lines
+stderr = Console(stderr=True, highlight=False)
+stdout = Console(highlight=False)
+T = TypeVar("T")
+
+
+def duration(seconds: float) -> str:
+    """Two figures that a person can read: 0.4 s, 12 s, 3 min, 2.1 h, 5 days."""
+    for limit, divisor, unit in ((10, 1, "s"), (120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
+        if seconds < limit:
+            value = seconds / divisor
+            return f"{value:.1f} {unit}" if value < 10 else f"{value:.0f} {unit}"
+    return f"{seconds / 86_400:.0f} days"
+
+
+class Status:
+    """One line on how it goes so far; whoever does the work keeps it true."""
+
+    text = ""
+
+
+def track(work: Iterable[T], total: int, status: Status) -> Iterator[T]:
+    """`work`, item by item, while images done, rate, time left and `status` are shown."""
+    return _bar(work, total, status) if stderr.is_terminal else _lines(work, total, status)
+
+
+def _bar(work: Iterable[T], total: int, status: Status) -> Iterator[T]:
+    columns = (
+        MofNCompleteColumn(),
+        TextColumn("images"),
+        BarColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[status]}"),
+    )
+    with Progress(*columns, console=stderr, transient=True) as progress:
+        task = progress.add_task("", total=total, rate="", status="")
+        started = time.monotonic()
+        for done, item in enumerate(work, start=1):
+            yield item
+            rate = f"{duration((time.monotonic() - started) / done)} an image"
+            progress.update(task, completed=done, rate=rate, status=status.text)
+
+
+def _lines(work: Iterable[T], total: int, status: Status) -> Iterator[T]:
+    started = said = time.monotonic()
+    for done, item in enumerate(work, start=1):
+        yield item
+        now = time.monotonic()
+        if now - said >= PLAIN_EVERY or done == total:
+            said = now
+            each = (now - started) / done
+            left = duration(each * (total - done))
+            print(
+                f"{done}/{total} images, {duration(each)} an image, {left} left; {status.text}",
+                file=sys.stderr,
+                flush=True,
+            )

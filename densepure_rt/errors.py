@@ -1,0 +1,35 @@
+"""What can go wrong, by the exit code it ends in.
+
+DensePureError
+    CheckFailed        1   something was checked and does not hold: a hash, parity, an engine's output
+    UsageError         2   what was asked cannot be done: a missing file, a wrong shape, an impossible option
+    EnvironmentFault   3   this machine cannot do it: a package or device is missing, a folder cannot be written
+
+A message says what was asked, what was found and the next move. The command line prints it alone, without a traceback.
+"""
+
+from __future__ import annotations
+
+
+class DensePureError(Exception):
+    """The root of this package's errors; `exit_code` is what the command line ends with."""
+
+    exit_code = 1
+
+
+class CheckFailed(DensePureError):
+    """Something was checked and does not hold."""
+
+    exit_code = 1
+
+
+class UsageError(DensePureError, ValueError):
+    """What was asked cannot be done."""
+
+    exit_code = 2
+
+
+class EnvironmentFault(DensePureError, RuntimeError):
+    """This machine cannot do it."""
+
+    exit_code = 3

@@ -1,0 +1,225 @@
+"""One reader a file format: bytes in, uint8 pixels out, and one clear `UsageError` for anything else.
+
+Nothing is resized, rescaled or guessed: a certificate is about the very pixels that were given. Sizes that a header
+declares are checked before anything is decoded or allocated, and nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import re
+import warnings
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from densepure_rt.errors import UsageError
+
+Pixels = NDArray[np.uint8]
+Shape = tuple[int, int, int]  # [C, H, W]
+
+IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+PNG_DEPTH_AT = 24  # byte of the bit depth in IHDR, PNG specification 11.2.2
+IDX_IMAGES, IDX_LABELS = b"\0\0\x08\x03", b"\0\0\x08\x01"  # uint8 of 3 and of 1 dimensions, yann.lecun.com/exdb/mnist
+GZIP = b"\x1f\x8b"
+DEFLATE_MAX_RATIO = 1032  # to one, zlib.net/zlib_tech.html
+CIFAR_SHAPE = (3, 32, 32)
+CIFAR_RECORD = 1 + 3 * 32 * 32  # bytes: label, then red, green and blue planes; www.cs.toronto.edu/~kriz/cifar.html
+GRID_ATOL = 1e-3  # of value * 255; float32 k / 255, as ToTensor writes it, is within 2e-5
+
+
+@contextmanager
+def reading(path: Path, what: str) -> Iterator[None]:
+    """Turn any failure to read or decode `path` into one UsageError.
+
+    The net is wide because decoders that are fed damaged bytes raise nearly anything: struct.error, SyntaxError,
+    zlib.error, IndexError, RuntimeError.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except FileNotFoundError as error:
+        raise UsageError(f"{path}: no such file or folder; check the path") from error
+    except PermissionError as error:
+        raise UsageError(f"{path} may not be read; check its permissions (chmod u+r)") from error
+    except UnidentifiedImageError as error:
+        raise UsageError(f"{path} is not {', '.join(IMAGE_FORMATS)}; convert it to PNG, or fetch it again") from error
+    except MemoryError as error:
+        raise UsageError(f"{path} does not fit in memory; split it, or give the images as a folder") from error
+    except Exception as error:
+        found = str(error) or type(error).__name__
+        raise UsageError(f"{path} cannot be read as {what}: {found}; fetch or write the file again") from error
+
+
+def require_shape(where: str, found: Shape, expected: Shape) -> None:
+    """Refuse an image of another size."""
+    if found != expected:
+        raise UsageError(
+            f"{where} is {size_text(found)}, the engine takes {size_text(expected)} (channels x height x width); "
+            "nothing is resized here: bring the images to that size first, or use an engine made for this one"
+        )
+
+
+def size_text(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
+
+
+def check_image(path: Path, shape: Shape) -> None:
+    """Refuse an image file that cannot become uint8 [C, H, W] without loss; reads only its header."""
+    with reading(path, "an image"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size check below says it better
+        with path.open("rb") as file:
+            _open_image(file, path, shape)
+
+
+def read_image(path: Path, shape: Shape) -> Pixels:
+    """The pixels of an image file, uint8 [C, H, W]."""
+    channels, height, width = shape
+    with reading(path, "an image"), path.open("rb") as file:
+        image = _open_image(file, path, shape)
+        if image.format == "PNG":
+            image.verify()  # checksums: loading skips those of the pixel data; then the image must be opened anew
+            file.seek(0)
+            image = _open_image(file, path, shape)
+        pixels = np.asarray(image.convert("L" if image.mode == "1" else "RGB" if image.mode == "P" else image.mode))
+    if pixels.ndim == 3 and channels == 1:
+        if (pixels != pixels[..., :1]).any():
+            raise UsageError(f"{path} is in colour, the engine takes grey; convert it, or use a colour engine")
+        pixels = pixels[..., 0]
+    return np.ascontiguousarray(pixels.reshape(height, width, channels).transpose(2, 0, 1), dtype=np.uint8)
+
+
+def _open_image(file: IO[bytes], path: Path, shape: Shape) -> Image.Image:
+    """An image whose header promises the right size and a mode that converts without loss; pixels not yet decoded."""
+    modes = {1: ("L", "1", "P", "RGB"), 3: ("RGB", "P")}.get(shape[0])
+    if modes is None:
+        raise UsageError(f"the engine takes {shape[0]} channels, image files hold 1 or 3; give the images as .npz")
+    start = file.read(PNG_DEPTH_AT + 1)
+    file.seek(0)
+    image = Image.open(file, formats=IMAGE_FORMATS)
+    require_shape(str(path), (shape[0], image.height, image.width), shape)
+    deep = image.format == "PNG" and start[PNG_DEPTH_AT] == 16  # Pillow would drop the low byte of RGB in silence
+    if image.mode not in modes or deep or "transparency" in image.info or getattr(image, "n_frames", 1) > 1:
+        kind = ", 16 bits" * deep + ", with transparency" * ("transparency" in image.info)
+        kind += ", animated" * (getattr(image, "n_frames", 1) > 1)
+        wanted = "8-bit grey" if shape[0] == 1 else "8-bit RGB"
+        raise UsageError(f"{path} has pixels of mode {image.mode}{kind}; convert it to {wanted}")
+    return image
+
+
+def read_npz(path: Path, shape: Shape) -> tuple[Pixels, list[int] | None, list[int] | None]:
+    """`x` as [N, C, H, W], `y` and `index` (None where absent) of an .npz file."""
+    with reading(path, "an .npz file"), zipfile.ZipFile(path) as archive:
+        names = [name.removesuffix(".npy") for name in archive.namelist()]
+        if any(member.comment for member in archive.infolist()):
+            # numpy writes none; a damaged comment length swallows the members that follow, labels among them.
+            raise zipfile.BadZipFile("a member has a comment")
+        if "x" not in names or not set(names) <= {"x", "y", "index"} or len(set(names)) < len(names):
+            # A label array under another name would otherwise be dropped in silence.
+            raise UsageError(f"{path} holds {', '.join(names) or 'nothing'}; save it with x and, if known, y and index")
+        arrays = {name: _read_member(archive, name) for name in names}
+    x = arrays["x"]
+    if x.ndim == 3 and shape[0] == 1:
+        x = x[..., None]
+    if x.ndim != 4:
+        raise UsageError(f"x in {path} is {size_text(x.shape)}; save it as images x height x width x channels")
+    n, height, width, channels = x.shape
+    require_shape(f"an image of {path}", (channels, height, width), shape)
+    columns: list[list[int] | None] = []
+    for name in ("y", "index"):
+        column = arrays.get(name)
+        if column is not None and (column.shape != (n,) or column.dtype.kind not in "iu"):
+            found = f"{column.dtype} of shape {column.shape}"
+            raise UsageError(f"{name} in {path} is {found}; x has {n} images: save {name} as {n} integers")
+        columns.append(None if column is None else [int(value) for value in column])
+    return _to_uint8(x, path).transpose(0, 3, 1, 2), columns[0], columns[1]
+
+
+def _read_member(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
+    with archive.open(f"{name}.npy") as stream:
+        array: NDArray[Any] = np.lib.format.read_array(stream, allow_pickle=False)
+        if stream.read(1):  # this also reaches the end of the stream, where zipfile compares the checksum
+            raise ValueError(f"{name} is longer than its header says")
+    return array
+
+
+def _to_uint8(x: NDArray[Any], path: Path) -> Pixels:
+    """uint8 as it is; float in [0, 1] only when every value is k / 255, else the engine would see other pixels."""
+    if x.dtype == np.uint8:
+        return x
+    if x.dtype.kind != "f":
+        raise UsageError(f"x in {path} is {x.dtype}; save it as uint8")
+    pixels = np.empty(x.shape, np.uint8)
+    for i, image in enumerate(x):
+        with np.errstate(invalid="ignore", over="ignore"):
+            scaled = image.astype(np.float64) * 255
+            level = np.rint(scaled)
+            on_grid = (np.abs(scaled - level) <= GRID_ATOL) & (level >= 0) & (level <= 255)
+        if not on_grid.all():
+            raise UsageError(
+                f"image {i} of {path} has the value {image[~on_grid][0]}; float images must lie in [0, 1] on the 1/255 "
+                "grid (not resized, normalised or noised): save the original pixels as uint8"
+            )
+        pixels[i] = level
+    return pixels
+
+
+def read_idx(path: Path, shape: Shape) -> tuple[Pixels, list[int] | None]:
+    """Images [N, 1, H, W] of an IDX file, gzipped or not, and the labels of the file beside it (None without one)."""
+    pixels = _idx_payload(path, IDX_IMAGES, "IDX images", shape)
+    with reading(path.parent, "a folder"):
+        labels = next((found for found in _idx_label_files(path) if found.exists()), None)
+    return pixels, None if labels is None else _idx_payload(labels, IDX_LABELS, "IDX labels", shape).tolist()
+
+
+def _idx_label_files(images: Path) -> list[Path]:
+    """Where labels may lie: beside the images, under the name the MNIST family gives them, gzipped or not."""
+    name = re.sub(r"images([-.])idx3", r"labels\1idx1", images.name).removesuffix(".gz")
+    renamed = name != images.name.removesuffix(".gz")
+    endings = (".gz", "") if images.suffix == ".gz" else ("", ".gz")
+    return [images.with_name(name + ending) for ending in endings] if renamed else []
+
+
+def _idx_payload(path: Path, magic: bytes, what: str, shape: Shape) -> Pixels:
+    with reading(path, what), path.open("rb") as raw:
+        zipped = raw.read(2) == GZIP
+        raw.seek(0)
+        stream = gzip.GzipFile(fileobj=raw) if zipped else raw
+        found = stream.read(4)
+        if found != magic:
+            hint = "; give the images file, its labels are found beside it" if found == IDX_LABELS else ""
+            raise UsageError(f"{path} starts with 0x{found.hex()}, {what} start with 0x{magic.hex()}{hint}")
+        header = stream.read(4 * magic[3])  # the last byte of the magic is the number of dimensions
+        if len(header) < 4 * magic[3]:
+            raise EOFError("the header is cut short")
+        n, *size = (int.from_bytes(header[at : at + 4], "big") for at in range(0, len(header), 4))
+        if size:
+            require_shape(f"an image of {path}", (1, size[0], size[1]), shape)
+        expected = n * math.prod(size)
+        if expected > path.stat().st_size * (DEFLATE_MAX_RATIO if zipped else 1):
+            raise EOFError(f"the header promises {n} items, more than the file can hold")
+        data = stream.read(expected + 1)  # one more: a longer file is refused, and gzip compares its checksum
+        if len(data) != expected:
+            there = "more" if data[expected:] else len(data)
+            raise EOFError(f"the header promises {expected} bytes, there are {there}")
+    return np.frombuffer(data, np.uint8).reshape(n, 1, *size) if size else np.frombuffer(data, np.uint8)
+
+
+def read_cifar(path: Path, shape: Shape) -> tuple[Pixels, list[int]]:
+    """Images [N, 3, 32, 32] and labels of a CIFAR-10 binary file."""
+    require_shape(f"an image of {path} (CIFAR-10 binary)", CIFAR_SHAPE, shape)
+    with reading(path, "CIFAR-10 binary"):
+        size = path.stat().st_size
+        if size == 0 or size % CIFAR_RECORD:
+            raise EOFError(f"{size} bytes are not a whole number of {CIFAR_RECORD}-byte records")
+        records = np.fromfile(path, np.uint8).reshape(-1, CIFAR_RECORD)
+    return records[:, 1:].reshape(-1, *CIFAR_SHAPE), records[:, 0].tolist()

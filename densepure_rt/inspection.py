@@ -1,0 +1,55 @@
+"""What an engine file is, read from its sidecar and checked against its bytes; with the onnx package, its graph too."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from densepure_rt.errors import UsageError
+from densepure_rt.runtime.bundle import read_sidecar, sha256_of
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """The sidecar's fields, and under "check" whether the file's SHA-256 is the one it names.
+
+    path: an engine file, or its sidecar. "graph" is there when the onnx package is installed and the hash is right.
+    """
+    engine = path.with_name(path.name.removesuffix(".json")) if path.suffix == ".json" else path
+    if not engine.exists():
+        raise UsageError(f'no file at {engine}: give an engine such as engines/unet.onnx, or run "densepure-rt export"')
+    sidecar = read_sidecar(engine)
+    try:
+        found = sha256_of(engine)
+    except OSError as error:
+        raise UsageError(f"cannot read {engine} ({error.strerror})") from error
+    matches = found == sidecar.file.sha256
+    report = dataclasses.asdict(sidecar)
+    report["check"] = {"sha256": found, "matches": matches, "bytes": engine.stat().st_size}
+    if matches and (graph := onnx_graph(engine)):
+        report["graph"] = graph
+    return report
+
+
+def onnx_graph(engine: Path) -> dict[str, Any] | None:
+    """Inputs, outputs and node counts of an ONNX file, or None without the onnx package."""
+    try:
+        import onnx
+    except ImportError:
+        return None
+    model = onnx.load(engine, load_external_data=False)
+
+    def described(value: Any) -> str:
+        tensor = value.type.tensor_type
+        shape = ", ".join(str(d.dim_value or d.dim_param or "?") for d in tensor.shape.dim)
+        return f"{value.name}: {onnx.TensorProto.DataType.Name(tensor.elem_type).lower()} [{shape}]"
+
+    operators: dict[str, int] = {}
+    for node in model.graph.node:
+        operators[node.op_type] = operators.get(node.op_type, 0) + 1
+    return {
+        "inputs": [described(value) for value in model.graph.input],
+        "outputs": [described(value) for value in model.graph.output],
+        "nodes": len(model.graph.node),
+        "operators": dict(sorted(operators.items(), key=lambda item: -item[1])),
+    }

@@ -1,0 +1,52 @@
+"""The two graphs that are exported: `step` maps one Gaussian to the next, `classify` maps its mean to logits.
+
+The step graph is the one contract between any network and the runtime (Ho et al. 2020, eq. 6-7 and 15 for an epsilon
+network). Noise is an input: the graph holds no random op.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class StepGraph(nn.Module):
+    """One reverse step, float32 at the boundary.
+
+    network: (x [B, C, H, W], t [B]) -> the predicted noise [B, C, H, W]; where it learns its variance, [B, 2C, H, W],
+    the second half being the logits v of Nichol & Dhariwal 2021, eq. 15, in [-1, 1]. clip: the range of x0, or None.
+    """
+
+    def __init__(self, network: nn.Module, clip: tuple[float, float] | None, learned_variance: bool) -> None:
+        super().__init__()
+        self.network = network
+        self.clip = clip
+        self.learned_variance = learned_variance
+
+    def forward(
+        self, mean: Tensor, std: Tensor, noise: Tensor, t: Tensor, coef: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """mean, std, noise [B, C, H, W], t [B], coef [B, 6] -> mean_next, std_next [B, C, H, W], finite [B]."""
+        sigma, signal, from_x0, from_xt, logvar_min, logvar_max = coef[:, :, None, None, None].unbind(1)
+        x = mean + std * noise
+        output = self.network(x, t)
+        finite = 1 - (output.isnan() | output.isinf()).float().amax(dim=(1, 2, 3))  # the clip below would hide them
+        eps, v = output.chunk(2, dim=1) if self.learned_variance else (output, torch.zeros_like(output))
+        x0 = (x - sigma * eps) / signal
+        if self.clip is not None:
+            x0 = x0.clamp(*self.clip)
+        mean_next = from_x0 * x0 + from_xt * x
+        logvar = logvar_min + (v + 1) / 2 * (logvar_max - logvar_min)
+        return mean_next, torch.exp(logvar / 2), finite
+
+
+class ClassifyGraph(nn.Module):
+    """Pixels in [-1, 1] [B, C, H, W] -> logits [B, K]; whatever the classifier wants done to pixels is inside."""
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, mean: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(mean)
+        return logits

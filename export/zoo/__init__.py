@@ -1,0 +1,1 @@
+"""The default model: its architecture, its training script and its weights."""

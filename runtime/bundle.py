@@ -1,0 +1,246 @@
+"""The bundle: engine files, and beside each a JSON sidecar that says what it is and what its bytes hash to.
+
+The sidecar of `unet.onnx` is `unet.onnx.json`. A step engine names the classifier that it was exported with. A sidecar
+proves integrity, not origin: who can write both files is not stopped; `--engine-sha256` pins one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+from densepure_rt.errors import CheckFailed, UsageError
+from densepure_rt.runtime.schedule import Schedule, Variance
+
+SCHEMA_VERSION = 1
+Kind = Literal["step", "classify"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class FileRef:
+    """A file by name, in the folder of the sidecar that names it, and by the SHA-256 of its bytes."""
+
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """What an engine file is.
+
+    image: [channels, height, width]. pixel_range: of the pixels that the engine works on.
+    """
+
+    kind: Kind
+    file: FileRef
+    image: tuple[int, int, int]
+    pixel_range: tuple[float, float]
+    precision: str
+    opset: int
+    weights_sha256: str
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class StepSidecar(Sidecar):
+    """A step graph: how its network was noised, what it predicts, and the classifier that belongs to it.
+
+    prediction: what the network's output is; the graph turns it into x0 itself. clip: of x0, or None.
+    """
+
+    schedule: Schedule
+    variance: Variance
+    prediction: str
+    clip: tuple[float, float] | None
+    classifier: FileRef
+
+
+@dataclass(frozen=True)
+class ClassifierSidecar(Sidecar):
+    class_names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A step engine and a classifier whose sidecars fit together."""
+
+    unet: StepSidecar
+    classifier: ClassifierSidecar
+    unet_path: Path
+    classifier_path: Path
+
+
+def sidecar_path(engine: Path) -> Path:
+    return engine.with_name(engine.name + ".json")
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def to_json(sidecar: Sidecar) -> str:
+    kind = {"schema_version": SCHEMA_VERSION}
+    return json.dumps(kind | dataclasses.asdict(sidecar), indent=2, sort_keys=True) + "\n"
+
+
+class _Fields:
+    """The fields of a JSON object, each read once with its type checked; errors name the file and the field."""
+
+    def __init__(self, value: object, where: str) -> None:
+        if not isinstance(value, dict):
+            raise CheckFailed(f"{where} should be a JSON object, found {type(value).__name__}: export the bundle again")
+        self.values: dict[str, Any] = value
+        self.where = where
+
+    def __call__(self, name: str, kind: type[T]) -> T:
+        value = self.values.get(name)
+        accepted = (int, float) if kind is float else kind
+        if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+            found = "nothing" if name not in self.values else repr(value)[:60]
+            raise CheckFailed(
+                f"{self.where}: {name!r} should be a {kind.__name__}, found {found}: export the bundle again"
+            )
+        return kind(value)  # type: ignore[call-arg]  # an int where a float is meant
+
+    def choice(self, name: str, allowed: tuple[str, ...]) -> Any:
+        value = self(name, str)
+        if value not in allowed:
+            raise CheckFailed(f"{self.where}: {name!r} is {value!r}, this version knows {', '.join(allowed)}")
+        return value
+
+    def numbers(self, name: str, kind: type[T], count: int) -> Any:
+        items = self(name, list)
+        if len(items) != count:
+            raise CheckFailed(f"{self.where}: {name!r} should hold {count} numbers, found {len(items)}")
+        entries = _Fields({str(i): item for i, item in enumerate(items)}, f"{self.where}: {name!r}")
+        return tuple(entries(str(i), kind) for i in range(count))
+
+    def object(self, name: str) -> _Fields:
+        return _Fields(self.values.get(name), f"{self.where}: {name!r}")
+
+
+def _file_ref(fields: _Fields) -> FileRef:
+    name, digest = fields("name", str), fields("sha256", str)
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise CheckFailed(f"{fields.where} names {name!r}: a bundle's files lie in one folder")
+    return FileRef(name, digest)
+
+
+def read_sidecar(engine: Path) -> StepSidecar | ClassifierSidecar:
+    """The sidecar of an engine file, checked field by field. Nothing of the engine itself is read.
+
+    Raises UsageError when it is missing, CheckFailed when it is not what this version writes.
+    """
+    path = sidecar_path(engine)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(
+            f"cannot read {path}, the sidecar of {engine.name} ({error.strerror}): copy it along with the engine, "
+            f'or make a bundle with "densepure-rt export"'
+        ) from error
+    except UnicodeDecodeError as error:
+        raise CheckFailed(f"{path} is not a text file: copy it again, or export the bundle again") from error
+    try:
+        fields = _Fields(json.loads(text), str(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise CheckFailed(f"{path} is not valid JSON ({error}): copy it again, or export the bundle again") from error
+    if (version := fields("schema_version", int)) != SCHEMA_VERSION:
+        raise CheckFailed(
+            f"{path} has schema version {version}, this version reads {SCHEMA_VERSION}: export the bundle again"
+        )
+    versions = fields.object("versions")
+    common: dict[str, Any] = {
+        "kind": fields.choice("kind", get_args(Kind)),
+        "file": _file_ref(fields.object("file")),
+        "image": fields.numbers("image", int, 3),
+        "pixel_range": fields.numbers("pixel_range", float, 2),
+        "precision": fields("precision", str),
+        "opset": fields("opset", int),
+        "weights_sha256": fields("weights_sha256", str),
+        "versions": {name: versions(name, str) for name in versions.values},
+    }
+    if min(common["image"]) < 1:
+        raise CheckFailed(f"{path}: 'image' is {common['image']}: export the bundle again")
+    if common["kind"] == "classify":
+        names = fields("class_names", list)
+        return ClassifierSidecar(**common, class_names=tuple(str(name) for name in names))
+    schedule = fields.object("schedule")
+    return StepSidecar(
+        **common,
+        schedule=Schedule(
+            name=schedule.choice("name", ("linear", "cosine")),
+            steps=schedule("steps", int),
+            beta_start=schedule("beta_start", float),
+            beta_end=schedule("beta_end", float),
+            timestep_scale=schedule("timestep_scale", float),
+        ),
+        variance=fields.choice("variance", get_args(Variance)),
+        prediction=fields("prediction", str),
+        clip=None if fields.values.get("clip") is None else fields.numbers("clip", float, 2),
+        classifier=_file_ref(fields.object("classifier")),
+    )
+
+
+def verified_bytes(path: Path, expected_sha256: str) -> bytes:
+    """The bytes of an engine file, if they are the ones that were promised.
+
+    The very bytes that were hashed are handed on, so nothing can be swapped between the check and the use.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UsageError(
+            f'cannot read {path} ({error.strerror}): give --engine an existing file, or run "densepure-rt export"'
+        ) from error
+    found = hashlib.sha256(content).hexdigest()
+    if found != expected_sha256:
+        raise CheckFailed(
+            f"{path} has SHA-256 {found[:16]}..., its sidecar or --engine-sha256 says {expected_sha256[:16]}...: "
+            f"the file is damaged or is another engine; copy it again, or export the bundle again"
+        )
+    return content
+
+
+def open_bundle(engine: Path, classifier: Path | None = None, engine_sha256: str | None = None) -> Bundle:
+    """The sidecars of a step engine and of its classifier (else `classifier`), found to fit together.
+
+    Raises UsageError or CheckFailed; the engines themselves are not read yet.
+    """
+    if not engine.exists():
+        raise UsageError(f'no engine at {engine}: make one with "densepure-rt export", or leave --engine out')
+    unet = read_sidecar(engine)
+    if not isinstance(unet, StepSidecar):
+        raise UsageError(f"{engine} is a classifier: give it as --classifier, and a step engine as --engine")
+    if engine_sha256 is not None and engine_sha256.lower() != unet.file.sha256:
+        raise CheckFailed(
+            f"--engine-sha256 pins {engine_sha256[:16]}..., the sidecar of {engine} says {unet.file.sha256[:16]}..."
+        )
+    path = classifier or engine.with_name(unet.classifier.name)
+    if not path.exists():
+        raise UsageError(f"no classifier at {path}: copy it beside {engine.name}, or name one with --classifier")
+    labels = read_sidecar(path)
+    if not isinstance(labels, ClassifierSidecar):
+        raise UsageError(f"{path} is a step engine, not a classifier")
+    if classifier is None and labels.file.sha256 != unet.classifier.sha256:
+        raise CheckFailed(
+            f"{engine} was exported with another classifier than the {path.name} beside it: "
+            f"name it with --classifier if it is meant, or export the bundle again"
+        )
+    for name in ("image", "pixel_range"):
+        if getattr(labels, name) != getattr(unet, name):
+            raise UsageError(
+                f"{engine.name} has {name} {getattr(unet, name)}, {path.name} has {getattr(labels, name)}: "
+                f"they cannot work together"
+            )
+    return Bundle(unet, labels, engine, path)

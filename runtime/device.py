@@ -1,0 +1,130 @@
+"""The seam between the reverse loop and what runs it: the `Device` protocol, and `open_device`.
+
+A device owns numbered slots. A slot holds a state, the mean and std of a Gaussian over images; every batch of work
+reads source slots and writes target slots, or reads slots and returns labels.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from densepure_rt.errors import EnvironmentFault
+from densepure_rt.runtime.bundle import Bundle
+from densepure_rt.runtime.noise import Key
+
+NOT_FINITE = -1  # in place of a label: the network gave NaN or Inf somewhere on the way
+Kind = Literal["smooth", "step", "classify"]
+ONNXRUNTIME_WHEELS = ("onnxruntime", "onnxruntime-gpu")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Up to `Device.batch` items of one kind; the device pads.
+
+    smooth: noise copy `sample` of `image` into slot `target`.
+    step: draw from slot `source` with the noise of (sample, vote, step), denoise by `t` and `coef` into slot `target`.
+        At step 0 the state has no spread, and nothing is drawn.
+    classify: slot `source` -> label.
+
+    All int64 [n] but t, float32 [n], and coef, float32 [n, 6].
+    """
+
+    kind: Kind
+    image: NDArray[np.int64]
+    sample: NDArray[np.int64]
+    vote: NDArray[np.int64]
+    step: NDArray[np.int64]
+    source: NDArray[np.int64]
+    target: NDArray[np.int64]
+    t: NDArray[np.float32]
+    coef: NDArray[np.float32]
+
+
+class Device(Protocol):
+    """What the reverse loop asks of a device. Batches may finish in any order; the loop keeps its own."""
+
+    batch: int  # items in one batch
+    in_flight: int  # batches that may be outstanding
+
+    def open_image(self, pixels: NDArray[np.uint8], key: Key, sigma: float, scale: float) -> int:
+        """A handle to an image [C, H, W] whose noise has standard deviation `sigma`; `scale` is the chain's."""
+
+    def close_image(self, handle: int) -> None: ...
+
+    def reserve(self, slots: int) -> None:
+        """Have at least `slots` slots. Only while nothing is outstanding."""
+
+    def submit(self, batch: Batch) -> int:
+        """Start a batch, return its ticket. At most `in_flight` may be outstanding."""
+
+    def collect(self) -> tuple[int, NDArray[np.int64] | None]:
+        """Wait for a batch: its ticket, and for a classify batch the labels, int64 [n], or NOT_FINITE."""
+
+    def read(self, slots: Sequence[int]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Copies of mean and std, float32 [n, C, H, W] each: for replay, pictures and parity."""
+
+    def describe(self) -> Mapping[str, str | int | bool]:
+        """What a record must say about the device, by name."""
+
+    def close(self) -> None:
+        """Free everything. Safe to call twice."""
+
+
+def installed_versions(*distributions: str) -> dict[str, str]:
+    """The versions of those distributions that are installed here."""
+    found = {}
+    for name in distributions:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def onnxruntime_conflict() -> str | None:
+    """The repair, when both ONNX Runtime wheels are here: they overwrite each other's files, and pip cannot say so."""
+    found = installed_versions(*ONNXRUNTIME_WHEELS)
+    if len(found) < 2:
+        return None
+    both = " and ".join(f"{name} {version}" for name, version in found.items())
+    return (
+        f"{both} are both installed and have overwritten each other's files: run "
+        f'"pip uninstall -y onnxruntime onnxruntime-gpu", then "pip install densepure-rt[cpu]" or "[gpu]", not both'
+    )
+
+
+def available_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def onnxruntime_version() -> str:
+    """The version of the ONNX Runtime that can be imported here. Raises EnvironmentFault with the repair."""
+    if conflict := onnxruntime_conflict():
+        raise EnvironmentFault(conflict)
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise EnvironmentFault(
+            f"ONNX Runtime, which runs .onnx engines, cannot be imported ({error}): "
+            "run \"pip install 'densepure-rt[cpu]'\""
+        ) from error
+    return str(onnxruntime.__version__)
+
+
+def open_device(bundle: Bundle, batch: int, threads: int) -> Device:
+    """The device that runs this bundle's engines, its results checked not to depend on who shares a batch.
+
+    Raises EnvironmentFault when the engine library is missing, CheckFailed when an engine is not what it should be.
+    """
+    onnxruntime_version()
+    from densepure_rt.runtime.onnx_device import OnnxDevice
+
+    return OnnxDevice(bundle, batch, threads)

@@ -1,0 +1,185 @@
+"""The layout, what may import what, and what a wheel holds."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = ("export", "runtime", "engines")
+ENGINE_LIBRARIES = {"cuda", "cupy", "onnxruntime", "pycuda", "tensorrt", "tensorrt_rtx"}
+DEVICE_MODULES = {"onnx_device.py", "tensorrt_device.py"}
+TORCH_FREE = sorted([*ROOT.glob("densepure_rt/*.py"), *ROOT.glob("runtime/*.py")])
+
+
+def project() -> dict[str, Any]:
+    parsed: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    return parsed
+
+
+def dotted(folder: Path) -> str:
+    """The package that a folder of the top level is: `export/zoo` -> `densepure_rt.export.zoo`."""
+    name = ".".join(folder.relative_to(ROOT).parts)
+    return name if name.startswith("densepure_rt") else f"densepure_rt.{name}"
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """The top-level name of every absolute import below `tree`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.partition(".")[0]
+
+
+def imports_at_load(tree: ast.AST) -> Iterator[str]:
+    """As `imports`, without what stands inside functions."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield from imports(node)
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield from imports_at_load(node)
+
+
+def in_fresh_python(code: str) -> str:
+    """What a new interpreter in the repository prints for `code`."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_pyproject_lists_every_package_folder() -> None:
+    folders = {ROOT / "densepure_rt", ROOT / "engines"}
+    for top in ("densepure_rt", "export", "runtime"):
+        for path, below, files in os.walk(ROOT / top):  # os.walk does not follow the links
+            below[:] = [name for name in below if name != "__pycache__"]
+            if any(name.endswith(".py") for name in files):
+                folders.add(Path(path))
+    setuptools = project()["tool"]["setuptools"]
+    assert setuptools["package-dir"] == {dotted(folder): folder.relative_to(ROOT).as_posix() for folder in folders}
+    assert sorted(setuptools["packages"]) == sorted(setuptools["package-dir"])
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_links_are_relative_and_resolve(room: str) -> None:
+    link = ROOT / "densepure_rt" / room
+    assert link.readlink() == Path("..") / room
+    assert link.resolve() == ROOT / room
+    assert link.is_dir()
+
+
+@pytest.mark.parametrize("path", TORCH_FREE, ids=name_of)
+def test_torch_is_imported_in_export_only(path: Path) -> None:
+    assert "torch" not in set(imports(ast.parse(path.read_text())))
+
+
+@pytest.mark.parametrize("path", TORCH_FREE, ids=name_of)
+def test_engine_libraries_are_imported_inside_functions_of_their_device_module_only(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    is_device = path.parent.name == "runtime" and path.name in DEVICE_MODULES
+    assert not ENGINE_LIBRARIES & set(imports_at_load(tree) if is_device else imports(tree))
+
+
+def test_everything_but_export_imports_without_torch_and_without_engine_libraries() -> None:
+    names = [
+        ".".join((dotted(path.parent), path.stem)).removesuffix(".__init__")
+        for path in TORCH_FREE
+        if path.stem != "__main__"
+    ]
+    blocked = sorted({"torch", "onnx", "diffusers", "matplotlib"} | ENGINE_LIBRARIES)
+    code = f"""
+import importlib, sys
+sys.modules.update(dict.fromkeys({blocked!r}))
+for name in {names!r}:
+    importlib.import_module(name)
+print("export loaded:", "densepure_rt.export" in sys.modules)
+"""
+    assert in_fresh_python(code) == "export loaded: False\n"
+
+
+def test_the_command_exists() -> None:
+    module, _, function = project()["project"]["scripts"]["densepure-rt"].partition(":")
+    assert in_fresh_python(f"import {module}; print(callable({module}.{function}))") == "True\n"
+
+
+def test_importing_the_package_takes_under_half_a_second() -> None:
+    code = "import time; start = time.perf_counter(); import densepure_rt; print(time.perf_counter() - start)"
+    assert min(float(in_fresh_python(code)) for _ in range(3)) < 0.5
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]:
+    """The wheel, built from the sdist, built from a copy of the tree in which somebody has built a plan."""
+    tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("dist")
+    for name in ("densepure_rt", *ROOMS):
+        shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    for folder in ("engines", "densepure_rt/data"):
+        (tree / folder / "unet.plan").write_bytes(b"built here")
+        (tree / folder / "unet.plan.json").write_text("{}")
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(tree)]
+    done = subprocess.run(build, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with zipfile.ZipFile(next(out.glob("*.whl"))) as archive:
+        yield archive
+
+
+def test_the_wheel_holds_every_module_under_one_name(wheel: zipfile.ZipFile) -> None:
+    names = set(wheel.namelist())
+    info = f"densepure_rt-{project()['project']['version']}.dist-info"
+    assert {name.partition("/")[0] for name in names} == {"densepure_rt", info}
+    for package, folder in project()["tool"]["setuptools"]["package-dir"].items():
+        for path in (ROOT / folder).glob("*.py"):
+            assert f"{package.replace('.', '/')}/{path.name}" in names
+    assert "densepure_rt/py.typed" in names
+
+
+@pytest.mark.parametrize(
+    ("folder", "pattern"),
+    [
+        ("densepure_rt/engines", "*.onnx"),
+        ("densepure_rt/engines", "*.onnx.json"),
+        ("densepure_rt/data", "*.npz"),
+        ("densepure_rt/export/zoo", "*.safetensors"),
+    ],
+)
+def test_the_wheel_holds_the_default_model_and_its_images(wheel: zipfile.ZipFile, folder: str, pattern: str) -> None:
+    files = [path.name for path in (ROOT / folder).glob(pattern)]
+    assert files
+    assert {f"{folder}/{name}" for name in files} <= set(wheel.namelist())
+
+
+def test_the_wheel_holds_every_file_that_the_runtime_reads(wheel: zipfile.ZipFile) -> None:
+    kernels = {f"densepure_rt/runtime/{path.name}" for path in ROOT.glob("runtime/*.cu")}
+    data = {f"densepure_rt/data/{path.name}" for path in ROOT.glob("densepure_rt/data/*") if ".plan" not in path.name}
+    assert kernels | data <= set(wheel.namelist())
+
+
+def test_the_wheel_holds_no_plan(wheel: zipfile.ZipFile) -> None:
+    assert [name for name in wheel.namelist() if ".plan" in name] == []
+
+
+def test_the_wheel_carries_both_licences(wheel: zipfile.ZipFile) -> None:
+    licences = {name.partition("/licenses/")[2] for name in wheel.namelist() if "/licenses/" in name}
+    assert licences == {"LICENSE", "densepure_rt/data/FASHION_MNIST_LICENSE.txt"}
+    metadata = next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    assert "License-Expression: Apache-2.0" in wheel.read(metadata).decode()
