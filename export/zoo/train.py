@@ -19,13 +19,16 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from densepure_rt.export.zoo.models import Classifier, new_unet
+from densepure_rt.export.zoo.models import Classifier, load_weights, new_unet
 
 IDX_IMAGE_HEADER, IDX_LABEL_HEADER = 16, 8  # bytes; the IDX format of MNIST
 T_MAX = 420  # sigma <= 1.0 starts at timestep 396 of the linear 1000-step schedule
 CHECKPOINT_EVERY = 200  # steps
 EMA_DECAY = 0.999
 BATCH = 64
+PURIFY_SIGMA = (0.1, 1.0)  # noise levels, in [0, 1] pixel units, that the classifier sees the purified images of
+
+RECIPE = {"unet": (4000, 5e-4), "clean-classifier": (14_000, 2e-3), "classifier": (1200, 5e-4)}  # steps, learning rate
 
 app = typer.Typer(add_completion=False)
 
@@ -95,8 +98,41 @@ def classification_loss(classifier: nn.Module, x: Tensor, y: Tensor, draw: torch
     return F.cross_entropy(classifier(augment(x, draw)).float(), y, label_smoothing=0.1)
 
 
+@torch.no_grad()
+def purify(unet: nn.Module, x0: Tensor, draw: torch.Generator) -> Tensor:
+    """Images noised at a sigma of their own, uniform on PURIFY_SIGMA, and denoised: half in one step, half in two."""
+    sigma = torch.empty(len(x0)).uniform_(*PURIFY_SIGMA, generator=draw)
+    schedule = alpha_bar()
+    t = (schedule[None] - 1 / (1 + 4 * sigma[:, None] ** 2)).abs().argmin(1)
+
+    def draws_like(x: Tensor) -> Tensor:
+        return torch.randn(x.shape, generator=draw)
+
+    def denoised(x: Tensor, t: Tensor) -> Tensor:
+        ab = schedule[t][:, None, None, None]
+        eps: Tensor = unet(x, t).sample.float()
+        return ((x - (1 - ab).sqrt() * eps) / ab.sqrt()).clip(-1, 1)
+
+    ab = schedule[t][:, None, None, None]
+    x = ab.sqrt() * x0 + (1 - ab).sqrt() * draws_like(x0)
+    once, half = denoised(x, t), len(x0) // 2
+    next_t, ab = t[:half] // 2, ab[:half]
+    ab_next = schedule[next_t][:, None, None, None]
+    beta = 1 - ab / ab_next  # of the respaced step; its posterior is eq. 6-7 of Ho et al. 2020
+    mean = (ab_next.sqrt() * beta * once[:half] + (1 - beta).sqrt() * (1 - ab_next) * x[:half]) / (1 - ab)
+    std = (beta * (1 - ab_next) / (1 - ab)).sqrt()
+    return torch.cat([denoised(mean + std * draws_like(mean), next_t), once[half:]])
+
+
+def purified_loss(classifier: nn.Module, unet: nn.Module, x: Tensor, y: Tensor, draw: torch.Generator) -> Tensor:
+    """Half of the batch clean and augmented, half purified."""
+    half = len(x) // 2
+    mixed = torch.cat([augment(x[:half], draw), purify(unet, x[half:], draw)])
+    return F.cross_entropy(classifier(mixed).float(), y, label_smoothing=0.1)
+
+
 def ema_update(average: dict[str, Tensor], model: nn.Module, step: int) -> None:
-    decay = min(EMA_DECAY, (1 + step) / (10 + step))  # short memory at the start, as in improved-diffusion's successors
+    decay = min(EMA_DECAY, (1 + step) / (10 + step))  # a short memory while the weights still move fast
     for name, value in model.state_dict().items():
         if value.dtype.is_floating_point:
             average[name].lerp_(value, 1 - decay)
@@ -105,11 +141,17 @@ def ema_update(average: dict[str, Tensor], model: nn.Module, step: int) -> None:
 
 
 def fit(kind: str, data: Path, out: Path, steps: int, peak: float, seed: int, progress: Progress) -> Path:
-    """Train `kind` ("unet" or "classifier") for `steps` steps, going on from a checkpoint if there is one."""
+    """Train `kind` ("unet", "clean-classifier" or "classifier") for `steps` steps, going on from its checkpoint.
+
+    The classifier starts from the clean one and sees purified images too; it needs the other two.
+    """
     torch.manual_seed(seed)
     x, y = read_idx(data, "train")
     model: nn.Module = new_unet() if kind == "unet" else Classifier()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.05 if kind == "classifier" else 0.0)
+    if kind == "classifier":
+        load_weights(model, out / "clean-classifier.safetensors")
+        unet = load_weights(new_unet(), out / "unet.safetensors")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.0 if kind == "unet" else 0.05)
     average = {name: value.clone() for name, value in model.state_dict().items()}
     checkpoint, first = out / f"{kind}.checkpoint.pt", 0
     if checkpoint.exists():
@@ -127,11 +169,12 @@ def fit(kind: str, data: Path, out: Path, steps: int, peak: float, seed: int, pr
         for group in optimizer.param_groups:
             group["lr"] = one_cycle(step, steps, peak)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = (
-                diffusion_loss(model, x[chosen], draw)
-                if kind == "unet"
-                else classification_loss(model, x[chosen], y[chosen], draw)
-            )
+            if kind == "unet":
+                loss = diffusion_loss(model, x[chosen], draw)
+            elif kind == "clean-classifier":
+                loss = classification_loss(model, x[chosen], y[chosen], draw)
+            else:
+                loss = purified_loss(model, unet, x[chosen], y[chosen], draw)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -141,9 +184,11 @@ def fit(kind: str, data: Path, out: Path, steps: int, peak: float, seed: int, pr
         progress.update(task, completed=step + 1, loss=smooth_loss)
         if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == steps:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            save_file(average, out / f"{kind}.safetensors")  # before the checkpoint, so that no resume lacks it
             torch.save(state | {"average": average, "step": step + 1}, checkpoint.with_suffix(".new"))
             checkpoint.with_suffix(".new").replace(checkpoint)
-            save_file(average, out / f"{kind}.safetensors")
+            if not progress.console.is_terminal:
+                progress.console.print(f"{kind}: step {step + 1} of {steps}, loss {smooth_loss:.4f}")
     return out / f"{kind}.safetensors"
 
 
@@ -154,8 +199,6 @@ def batches(x: Tensor, size: int = 500) -> Iterator[Tensor]:
 @torch.inference_mode()
 def accuracy(weights: Path, data: Path) -> float:
     """Clean accuracy of a classifier on the 10,000 test images."""
-    from densepure_rt.export.zoo.models import load_weights
-
     model = load_weights(Classifier(), weights)
     x, y = read_idx(data, "t10k")
     return float((torch.cat([model(part).argmax(1) for part in batches(x)]) == y).float().mean())
@@ -167,27 +210,19 @@ def main(
         "/usr/share/datasets/fashion-mnist"
     ),
     out: Annotated[Path, typer.Option(help="Checkpoints and final weights go here.")] = Path("runs/zoo"),
-    part: Annotated[str, typer.Option(help="classifier, unet or all.")] = "all",
-    unet_steps: int = 5000,
-    classifier_steps: int = 14_000,
     seed: int = 1,
     threads: Annotated[int, typer.Option(help="0: all cores.")] = 0,
 ) -> None:
-    """Train the classifier and the UNet of the default model, or go on where an earlier run stopped."""
+    """Train the UNet and the classifier of the default model, or go on where an earlier run stopped."""
     if threads:
         torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total} loss {task.fields[loss]:.4f}"),
-    )
-    with Progress(*columns, TimeRemainingColumn()) as progress:
-        if part in ("all", "classifier"):
-            weights = fit("classifier", data, out, classifier_steps, 2e-3, seed, progress)
-            progress.console.print(f"classifier: {100 * accuracy(weights, data):.2f} % of 10,000 test images")
-        if part in ("all", "unet"):
-            fit("unet", data, out, unet_steps, 5e-4, seed, progress)
+    counter = TextColumn("{task.completed}/{task.total} loss {task.fields[loss]:.4f}")
+    with Progress(TextColumn("{task.description}"), BarColumn(), counter, TimeRemainingColumn()) as progress:
+        for kind, (steps, peak) in RECIPE.items():
+            weights = fit(kind, data, out, steps, peak, seed, progress)
+            if kind != "unet":
+                progress.console.print(f"{kind}: {100 * accuracy(weights, data):.2f} % of 10,000 test images")
 
 
 if __name__ == "__main__":
