@@ -59,18 +59,30 @@ def clopper_pearson_lower(successes: int, n: int, alpha: float) -> float:
 
 
 def l2_radius(p_lower: float, sigma: float) -> float | None:
-    """sigma * Phi^-1(p_lower), rounded down, in the units of sigma; None unless p_lower is above one half."""
+    """sigma * Phi^-1(p_lower), rounded down, in the units of sigma; None unless p_lower is above one half.
+
+    The inverse starts from a p_lower moved down by more than its own error, and is checked with the forward function.
+    """
     if not p_lower > 0.5:
         return None
-    quantile = float(special.ndtri(p_lower))
+    step = 2 * MARGIN
+    quantile = float(special.ndtri(p_lower * (1 - step)))
     while quantile > 0 and special.ndtr(quantile) > p_lower * (1 - MARGIN):
-        quantile *= 1 - MARGIN
-    return math.nextafter(sigma * quantile, 0.0)
+        quantile, step = quantile - step, 2 * step
+    return max(0.0, math.nextafter(sigma * quantile, 0.0))
 
 
 def floored(radius: float) -> str:
     """A radius with three decimals, never above the radius itself."""
     return str(Decimal(radius).quantize(RADIUS_DIGITS, ROUND_FLOOR))
+
+
+def check_sampling(n0: int, n: int, alpha: float) -> None:
+    """Raise UsageError unless n0 and n are counts and alpha is a probability of failure."""
+    if n0 < 1 or n < 1:
+        raise UsageError(f"n0 and n are counts of samples, at least 1, got {n0} and {n}")
+    if not 0 < alpha < 0.5:
+        raise UsageError(f"alpha is a probability of failure, between 0 and 0.5, got {alpha:g}")
 
 
 @dataclass(frozen=True)
@@ -86,10 +98,7 @@ class FixedRule:
     charge: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.n0 < 1 or self.n < 1:
-            raise UsageError(f"n0 and n are counts of samples, got {self.n0} and {self.n}")
-        if not 0 < self.alpha < 0.5:
-            raise UsageError(f"alpha is a probability of failure, between 0 and 0.5, got {self.alpha:g}")
+        check_sampling(self.n0, self.n, self.alpha)
         if self.alpha - self.charge <= self.alpha / 2:
             raise UsageError(
                 f"the noise's finite precision over n = {self.n} samples costs {self.charge:.2g}, more than half of "

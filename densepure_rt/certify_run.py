@@ -6,7 +6,8 @@ import datetime
 import math
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,10 @@ RADII = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the papers' CIFAR-10 tables
 
 @dataclass(frozen=True)
 class Summary:
-    """done: images certified, of `asked`. accuracy: certified accuracy at each of RADII; None where n cannot reach."""
+    """done: images certified, of `asked`; fewer after Ctrl-C.
+
+    accuracy: certified accuracy at each of RADII; None where n cannot reach.
+    """
 
     done: int
     asked: int
@@ -93,7 +97,6 @@ def run(
     expected: Forecast,
     out: Path,
     seed: int | None,
-    interrupted: Callable[[Summary], None],
 ) -> Summary:
     """Certify `images` into the folder `out`, a line an image. Ctrl-C ends it after the images that are done."""
     results: list[tuple[int | None, Certificate]] = []
@@ -106,21 +109,15 @@ def run(
 
     status = Status()
     described = manifest(classifier, images, settings, seed)
-    with RunFolder(out, described, classifier.secret if seed is None else None) as folder:
-        try:
-            for result in track(classifier.certify_each(images, settings), len(images), status):
-                folder.add(result)
-                results.append((result.image.label, result.certificate))
-                not_finite += result.cost.not_finite
-                status.text = accuracy_so_far(summary()) if images.labelled else ""
-        except KeyboardInterrupt:
-            interrupted(summary())
-            raise
+    with RunFolder(out, described, classifier.secret if seed is None else None) as folder, suppress(KeyboardInterrupt):
+        for result in track(classifier.certify_each(images, settings), len(images), status):
+            folder.add(result)
+            results.append((result.image.label, result.certificate))
+            not_finite += result.cost.not_finite
+            status.text = accuracy_so_far(summary()) if images.labelled else ""
     return summary()
 
 
 def accuracy_so_far(summary: Summary) -> str:
-    shares = (
-        f"{100 * share:.0f} % at {r:g}" for r, share in zip(RADII, summary.accuracy, strict=True) if share is not None
-    )
-    return "certified " + ", ".join(shares)
+    reached = [(r, share) for r, share in zip(RADII, summary.accuracy, strict=True) if share is not None]
+    return "certified " + ", ".join(f"{100 * share:.0f} % at {r:g}" for r, share in reached)

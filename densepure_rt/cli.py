@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
 
 from densepure_rt import __version__
-from densepure_rt.console import Status, duration, stderr, stdout, track
+from densepure_rt.console import Status, duration, plural, rows, stderr, stdout, track
 from densepure_rt.errors import DensePureError, EnvironmentFault, UsageError
 
 if TYPE_CHECKING:
@@ -25,9 +26,22 @@ if TYPE_CHECKING:
     from densepure_rt.smoothing import Settings, SmoothedClassifier
 
 INTERRUPTED = 130  # the shell's code for Ctrl-C
-SHIPPED_MAX = 40  # of the 500 shipped images, so that a plain `certify` ends within 10 minutes on 2 cores
+SHIPPED_MAX = 25  # of the 500 shipped images, so that a plain `certify` ends within 10 minutes on 2 cores
+
+
+class Commands(TyperGroup):
+    """Ctrl-C anywhere ends in one line and the shell's exit code for it."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            stderr.print("stopped; what was printed or written before is whole")
+            raise typer.Exit(INTERRUPTED) from None
+
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -78,6 +92,7 @@ def densepure_rt(version: Annotated[bool, typer.Option("--version", help="Print 
 
 @app.command()
 def certify(
+    context: typer.Context,
     engine: Engine = None,
     classifier: ClassifierFile = None,
     images: Images = None,
@@ -89,7 +104,7 @@ def certify(
     n: Annotated[int, typer.Option(help="Samples that bound its probability.")] = 1000,
     alpha: Alpha = 0.001,
     preset: Annotated[
-        str | None, typer.Option(help="paper: --steps 10 --votes 40 --n0 100 --n 100000, as in the paper.")
+        str | None, typer.Option(help="paper: --steps 10 --votes 40 --n0 100 --n 100000, as published.")
     ] = None,
     batch: BatchSize = 32,
     threads: Threads = None,
@@ -107,7 +122,7 @@ def certify(
 
     if method != "fixed":
         raise UsageError(f"--method {method} is not known: fixed is the only one now")
-    settings = make_settings(sigma, steps, votes, n0, n, alpha, preset)
+    settings = make_settings(context, preset, sigma=sigma, steps=steps, votes=votes, n0=n0, n=n, alpha=alpha)
     with open_classifier(engine, classifier, batch, threads, engine_sha256, seed) as smoothed:
         chosen = open_image_set(images, smoothed, skip, limit)
         expected = forecast(smoothed, settings, len(chosen))
@@ -117,16 +132,16 @@ def certify(
                 print(json.dumps(dataclasses.asdict(expected)))
             return
         folder = out or Path("runs") / datetime.datetime.now().strftime("certify-%Y%m%d-%H%M%S")
-
-        def interrupted(summary: certify_run.Summary) -> None:
-            stderr.print(f"stopped after {summary.done} of {summary.asked} images; what is done is in {folder}")
-
-        summary = certify_run.run(smoothed, chosen, settings, expected, folder, seed, interrupted)
+        summary = certify_run.run(smoothed, chosen, settings, expected, folder, seed)
         print_summary(summary, chosen.labelled, folder, as_json)
+        if summary.done < summary.asked:
+            stderr.print(f"stopped after {summary.done} of {summary.asked} images; what is done is kept in {folder}")
+            raise typer.Exit(INTERRUPTED)
 
 
 @app.command()
 def predict(
+    context: typer.Context,
     images: Images = None,
     engine: Engine = None,
     classifier: ClassifierFile = None,
@@ -144,7 +159,7 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout.")] = False,
 ) -> None:
     """Label images with the smoothed classifier, or abstain (-1). Without --seed every call draws new noise."""
-    settings = make_settings(sigma, steps, votes, 1, n, alpha, None)
+    settings = make_settings(context, sigma=sigma, steps=steps, votes=votes, n=n, alpha=alpha)
     with open_classifier(engine, classifier, batch, threads, engine_sha256, seed) as smoothed:
         chosen = open_image_set(images, smoothed, skip, limit)
         if not as_json:
@@ -158,7 +173,8 @@ def predict(
                 print(json.dumps(line), flush=True)
             else:
                 name = "abstain" if label is None else smoothed.class_names[label]
-                columns = (image.idx, none_as(-1, image.label), none_as(-1, label), int(label == image.label), name)
+                right = int(label is not None and label == image.label)
+                columns = (image.idx, none_as(-1, image.label), none_as(-1, label), right, name)
                 print(*columns, sep="\t", flush=True)
 
 
@@ -172,7 +188,7 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace a bundle of another model.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Export the model from PyTorch to ONNX engines, checked against PyTorch. Needs densepure-rt[export]."""
+    """Export the model from PyTorch to ONNX engines, checked against PyTorch. Needs densepure-rt\\[export]."""
     try:
         from densepure_rt.export.default import export_default
     except ImportError as error:
@@ -203,10 +219,7 @@ def inspect(
     if as_json:
         print(json.dumps(report, indent=2))
     else:
-        table = plain_table()
-        for name, value in flattened(report):
-            table.add_row(name, escape(value))
-        stdout.print(table)
+        rows(stdout, flattened(report))
     if not report["check"]["matches"]:
         stderr.print("error: the file's SHA-256 is not the one in its sidecar: it is damaged or another engine")
         raise typer.Exit(1)
@@ -221,28 +234,33 @@ def doctor(as_json: Json = False) -> None:
     if as_json:
         print(json.dumps(dataclasses.asdict(diagnosis), indent=2))
     else:
-        table = plain_table()
         for finding in diagnosis.findings:
             style = {"ok": "green", "missing": "yellow", "broken": "red"}[finding.state]
-            table.add_row(f"[{style}]{finding.state}[/]", finding.what, escape(finding.found))
-        stdout.print(table)
+            stdout.print(Text(f"{finding.state:<8}", style) + f"{finding.what:<16} {finding.found}")
         print(f"next: {diagnosis.next_command}")
     if not diagnosis.healthy:
         raise typer.Exit(EnvironmentFault.exit_code)
 
 
-def make_settings(sigma: float, steps: int, votes: int, n0: int, n: int, alpha: float, preset: str | None) -> Settings:
+def make_settings(context: typer.Context, preset: str | None = None, **values: Any) -> Settings:
+    """The settings that the options ask for. A preset gives way to options that were typed."""
     from densepure_rt.smoothing import PAPER, Settings
 
-    if preset is None:
-        settings = Settings(sigma, steps, votes, n0, n, alpha)
-    elif preset == "paper":
-        settings = dataclasses.replace(PAPER, sigma=sigma, alpha=alpha)
-    else:
+    if preset not in (None, "paper"):
         raise UsageError(f"--preset {preset} is not known: paper is the only one")
+    if preset == "paper":
+        values = {name: value for name, value in values.items() if was_typed(context, name)}
+        settings = dataclasses.replace(PAPER, **values)
+    else:
+        settings = Settings(**values)
     if settings.effective.votes < settings.votes:
-        stderr.print(f"with --steps {steps} nothing is random after the smoothing noise: votes set to 1")
+        stderr.print(f"with --steps {settings.steps} nothing is random after the smoothing noise: votes set to 1")
     return settings
+
+
+def was_typed(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def open_classifier(
@@ -261,15 +279,6 @@ def open_image_set(path: Path | None, smoothed: SmoothedClassifier, skip: int, l
     return open_images(path, smoothed.bundle.unet.image, smoothed.class_names).select(skip, limit)
 
 
-def plain_table() -> Table:
-    """Two or three columns without a frame; long values are folded, never cut."""
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    table.add_column(overflow="fold")
-    return table
-
-
 def none_as(default: int, value: int | None) -> int:
     return default if value is None else value
 
@@ -283,18 +292,17 @@ def print_forecast(smoothed: SmoothedClassifier, images: ImageSet, settings: Set
     sigma, unet = settings.sigma, smoothed.bundle.unet
     timesteps = ", ".join(str(t) for t in smoothed.chain(settings).timesteps) or "none"
     low, high = (duration(seconds) for seconds in expected.seconds)
-    table = plain_table()
-    table.add_row(
-        "device", ", ".join(f"{value}" if name == "provider" else f"{name} {value}" for name, value in device.items())
-    )
-    table.add_row("engine", f"{smoothed.bundle.unet_path}, {unet.precision}, sha256 {unet.file.sha256[:16]}")
-    table.add_row("images", f"{expected.images} of {images.name}")
-    table.add_row("noise", f"sigma {sigma:g} in [0, 1] pixel units ({2 * sigma:g} in the network's [-1, 1])")
-    table.add_row("steps", f"{settings.steps}, timesteps {timesteps}; {settings.effective.votes} votes a sample")
-    table.add_row("UNet calls", f"{between(*expected.unet_calls)} an image")
-    table.add_row("time", low if low == high else f"{low} to {high}, as early as ballots are decided")
-    table.add_row("reach", f"no radius beyond {expected.reach:.3f} can be certified with n = {settings.n}")
-    stderr.print(table)
+    lines = {
+        "device": ", ".join(f"{value}" if name == "provider" else f"{name} {value}" for name, value in device.items()),
+        "engine": f"{smoothed.bundle.unet_path}, {unet.precision}, sha256 {unet.file.sha256[:16]}",
+        "images": f"{expected.images} of {images.name}",
+        "noise": f"sigma {sigma:g} in [0, 1] pixel units ({2 * sigma:g} in the network's [-1, 1])",
+        "steps": f"{settings.steps}, timesteps {timesteps}; {plural(settings.effective.votes, 'vote')} a sample",
+        "UNet calls": f"{between(*expected.unet_calls)} an image",
+        "time": low if low == high else f"{low} to {high}, as early as ballots are decided",
+        "reach": f"no radius beyond {expected.reach:.3f} can be certified with n = {settings.n}",
+    }
+    rows(stderr, lines.items())
 
 
 def print_summary(summary: Summary, labelled: bool, folder: Path, as_json: bool) -> None:
@@ -305,7 +313,7 @@ def print_summary(summary: Summary, labelled: bool, folder: Path, as_json: bool)
         print(json.dumps(dataclasses.asdict(summary) | {"accuracy": accuracy, "out": str(folder)}))
         return
     if labelled:
-        table = Table(title=f"certified accuracy of {summary.done} images", title_justify="left", box=None)
+        table = Table(title=f"certified accuracy of {plural(summary.done, 'image')}", title_justify="left", box=None)
         table.add_column("radius")
         for radius in RADII:
             table.add_column(f"{radius:g}", justify="right")
@@ -335,8 +343,9 @@ def main() -> None:
     except DensePureError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+    except MemoryError:
+        print("error: this does not fit into memory: ask for a smaller --batch", file=sys.stderr)
+        sys.exit(EnvironmentFault.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit stays quiet
         sys.exit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -11,18 +12,30 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 PLAIN_EVERY = 10.0  # seconds between plain lines
-stderr = Console(stderr=True, highlight=False)
-stdout = Console(highlight=False)
+stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+stdout = Console(highlight=False, markup=False, soft_wrap=True)
 T = TypeVar("T")
 
 
 def duration(seconds: float) -> str:
     """Two figures that a person can read: 0.4 s, 12 s, 3 min, 2.1 h, 5 days."""
-    for limit, divisor, unit in ((10, 1, "s"), (120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
-        if seconds < limit:
-            value = seconds / divisor
-            return f"{value:.1f} {unit}" if value < 10 else f"{value:.0f} {unit}"
-    return f"{seconds / 86_400:.0f} days"
+    units = ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h"), (math.inf, 86_400, "days"))
+    divisor, unit = next((divisor, unit) for limit, divisor, unit in units if seconds < limit)
+    value = seconds / divisor
+    return f"{value:.1f} {unit}" if value < 9.95 else f"{value:.0f} {unit}"
+
+
+def plural(count: int, noun: str) -> str:
+    """1 image, 2 images."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def rows(console: Console, pairs: Iterable[tuple[str, str]]) -> None:
+    """Names and values, aligned; a terminal wraps long values, and nothing is ever cut."""
+    pairs = list(pairs)
+    width = max(len(name) for name, _ in pairs)
+    for name, value in pairs:
+        console.print(f"{name:<{width}}  {value}")
 
 
 class Status:
@@ -45,7 +58,7 @@ def _bar(work: Iterable[T], total: int, status: Status) -> Iterator[T]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[status]}"),
     )
-    with Progress(*columns, console=stderr, transient=True) as progress:
+    with Progress(*columns, console=stderr, transient=True, redirect_stdout=stdout.is_terminal) as progress:
         task = progress.add_task("", total=total, rate="", status="")
         started = time.monotonic()
         for done, item in enumerate(work, start=1):
@@ -62,9 +75,5 @@ def _lines(work: Iterable[T], total: int, status: Status) -> Iterator[T]:
         if now - said >= PLAIN_EVERY or done == total:
             said = now
             each = (now - started) / done
-            left = duration(each * (total - done))
-            print(
-                f"{done}/{total} images, {duration(each)} an image, {left} left; {status.text}",
-                file=sys.stderr,
-                flush=True,
-            )
+            line = f"{done}/{total} images, {duration(each)} an image, {duration(each * (total - done))} left"
+            print(f"{line}; {status.text}" if status.text else line, file=sys.stderr, flush=True)

@@ -76,7 +76,7 @@ class ImageSet:
     def select(self, skip: int = 1, limit: int | None = None) -> ImageSet:
         """Every `skip`-th image by position, at most `limit` of them."""
         if skip < 1 or (limit is not None and limit < 1):
-            raise UsageError(f"skip {skip} and limit {limit} select no image; both must be 1 or more")
+            raise UsageError(f"--skip {skip} and --max {limit} select no image: both must be 1 or more")
         return replace(self, positions=self.positions[::skip][:limit])
 
     def sha256(self) -> str:

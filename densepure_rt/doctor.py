@@ -25,11 +25,12 @@ EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "safetensors", "diffusers")
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: what was looked at, whether it is well, and what was found."""
+    """One line: what was looked at, whether it is well, what was found, and whether nothing works without it."""
 
     what: str
     state: Literal["ok", "missing", "broken"]
     found: str
+    needed: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Diagnosis:
 
     @property
     def healthy(self) -> bool:
-        return all(finding.state != "broken" for finding in self.findings)
+        """Whether this machine can certify."""
+        return all(finding.state == "ok" for finding in self.findings if finding.needed)
 
 
 def diagnose() -> Diagnosis:
@@ -68,8 +70,8 @@ def onnxruntime_finding() -> Finding:
     try:
         version = onnxruntime_version()
     except EnvironmentFault as fault:
-        return Finding("ONNX Runtime", "broken" if onnxruntime_conflict() else "missing", str(fault))
-    return Finding("ONNX Runtime", "ok", f"{version}, runs .onnx engines on the CPU")
+        return Finding("ONNX Runtime", "broken" if onnxruntime_conflict() else "missing", str(fault), True)
+    return Finding("ONNX Runtime", "ok", f"{version}, runs .onnx engines on the CPU", True)
 
 
 def gpu_finding() -> Finding:
@@ -92,7 +94,7 @@ def engines_finding() -> Finding:
         bundle = open_bundle(shipped_engine())
         for path, expected in ((bundle.unet_path, bundle.unet), (bundle.classifier_path, bundle.classifier)):
             if sha256_of(path) != expected.file.sha256:
-                return Finding("shipped engines", "broken", f"{path} does not match its sidecar")
+                return Finding("shipped engines", "broken", f"{path} does not match its sidecar", True)
     except (DensePureError, OSError) as error:
-        return Finding("shipped engines", "broken", str(error))
-    return Finding("shipped engines", "ok", f"{bundle.unet_path}, {bundle.unet.precision}, hashes match")
+        return Finding("shipped engines", "broken", str(error), True)
+    return Finding("shipped engines", "ok", f"{bundle.unet_path}, {bundle.unet.precision}, hashes match", True)

@@ -55,7 +55,7 @@ def seconds_per_item(device: Device, chain: Chain, kind: Kind) -> float:
         for _ in range(rounds):
             for caller in range(device.in_flight):
                 own = np.arange(n) + caller * n
-                step = np.full(n, len(chain) - 1)
+                step = np.full(n if kind == "step" else 0, len(chain) - 1)  # the last: it draws its noise
                 columns = {"image": np.full(n, handle), "sample": own, "vote": own * 0, "source": own, "target": own}
                 device.submit(Batch(kind=kind, step=step, t=chain.t[step], coef=chain.coef[step], **columns))
             for _ in range(device.in_flight):
@@ -70,8 +70,8 @@ def seconds_per_item(device: Device, chain: Chain, kind: Kind) -> float:
 
 def forecast(classifier: SmoothedClassifier, settings: Settings, images: int) -> Forecast:
     """Time a few batches and add up. Raises UsageError when n is too small to certify any radius at all."""
-    pixels = math.prod(classifier.bundle.unet.image)
-    rule = settings.rule(pixels)
+    chain = classifier.chain(settings)  # first: it refuses a sigma that no table should be made for
+    rule = settings.rule(math.prod(classifier.bundle.unet.image))
     reach = rule.largest_radius(settings.sigma)
     if reach is None:
         enough = next(n for n in range(1, 100_000) if clopper_pearson_lower(n, n, settings.alpha) > 0.5)
@@ -79,10 +79,9 @@ def forecast(classifier: SmoothedClassifier, settings: Settings, images: int) ->
             f"n = {settings.n} samples cannot certify any radius at alpha = {settings.alpha:g}, even when all agree: "
             f"ask for --n {enough} at least"
         )
-    chain = classifier.chain(settings)
     unet_calls, classifier_calls = calls_per_image(settings, settings.n0 + settings.n)
     per_step = seconds_per_item(classifier.device, chain, "step") if len(chain) else 0.0
-    per_label = seconds_per_item(classifier.device, chain, "classify") if len(chain) else 0.0
+    per_label = seconds_per_item(classifier.device, chain, "classify")
     least, most = (
         images * (unets * per_step + labels * per_label)
         for unets, labels in zip(unet_calls, classifier_calls, strict=True)

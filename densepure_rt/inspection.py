@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
-from densepure_rt.errors import UsageError
+from densepure_rt.errors import CheckFailed, UsageError
 from densepure_rt.runtime.bundle import read_sidecar, sha256_of
 
 
@@ -16,7 +17,7 @@ def inspect(path: Path) -> dict[str, Any]:
     path: an engine file, or its sidecar. "graph" is there when the onnx package is installed and the hash is right.
     """
     engine = path.with_name(path.name.removesuffix(".json")) if path.suffix == ".json" else path
-    if not engine.exists():
+    if not os.path.isfile(engine):  # unlike Path.exists, it takes any name for an answer
         raise UsageError(f'no file at {engine}: give an engine such as engines/unet.onnx, or run "densepure-rt export"')
     sidecar = read_sidecar(engine)
     try:
@@ -37,7 +38,12 @@ def onnx_graph(engine: Path) -> dict[str, Any] | None:
         import onnx
     except ImportError:
         return None
-    model = onnx.load(engine, load_external_data=False)
+    try:
+        model = onnx.load(engine, load_external_data=False)
+    except Exception as error:  # protobuf's errors, whichever protobuf is installed
+        raise CheckFailed(
+            f"{engine} is the file that its sidecar names, but not an ONNX model ({error}): export it again"
+        ) from error
 
     def described(value: Any) -> str:
         tensor = value.type.tensor_type

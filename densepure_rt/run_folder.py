@@ -10,10 +10,11 @@ secret.key      what the noise was keyed with, readable by its owner alone; abse
 from __future__ import annotations
 
 import datetime
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -24,6 +25,9 @@ from densepure_rt.smoothing import Certified
 
 SCHEMA_VERSION = 1
 TSV_COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")  # locuslab/smoothing
+RESULTS = ("results.tsv", "results.jsonl", "timing.jsonl")
+FILES = ("manifest.json", "secret.key", *RESULTS)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 ABSTAIN = -1  # in the TSV alone, as in locuslab/smoothing
 
 
@@ -69,10 +73,13 @@ class RunFolder:
 
     def __init__(self, path: Path, manifest: Mapping[str, Any], secret: bytes | None) -> None:
         self.path = path
-        if (path / "manifest.json").exists() or (path / "results.tsv").exists():
-            raise UsageError(f"{path} already holds a run: choose another folder with --out, or move it away")
         self._files: dict[str, TextIO] = {}
-        with writing(self.path):
+        with writing(path), closed_on_failure(self):
+            if found := [name for name in FILES if (path / name).exists()]:
+                raise UsageError(
+                    f"{path} already holds a run ({', '.join(found)}): choose another folder with --out, "
+                    f"or move that one away"
+                )
             path.mkdir(parents=True, exist_ok=True)
             if secret is not None:
                 descriptor = os.open(path / "secret.key", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -81,7 +88,7 @@ class RunFolder:
             new = path / "manifest.json.new"
             new.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
             new.replace(path / "manifest.json")
-            for name in ("results.tsv", "results.jsonl", "timing.jsonl"):
+            for name in RESULTS:
                 self._files[name] = (path / name).open("x", encoding="utf-8", newline="\n")
             self._append("results.tsv", "\t".join(TSV_COLUMNS) + "\n")
 
@@ -91,8 +98,13 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files. Safe to call twice; what a full disk did not take was reported when it was written."""
         for file in self._files.values():
-            file.close()
+            with suppress(OSError):
+                file.close()
 
     def add(self, result: Certified) -> None:
         with writing(self.path):
@@ -106,12 +118,22 @@ class RunFolder:
 
 
 @contextmanager
+def closed_on_failure(folder: RunFolder) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        folder.close()
+        raise
+
+
+@contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn an OSError into one clear message."""
     try:
         yield
     except OSError as error:
+        repair = "free some space, or " if error.errno in NO_SPACE else ""
         raise EnvironmentFault(
-            f"cannot write {error.filename or path} ({error.strerror}): free some space or choose another folder "
-            f"with --out; what was written so far is kept"
+            f"cannot write {error.filename or path} ({error.strerror}): {repair}choose another folder with --out; "
+            f"what was written so far is kept"
         ) from error

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import secrets
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -16,11 +18,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from densepure_rt.certification import Certificate, FixedRule, predicted
+from densepure_rt.certification import Certificate, FixedRule, check_sampling, predicted
 from densepure_rt.datasets import LabelledImage
 from densepure_rt.errors import UsageError
 from densepure_rt.runtime.bundle import Bundle, open_bundle
-from densepure_rt.runtime.device import NOT_FINITE, Device, available_cores, open_device
+from densepure_rt.runtime.device import MAX_BATCH, MAX_THREADS, NOT_FINITE, Device, available_cores, open_device
 from densepure_rt.runtime.noise import Purpose, image_key, smoothing_law
 from densepure_rt.runtime.reverse import Outcome, decide
 from densepure_rt.runtime.schedule import Chain, make_chain
@@ -42,8 +44,11 @@ class Settings:
     alpha: float = 0.001
 
     def __post_init__(self) -> None:
+        check_sampling(self.n0, self.n, self.alpha)
         if self.votes < 1:
             raise UsageError(f"votes is a count, at least 1, got {self.votes}")
+        if self.steps < 0:
+            raise UsageError(f"steps is a count of reverse steps, got {self.steps}")
 
     @property
     def effective(self) -> Settings:
@@ -110,6 +115,7 @@ class SmoothedClassifier:
     def __init__(self, bundle: Bundle, device: Device, secret: bytes | None = None) -> None:
         self.bundle, self.device = bundle, device
         self.secret = new_secret() if secret is None else secret
+        self._busy = False  # two iterations would share slots
 
     def __enter__(self) -> SmoothedClassifier:
         return self
@@ -165,9 +171,9 @@ class SmoothedClassifier:
 
     def certify_each(self, images: Iterable[LabelledImage], settings: Settings) -> Iterator[Certified]:
         """The certificates of `images`, in their order. Memory does not grow with n or with the number of images."""
+        rule = settings.rule(math.prod(self.bundle.unet.image))
         phases: tuple[tuple[Purpose, int], ...] = (("select", settings.n0), ("certify", settings.n))
         for image, (selection, estimation), cost in self._count(images, settings, phases):
-            rule = settings.rule(image.pixels.size)
             yield Certified(image, rule.certify(selection, estimation, settings.sigma), cost)
 
     def predict_each(self, images: Iterable[LabelledImage], settings: Settings) -> Iterator[Predicted]:
@@ -198,20 +204,31 @@ class SmoothedClassifier:
                 for handle, count in zip(handles, samples, strict=True):
                     yield from ((handle, sample) for sample in range(count))
 
+        if self._busy:
+            raise UsageError("this classifier is already at work: finish or close that iteration, or load another one")
+        self._busy = True
         started = time.perf_counter()
-        for outcome in decide(self.device, chain, work(), settings.ballot):
-            oldest = under_way[0]
-            oldest.add(outcome)
-            if oldest.missing == 0:
-                under_way.popleft()
-                for handle in oldest.handles:
-                    self.device.close_image(handle)
-                oldest.cost.seconds, started = time.perf_counter() - started, time.perf_counter()
-                yield oldest.image, oldest.counts, oldest.cost
+        try:
+            with closing(decide(self.device, chain, work(), settings.ballot)) as outcomes:
+                for outcome in outcomes:
+                    oldest = under_way[0]
+                    oldest.add(outcome)
+                    if oldest.missing == 0:
+                        self._close(under_way.popleft())
+                        oldest.cost.seconds, started = time.perf_counter() - started, time.perf_counter()
+                        yield oldest.image, oldest.counts, oldest.cost
+        finally:
+            for unfinished in under_way:
+                self._close(unfinished)
+            self._busy = False
 
     def _open(self, image: LabelledImage, purpose: Purpose, sigma: float, chain: Chain) -> int:
         key = image_key(self.secret, purpose, sigma, image.pixels)
         return self.device.open_image(image.pixels, key, sigma, chain.scale)
+
+    def _close(self, image: _UnderWay) -> None:
+        for handle in image.handles:
+            self.device.close_image(handle)
 
 
 class _UnderWay:
@@ -254,11 +271,14 @@ def load(
 
     Raises UsageError, CheckFailed or EnvironmentFault; each says what to do next.
     """
-    if batch < 1 or (threads is not None and threads < 1):
-        raise UsageError(f"batch and threads are counts, at least 1, got {batch} and {threads}")
+    threads = available_cores() if threads is None else threads
+    if not (1 <= batch <= MAX_BATCH and 1 <= threads <= MAX_THREADS):
+        raise UsageError(
+            f"--batch is a count up to {MAX_BATCH} and --threads one up to {MAX_THREADS}, got {batch} and {threads}"
+        )
     bundle = open_bundle(
         shipped_engine() if engine is None else Path(engine),
         None if classifier is None else Path(classifier),
         engine_sha256,
     )
-    return SmoothedClassifier(bundle, open_device(bundle, batch, threads or available_cores()), secret)
+    return SmoothedClassifier(bundle, open_device(bundle, batch, threads), secret)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,7 @@ def classifier_differences(engine: Path, model: ClassifierModel, pixels: NDArray
 
 def check(differences: list[Difference], precision: str) -> Difference:
     """The worst of them. Raises CheckFailed when it is beyond what this precision may lose."""
-    worst = max(differences, key=lambda d: d.relative_l2)
+    worst = max(differences, key=lambda d: math.inf if math.isnan(d.relative_l2) else d.relative_l2)
     limit = RELATIVE_L2[precision]
     if not worst.relative_l2 <= limit:
         raise CheckFailed(

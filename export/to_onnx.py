@@ -32,12 +32,11 @@ from densepure_rt.runtime.bundle import (
     sidecar_path,
     to_json,
 )
-from densepure_rt.runtime.device import installed_versions
+from densepure_rt.runtime.device import MAX_BATCH, installed_versions
 from densepure_rt.runtime.onnx_device import CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, STEP_INPUTS, STEP_OUTPUTS
 
 OPSET = 20  # the newest that TensorRT 10.3 (JetPack 6) reads
 TRACE_BATCH = 2  # 1 would be taken for a constant
-MAX_BATCH = 65_536
 KEPT_METADATA = "pkg.torch.onnx.name_scopes"  # the PyTorch module behind a node; the rest holds source paths
 PIXEL_RANGE = (-1.0, 1.0)
 

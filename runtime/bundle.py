@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from densepure_rt.errors import CheckFailed, UsageError
 from densepure_rt.runtime.schedule import Schedule, Variance
 
 SCHEMA_VERSION = 1
+MAX_STEPS = 1_000_000  # of a schedule; published ones have 1000 or 4000
 Kind = Literal["step", "classify"]
 T = TypeVar("T")
 
@@ -110,7 +112,10 @@ class _Fields:
             raise CheckFailed(
                 f"{self.where}: {name!r} should be a {kind.__name__}, found {found}: export the bundle again"
             )
-        return kind(value)  # type: ignore[call-arg]  # an int where a float is meant
+        try:
+            return kind(value)  # type: ignore[call-arg]  # an int where a float is meant
+        except OverflowError:
+            raise CheckFailed(f"{self.where}: {name!r} is beyond any float: export the bundle again") from None
 
     def choice(self, name: str, allowed: tuple[str, ...]) -> Any:
         value = self(name, str)
@@ -136,6 +141,19 @@ def _file_ref(fields: _Fields) -> FileRef:
     return FileRef(name, digest)
 
 
+def _schedule(fields: _Fields) -> Schedule:
+    schedule = Schedule(
+        name=fields.choice("name", ("linear", "cosine")),
+        steps=fields("steps", int),
+        beta_start=fields("beta_start", float),
+        beta_end=fields("beta_end", float),
+        timestep_scale=fields("timestep_scale", float),
+    )
+    if not (1 <= schedule.steps <= MAX_STEPS and 0 < schedule.beta_start <= schedule.beta_end < 1):
+        raise CheckFailed(f"{fields.where} is not a noise schedule ({schedule}): export the bundle again")
+    return schedule
+
+
 def read_sidecar(engine: Path) -> StepSidecar | ClassifierSidecar:
     """The sidecar of an engine file, checked field by field. Nothing of the engine itself is read.
 
@@ -153,7 +171,7 @@ def read_sidecar(engine: Path) -> StepSidecar | ClassifierSidecar:
         raise CheckFailed(f"{path} is not a text file: copy it again, or export the bundle again") from error
     try:
         fields = _Fields(json.loads(text), str(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: not JSON, or an integer of thousands of digits
         raise CheckFailed(f"{path} is not valid JSON ({error}): copy it again, or export the bundle again") from error
     if (version := fields("schema_version", int)) != SCHEMA_VERSION:
         raise CheckFailed(
@@ -175,16 +193,9 @@ def read_sidecar(engine: Path) -> StepSidecar | ClassifierSidecar:
     if common["kind"] == "classify":
         names = fields("class_names", list)
         return ClassifierSidecar(**common, class_names=tuple(str(name) for name in names))
-    schedule = fields.object("schedule")
     return StepSidecar(
         **common,
-        schedule=Schedule(
-            name=schedule.choice("name", ("linear", "cosine")),
-            steps=schedule("steps", int),
-            beta_start=schedule("beta_start", float),
-            beta_end=schedule("beta_end", float),
-            timestep_scale=schedule("timestep_scale", float),
-        ),
+        schedule=_schedule(fields.object("schedule")),
         variance=fields.choice("variance", get_args(Variance)),
         prediction=fields("prediction", str),
         clip=None if fields.values.get("clip") is None else fields.numbers("clip", float, 2),
@@ -217,7 +228,7 @@ def open_bundle(engine: Path, classifier: Path | None = None, engine_sha256: str
 
     Raises UsageError or CheckFailed; the engines themselves are not read yet.
     """
-    if not engine.exists():
+    if not os.path.isfile(engine):  # unlike Path.exists, it takes any name for an answer
         raise UsageError(f'no engine at {engine}: make one with "densepure-rt export", or leave --engine out')
     unet = read_sidecar(engine)
     if not isinstance(unet, StepSidecar):
@@ -227,7 +238,7 @@ def open_bundle(engine: Path, classifier: Path | None = None, engine_sha256: str
             f"--engine-sha256 pins {engine_sha256[:16]}..., the sidecar of {engine} says {unet.file.sha256[:16]}..."
         )
     path = classifier or engine.with_name(unet.classifier.name)
-    if not path.exists():
+    if not os.path.isfile(path):
         raise UsageError(f"no classifier at {path}: copy it beside {engine.name}, or name one with --classifier")
     labels = read_sidecar(path)
     if not isinstance(labels, ClassifierSidecar):

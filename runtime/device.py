@@ -21,6 +21,8 @@ from densepure_rt.runtime.noise import Key
 
 NOT_FINITE = -1  # in place of a label: the network gave NaN or Inf somewhere on the way
 Kind = Literal["smooth", "step", "classify"]
+MAX_BATCH = 65_536  # items; the exported graphs take no more
+MAX_THREADS = 1024
 ONNXRUNTIME_WHEELS = ("onnxruntime", "onnxruntime-gpu")
 
 
@@ -48,7 +50,11 @@ class Batch:
 
 
 class Device(Protocol):
-    """What the reverse loop asks of a device. Batches may finish in any order; the loop keeps its own."""
+    """What the reverse loop asks of a device.
+
+    Batches may finish in any order, but none is kept waiting for ever: of those that are finished, `collect` hands out
+    the oldest. One reverse loop at a time.
+    """
 
     batch: int  # items in one batch
     in_flight: int  # batches that may be outstanding
@@ -66,6 +72,9 @@ class Device(Protocol):
 
     def collect(self) -> tuple[int, NDArray[np.int64] | None]:
         """Wait for a batch: its ticket, and for a classify batch the labels, int64 [n], or NOT_FINITE."""
+
+    def drain(self) -> None:
+        """Wait for whatever is outstanding and forget it. Never raises."""
 
     def read(self, slots: Sequence[int]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Copies of mean and std, float32 [n, C, H, W] each: for replay, pictures and parity."""

@@ -35,6 +35,7 @@ SMOOTHING_STEP = 0  # step counter of smoothing noise; vote noise has step >= 1
 
 FRACTION_BITS = 256  # of the fixed-point numbers below; thresholds need 64
 ONE = 1 << FRACTION_BITS
+LARGEST_STD = 65_536  # grid steps; 1.2 million thresholds
 TAIL = 12  # standard deviations; the mass beyond is below 2^-107
 
 
@@ -145,10 +146,10 @@ def rounded_normal(std: Fraction) -> RoundedNormal:
 
     The normalising constant is the sum of the cells itself, so that neither pi nor a square root is needed.
     """
-    if std < 1:
+    if not 1 <= std <= LARGEST_STD:
         raise UsageError(
-            f"noise of standard deviation {float(std):.3g} grid steps vanishes in rounding: "
-            f"ask for sigma >= 1/{PIXEL_LEVELS}"
+            f"noise of standard deviation {float(std):.3g} grid steps is not between 1, where it vanishes in rounding, "
+            f"and {LARGEST_STD}, where its table outgrows the memory: ask for sigma between 0.004 and 100"
         )
     weights = cell_weights(std)
     total = 2 * sum(weights) - weights[0]

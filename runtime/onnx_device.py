@@ -106,8 +106,12 @@ class OnnxDevice:
 
     def collect(self) -> tuple[int, NDArray[np.int64] | None]:
         done, _ = wait(self._outstanding, return_when=FIRST_COMPLETED)
-        future = done.pop()
-        return self._outstanding.pop(future), future.result()
+        oldest = min(done, key=self._outstanding.__getitem__)
+        return self._outstanding.pop(oldest), oldest.result()
+
+    def drain(self) -> None:
+        wait(self._outstanding)
+        self._outstanding.clear()
 
     def read(self, slots: Sequence[int]) -> tuple[Floats, Floats]:
         return self._mean[list(slots)], self._std[list(slots)]
@@ -171,16 +175,28 @@ class OnnxDevice:
         The same item is run with other neighbours and at another place of the batch, and compared bit by bit.
         """
         chain = make_chain(bundle.unet.schedule, bundle.unet.variance, PROBE_SIGMA, 1)
+        t, coef = np.repeat(chain.t, self.batch), np.repeat(chain.coef, self.batch, axis=0)
         draw = np.random.Generator(np.random.Philox(0))
         mean, noise = draw.standard_normal((2, self.batch, *self.image_shape), np.float32)
         others = draw.standard_normal(mean.shape, np.float32)
         others[-1] = mean[0]
-        t, coef = np.repeat(chain.t, self.batch), np.repeat(chain.coef, self.batch, axis=0)
-        outputs = []
-        for x in (mean, others):
+
+        def run(x: Floats) -> list[Floats]:
             step = {"mean": x, "std": np.zeros_like(x), "noise": noise, "t": t, "coef": coef}
-            outputs.append([*self._step.run(STEP_OUTPUTS, step), *self._classify.run(CLASSIFY_OUTPUTS, {"mean": x})])
-        first, second = outputs
+            return [*self._step.run(STEP_OUTPUTS, step), *self._classify.run(CLASSIFY_OUTPUTS, {"mean": x})]
+
+        try:
+            first, second = run(mean), run(others)
+        except Exception as error:  # ONNX Runtime's errors have no common base but this
+            raise CheckFailed(
+                f"{bundle.unet_path.name} or {bundle.classifier_path.name} does not take the images of "
+                f"{list(self.image_shape)} that its sidecar names ({error}): export the bundle again"
+            ) from error
+        if first[3].shape != (self.batch, len(bundle.classifier.class_names)):
+            raise CheckFailed(
+                f"{bundle.classifier_path.name} gives logits of {list(first[3].shape[1:])} for the "
+                f"{len(bundle.classifier.class_names)} classes that its sidecar names: export the bundle again"
+            )
         if not (np.isfinite(first[0]).all() and (first[2] > 0).all() and np.isfinite(first[3]).all()):
             raise CheckFailed(
                 f"{bundle.unet_path.name} or {bundle.classifier_path.name} gives NaN or Inf on ordinary input: "

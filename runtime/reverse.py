@@ -9,7 +9,7 @@ complete: unanimous samples finish first and would bias the count.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -68,7 +68,7 @@ class Item(NamedTuple):
 
 def decide(
     device: Device, chain: Chain, work: Iterable[tuple[int, int]], new_ballot: Callable[[], Ballot]
-) -> Iterator[Outcome]:
+) -> Generator[Outcome, None, None]:
     """The outcome of each (image handle, sample index) of `work`, in that order.
 
     `work` is drawn from as room becomes free, so it may open images as it goes. With fewer than two steps nothing is
@@ -92,7 +92,7 @@ class _Loop:
         self.free = list(range(slots))
         device.reserve(slots)
 
-    def run(self) -> Iterator[Outcome]:
+    def run(self) -> Generator[Outcome, None, None]:
         decided: dict[int, Outcome] = {}
         place = 0
         try:
@@ -104,8 +104,7 @@ class _Loop:
                     yield decided.pop(place)
                     place += 1
         finally:
-            while self.outstanding:  # after an error or Ctrl-C: leave the device idle
-                self.outstanding.pop(self.device.collect()[0])
+            self.device.drain()  # after an error or Ctrl-C: leave the device idle
 
     def fill_device(self) -> bool:
         """Submit full batches while the device takes them; a partial one only when nothing else can happen."""

@@ -79,7 +79,7 @@ class Chain:
 
 def signal_variance(sigma: float) -> float:
     """alpha-bar of an image noised at `sigma`: 1 / (1 + (2 sigma)^2), since the network's pixels span 2."""
-    return 1 / (1 + (2 * sigma) ** 2)
+    return 1 / (1 + 4 * sigma * sigma)
 
 
 def nearest_timestep(alpha_bar: NDArray[np.float64], sigma: float) -> int:
@@ -89,9 +89,9 @@ def nearest_timestep(alpha_bar: NDArray[np.float64], sigma: float) -> int:
     """
     target = signal_variance(sigma)
     if not target >= alpha_bar[-1]:
-        largest = math.sqrt(1 / alpha_bar[-1] - 1) / 2
+        largest = math.floor(500 * math.sqrt(1 / alpha_bar[-1] - 1)) / 1000
         raise UsageError(
-            f"sigma {sigma:g} is beyond this network's schedule, which ends at sigma {largest:.4g}: "
+            f"sigma {sigma:g} is beyond this network's schedule, which reaches sigma {largest:.3f}: "
             f"ask for a smaller sigma"
         )
     return int(np.abs(alpha_bar - target).argmin())
