@@ -1,0 +1,610 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import typer
+from PIL import Image
+from scipy import stats
+from typer.core import TyperGroup
+
+from densepure_rt import __version__
+from densepure_rt.cli import SHIPPED_MAX, app, main
+
+ROOT = Path(__file__).resolve().parents[2]
+ENGINES = ROOT / "engines"
+DRY = "certify --dry-run --steps 1 --batch 4 --threads 1".split()
+TINY = "--n 6 --alpha 0.2 --steps 1 --batch 4 --threads 1".split()
+COMMANDS = ("certify", "predict", "export", "inspect", "doctor")
+Done = subprocess.CompletedProcess[str]
+
+
+def code_without(*packages: str) -> str:
+    return f"import sys; sys.modules.update(dict.fromkeys({packages!r})); from densepure_rt.cli import main; main()"
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "300"}
+
+
+def cli(*arguments: object, cwd: Path | None = None, without: tuple[str, ...] = ()) -> Done:
+    """`densepure-rt ARGUMENTS` in a fresh interpreter that cannot import the packages `without`."""
+    command = [sys.executable, "-c", code_without(*without), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=cwd, timeout=120)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """As `cli`, in this process: for the long tables of what is refused. Anything but an exit fails the test."""
+
+    def call(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["densepure-rt", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = capsys.readouterr()
+        return Done(sys.argv, int(ended.value.code or 0), printed.out, printed.err)
+
+    return call
+
+
+def refused(done: Done, code: int, *words: str) -> None:
+    """One error message that holds `words`, nothing on stdout, and this exit code."""
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    assert done.stderr.splitlines()[-1] == errors[0]
+    for word in words:
+        assert word in errors[0]
+
+
+def commands() -> dict[str, Any]:
+    group = typer.main.get_command(app)
+    assert isinstance(group, TyperGroup)
+    return dict(group.commands)
+
+
+def one_line(text: str) -> str:
+    return " ".join(re.sub("[│╭╮╰╯─]", " ", text).split())
+
+
+# help and version
+
+
+def test_the_commands_are_these() -> None:
+    assert tuple(commands()) == COMMANDS
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_and_every_option_has_help(name: str) -> None:
+    command = commands()[name]
+    assert len(command.help) > 20
+    for parameter in command.params:
+        assert parameter.help, f"{name} {parameter.name}"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_is_explained_on_the_help_page(
+    here: Callable[..., Done], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    done = here(name, "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    page = one_line(done.stdout)
+    for parameter in commands()[name].params:
+        assert one_line(parameter.help) in page
+
+
+def test_the_help_of_export_names_the_extra() -> None:
+    assert "densepure-rt[export]" in cli("export", "--help").stdout
+
+
+def test_help_needs_no_engine_library() -> None:
+    assert cli("certify", "--help", without=("onnxruntime", "torch", "onnx", "scipy")).returncode == 0
+
+
+def test_version_prints_the_version_alone() -> None:
+    done = cli("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{__version__}\n", "")
+
+
+def test_without_a_command_the_commands_are_listed() -> None:
+    done = cli()
+    for name in COMMANDS:
+        assert name in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--nonsense"], ["nonsense"], ["certify", "--nonsense"], ["inspect"]])
+def test_what_is_not_known_exits_2(arguments: list[str]) -> None:
+    done = cli(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "Usage" in done.stderr
+
+
+def readme_commands() -> Iterator[list[str]]:
+    """The words of every `densepure-rt` command in README.md, in its code blocks and in running text."""
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
+    fence = re.compile(r"^```[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
+    lines = [line for block in fence.findall(text) for line in block.replace("\\\n", " ").splitlines()]
+    for line in [*lines, *re.findall(r"`([^`]+)`", fence.sub("", text))]:
+        found = re.match(r"\s*(?:\$ )?(?:\S*/)?densepure-rt (.*)", line, re.DOTALL)
+        if found:
+            words = shlex.split(found[1], comments=True)
+            end = next((i for i, word in enumerate(words) if re.match(r"[0-9]?[|&;<>]", word)), len(words))
+            yield words[:end]
+
+
+def test_every_command_in_the_readme_parses() -> None:
+    known = commands()
+    for name, *arguments in filter(None, readme_commands()):
+        if name.startswith("-"):
+            assert name in ("--version", "--help", "-h")
+            continue
+        assert name in known
+        arguments = [word for word in arguments if word not in ("-h", "--help")]
+        known[name].make_context(name, arguments)  # raises on an option or a value that does not exist
+
+
+# certify --dry-run
+
+
+def test_a_dry_run_prints_cost_and_reach_and_certifies_nothing(tmp_path: Path) -> None:
+    done = cli(*DRY, "--n", 50, "--n0", 10, "--max", 3, "--out", "run", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert list(tmp_path.iterdir()) == []
+    printed = one_line(done.stderr)
+    assert "device onnxruntime CPU" in printed
+    assert "images 3 of Fashion-MNIST" in printed
+    assert "UNet calls 60 an image" in printed
+    assert re.search(r"time [0-9.]+ (s|min)", printed)
+    reach = 0.5 * stats.norm.ppf(stats.beta.ppf(0.001, 50, 1))
+    assert f"no radius beyond {reach:.3f} can be certified with n = 50" in printed
+
+
+def test_a_dry_run_makes_no_runs_folder_either(tmp_path: Path) -> None:
+    assert cli(*DRY, "--max", 1, cwd=tmp_path).returncode == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_forecast_can_be_read_by_a_program() -> None:
+    done = cli(*DRY, "--steps", 2, "--votes", 5, "--n", 50, "--n0", 10, "--max", 3, "--json")
+    assert done.returncode == 0
+    forecast = json.loads(done.stdout)
+    assert forecast["images"] == 3
+    assert forecast["unet_calls"] == [60 * (1 + 3), 60 * (1 + 5)]
+    assert forecast["classifier_calls"] == [60 * 3, 60 * 5]
+    assert forecast["reach"] == pytest.approx(0.5 * stats.norm.ppf(stats.beta.ppf(0.001, 50, 1)), rel=1e-6)
+    assert 0 < forecast["seconds"][0] <= forecast["seconds"][1]
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_with_fewer_than_two_steps_votes_are_set_to_1_and_it_is_said(steps: int) -> None:
+    done = cli(*DRY, "--steps", steps, "--votes", 5, "--max", 1, "--n", 20, "--n0", 4)
+    assert done.returncode == 0
+    assert "votes set to 1" in done.stderr
+    assert f"UNet calls {24 * steps} an image" in one_line(done.stderr)
+
+
+@pytest.mark.parametrize("options", [["--steps", "1", "--votes", "1"], ["--steps", "2", "--votes", "5"]])
+def test_nothing_is_said_about_votes_that_are_kept(options: list[str]) -> None:
+    assert "votes set to 1" not in cli(*DRY, *options, "--max", 1, "--n", 20).stderr
+
+
+def test_the_preset_of_the_paper_is_10_steps_40_votes_and_100000_samples() -> None:
+    done = cli("certify", "--dry-run", "--preset", "paper", "--max", 1, "--batch", 4, "--threads", 1)
+    assert done.returncode == 0
+    printed = one_line(done.stderr)
+    assert re.search(r"steps 10, timesteps ([0-9]+, ){9}[0-9]+; 40 votes", printed)
+    assert "n = 100000" in printed
+    assert f"{100_100 * 361:,} an image" in printed
+
+
+def test_options_that_are_typed_win_over_the_preset() -> None:
+    printed = one_line(cli(*DRY, "--preset", "paper", "--max", 1, "--steps", 1, "--n", 20).stderr)
+    assert "steps 1," in printed
+    assert "n = 20" in printed
+    assert f"UNet calls {100 + 20} an image" in printed
+
+
+def test_without_max_a_part_of_the_shipped_images_is_taken() -> None:
+    assert f"images {SHIPPED_MAX} of Fashion-MNIST" in one_line(cli(*DRY, "--n", 10, "--n0", 1).stderr)
+
+
+# engines
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    """A copy of the shipped bundle, to be damaged."""
+    folder = tmp_path / "engines"
+    folder.mkdir()
+    for file in ENGINES.glob("*.onnx*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def edit_sidecar(engine: Path, **fields: object) -> None:
+    sidecar = Path(f"{engine}.json")
+    sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | fields))
+
+
+@pytest.mark.parametrize("upper", [False, True])
+def test_the_right_engine_hash_is_accepted(upper: bool) -> None:
+    pin = sha256(ENGINES / "unet.onnx")
+    assert cli(*DRY, "--max", 1, "--n", 10, "--engine-sha256", pin.upper() if upper else pin).returncode == 0
+
+
+@pytest.mark.parametrize("command", ["certify", "predict"])
+def test_another_engine_hash_exits_1(command: str) -> None:
+    pin = sha256(ENGINES / "classifier.onnx")
+    found = sha256(ENGINES / "unet.onnx")
+    refused(cli(command, "--engine-sha256", pin), 1, "--engine-sha256", pin[:16], found[:16], "unet.onnx")
+
+
+def test_a_missing_engine_exits_2(tmp_path: Path) -> None:
+    refused(cli(*DRY, "--engine", tmp_path / "none.onnx"), 2, str(tmp_path / "none.onnx"), "densepure-rt export")
+
+
+@pytest.mark.parametrize("name", ["unet.onnx", "classifier.onnx"])
+def test_a_truncated_engine_exits_1(bundle: Path, name: str) -> None:
+    os.truncate(bundle / name, 100_000)
+    found, promised = sha256(bundle / name), sha256(ENGINES / name)
+    done = cli(*DRY, "--engine", bundle / "unet.onnx")
+    refused(done, 1, str(bundle / name), found[:16], promised[:16], "damaged", "copy it again")
+
+
+def test_a_truncated_engine_with_a_sidecar_made_for_it_exits_1(bundle: Path) -> None:
+    os.truncate(bundle / "unet.onnx", 100_000)
+    edit_sidecar(bundle / "unet.onnx", file={"name": "unet.onnx", "sha256": sha256(bundle / "unet.onnx")})
+    refused(cli(*DRY, "--engine", bundle / "unet.onnx"), 1, "unet.onnx", "cannot load")
+
+
+def test_a_sidecar_with_another_hash_exits_1(bundle: Path) -> None:
+    edit_sidecar(bundle / "unet.onnx", file={"name": "unet.onnx", "sha256": "0" * 64})
+    refused(cli(*DRY, "--engine", bundle / "unet.onnx"), 1, "unet.onnx", "0" * 16, sha256(ENGINES / "unet.onnx")[:16])
+
+
+@pytest.mark.parametrize("name", ["unet.onnx", "classifier.onnx"])
+def test_a_missing_sidecar_exits_2(bundle: Path, name: str) -> None:
+    (bundle / f"{name}.json").unlink()
+    refused(cli(*DRY, "--engine", bundle / "unet.onnx"), 2, f"{name}.json", "sidecar", "copy it along")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b'{"schema_version": 99}'])
+def test_a_sidecar_of_garbage_exits_1(here: Callable[..., Done], bundle: Path, content: bytes) -> None:
+    (bundle / "unet.onnx.json").write_bytes(content)
+    refused(here(*DRY, "--engine", bundle / "unet.onnx"), 1, "unet.onnx.json", "again")
+
+
+def test_a_missing_classifier_exits_2(bundle: Path) -> None:
+    (bundle / "classifier.onnx").unlink()
+    refused(cli(*DRY, "--engine", bundle / "unet.onnx"), 2, str(bundle / "classifier.onnx"), "--classifier")
+
+
+def test_engine_and_classifier_in_each_others_place_exit_2() -> None:
+    refused(cli(*DRY, "--engine", ENGINES / "classifier.onnx"), 2, "is a classifier", "--classifier")
+    refused(cli(*DRY, "--classifier", ENGINES / "unet.onnx"), 2, "unet.onnx is a step engine")
+
+
+def test_a_classifier_can_be_named(bundle: Path) -> None:
+    shutil.move(bundle / "classifier.onnx", bundle / "other.onnx")
+    shutil.move(bundle / "classifier.onnx.json", bundle / "other.onnx.json")
+    engine = ("--engine", bundle / "unet.onnx", "--max", 1, "--n", 10)
+    assert cli(*DRY, *engine, "--classifier", bundle / "other.onnx").returncode == 0
+    refused(cli(*DRY, *engine), 2, "no classifier at")
+
+
+def test_an_engine_with_nan_weights_exits_1(bundle: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    engine = bundle / "unet.onnx"
+    model = onnx.load(engine)
+    weights = next(t for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) == 4)
+    spoilt = onnx.numpy_helper.to_array(weights).copy()
+    spoilt.flat[0] = np.nan
+    weights.CopyFrom(onnx.numpy_helper.from_array(spoilt, weights.name))
+    onnx.save(model, engine)
+    edit_sidecar(engine, file={"name": "unet.onnx", "sha256": sha256(engine)})
+    refused(cli(*DRY, "--engine", engine), 1, "unet.onnx", "NaN", "weights are damaged", "export it again")
+
+
+@pytest.mark.parametrize("folder", ["a[/b]", "a[red]"])
+def test_an_engine_is_named_as_its_path_is(bundle: Path, folder: str) -> None:
+    target = bundle.parent / folder
+    target.parent.mkdir(exist_ok=True)  # one of the names has a slash in it
+    bundle.rename(target)
+    done = cli(*DRY, "--engine", target / "unet.onnx", "--max", 1, "--n", 10)
+    assert done.returncode == 0
+    assert str(target / "unet.onnx") in done.stderr
+
+
+# options
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--sigma", "1000"], ["sigma 1000", "beyond", "schedule", "smaller sigma"]),
+        (["--sigma", "0"], ["sigma"]),
+        (["--sigma=-1"], ["sigma"]),
+        (["--sigma", "nan"], ["sigma"]),
+        (["--sigma", "inf"], ["sigma"]),
+        (["--sigma", "1e-9"], ["sigma"]),
+        (["--steps", "900"], ["900 steps", "timestep", "at most"]),
+        (["--steps=-1"], ["steps", "-1"]),
+        (["--alpha", "0"], ["alpha", "0.5"]),
+        (["--alpha", "0.5"], ["alpha", "0.5"]),
+        (["--alpha", "nan"], ["alpha"]),
+        (["--alpha", "1e-300"], ["alpha", "1e-300"]),
+        (["--n", "0"], ["n", "0"]),
+        (["--n0", "0"], ["n0", "0"]),
+        (["--votes", "0"], ["votes", "0"]),
+        (["--batch", "0"], ["batch", "0"]),
+        (["--threads", "0"], ["threads", "0"]),
+        (["--skip", "0"], ["skip", "0"]),
+        (["--max", "0"], ["max", "0"]),
+        (["--method", "other"], ["--method other", "fixed"]),
+        (["--preset", "other"], ["--preset other", "paper"]),
+    ],
+    ids=lambda value: "-".join(value) if value and value[0].startswith("--") else "",
+)
+def test_an_impossible_option_of_certify_exits_2(
+    here: Callable[..., Done], tmp_path: Path, options: list[str], words: list[str]
+) -> None:
+    refused(here(*DRY, *options, "--out", tmp_path / "run"), 2, *words)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [(["--n", "0"], "n"), (["--alpha", "2"], "alpha"), (["--alpha=-1"], "alpha"), (["--sigma", "0"], "sigma")],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
+def test_an_impossible_option_of_predict_exits_2(here: Callable[..., Done], options: list[str], word: str) -> None:
+    done = here("predict", *TINY, "--max", 1, *options)
+    assert done.returncode == 2, done.stdout
+    assert word in done.stderr
+
+
+def test_too_small_an_n_exits_2_and_names_the_n_that_is_enough() -> None:
+    refused(cli(*DRY, "--n", 9), 2, "n = 9", "alpha = 0.001", "--n 10")
+    assert stats.beta.ppf(0.001, 9, 1) <= 0.5 < stats.beta.ppf(0.001, 10, 1)
+
+
+def test_a_batch_beyond_all_memory_is_no_traceback() -> None:
+    done = cli(*DRY, "--batch", 10**9)
+    assert done.returncode in (2, 3)
+    assert "--batch" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["engine", "out"])
+def test_a_path_with_too_long_a_name_is_no_traceback(name: str) -> None:
+    done = cli("certify", *TINY, "--n0", 1, "--max", 1, f"--{name}", "x" * 300)
+    assert done.returncode in (2, 3)
+    assert "xxx" in done.stderr
+
+
+@pytest.mark.parametrize("below", ["", "run"])
+def test_an_out_folder_that_cannot_be_made_exits_3(tmp_path: Path, below: str) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    out = tmp_path / "file" / below
+    refused(cli("certify", *TINY, "--n0", 1, "--max", 1, "--out", out), 3, "cannot write", str(out), "--out")
+    assert (tmp_path / "file").read_text() == "not a folder"
+
+
+# images
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images of which none fits the shipped engine but grey.npz and grey.png."""
+    folder = tmp_path_factory.mktemp("images")
+    draw = np.random.default_rng(0)
+    grey = draw.integers(0, 256, (2, 28, 28, 1), dtype=np.uint8)
+    np.savez(folder / "grey.npz", x=grey)
+    np.savez(folder / "off-grid.npz", x=draw.random((2, 28, 28, 1), np.float32))
+    np.savez(folder / "large.npz", x=draw.integers(0, 256, (2, 32, 32, 1), dtype=np.uint8))
+    np.savez(folder / "label.npz", x=grey, y=[0, 10])
+    np.savez(folder / "pickled.npz", x=np.array([{"a": 1}], object))
+    Image.fromarray(grey[0, :, :, 0]).save(folder / "grey.png")
+    Image.fromarray(draw.integers(0, 256, (28, 28, 3), dtype=np.uint8)).save(folder / "colour.png")
+    Image.fromarray(draw.integers(0, 256, (28, 27), dtype=np.uint8)).save(folder / "narrow.png")
+    (folder / "text.png").write_text("not an image")
+    (folder / "notes.txt").write_text("not an image either")
+    (folder / "cut.png").write_bytes((folder / "grey.png").read_bytes()[:200])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("none.png", ["no such file", "check the path"]),
+        ("off-grid.npz", ["image 0", "1/255", "uint8"]),
+        ("large.npz", ["1x32x32", "1x28x28"]),
+        ("narrow.png", ["1x28x27", "1x28x28"]),
+        ("colour.png", ["colour", "grey"]),
+        ("label.npz", ["label 10", "0..9"]),
+        ("pickled.npz", ["pickled.npz"]),
+        ("text.png", ["text.png", "PNG"]),
+        ("cut.png", ["cut.png"]),
+        ("notes.txt", ["formats", ".npz"]),
+    ],
+)
+def test_images_that_do_not_fit_exit_2_and_leave_no_folder(
+    here: Callable[..., Done], images: Path, tmp_path: Path, name: str, words: list[str]
+) -> None:
+    out = tmp_path / "run"
+    refused(here("certify", *TINY, "--n0", 1, "--images", images / name, "--out", out), 2, str(images / name), *words)
+    assert not out.exists()
+
+
+# a machine that lacks something
+
+
+@pytest.mark.parametrize("command", ["certify", "predict"])
+def test_without_onnxruntime_the_exit_is_3_with_the_pip_command(command: str) -> None:
+    refused(cli(command, *TINY, without=("onnxruntime",)), 3, "ONNX Runtime", "pip install 'densepure-rt[cpu]'")
+
+
+@pytest.mark.parametrize("package", ["torch", "onnx"])
+def test_export_without_its_packages_exits_3_with_the_pip_command(tmp_path: Path, package: str) -> None:
+    done = cli("export", "--out", tmp_path / "engines", without=(package,))
+    refused(done, 3, package, "pip install 'densepure-rt[cpu,export]'")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_certify_and_predict_need_neither_torch_nor_onnx() -> None:
+    without = ("torch", "onnx", "diffusers", "safetensors", "matplotlib")
+    assert cli(*DRY, "--max", 1, "--n", 10, without=without).returncode == 0
+    assert cli("predict", *TINY, "--max", 1, without=without).returncode == 0
+
+
+# predict
+
+
+def predicted(*options: object) -> list[list[str]]:
+    done = cli("predict", *TINY, *options)
+    assert done.returncode == 0, done.stderr
+    header, *lines = done.stdout.splitlines()
+    assert header == "idx\tlabel\tpredict\tcorrect\tname"
+    return [line.split("\t") for line in lines]
+
+
+def test_predict_prints_a_table_of_labels() -> None:
+    names = json.loads((ENGINES / "classifier.onnx.json").read_text())["class_names"]
+    shipped = np.load(ROOT / "densepure_rt" / "data" / "fashion_mnist_test.npz")
+    rows = predicted("--max", 3, "--skip", 2)
+    assert [int(row[0]) for row in rows] == shipped["index"][:6:2].tolist()
+    assert [int(row[1]) for row in rows] == shipped["y"][:6:2].tolist()
+    for _, label, predict, correct, name in rows:
+        assert name == ("abstain" if predict == "-1" else names[int(predict)])
+        assert correct == str(int(label == predict))
+
+
+def test_predict_answers_the_same_for_the_same_seed() -> None:
+    options = ("predict", *TINY, "--n", 12, "--max", 2, "--json", "--seed")
+    first, second = (cli(*options, 5).stdout for _ in range(2))
+    assert first == second
+    assert len(first.splitlines()) == 2
+
+
+def test_predict_as_json_gives_the_votes_and_the_test_can_be_repeated() -> None:
+    done = cli("predict", *TINY, "--n", 12, "--max", 3, "--json", "--sigma", 1.0)
+    assert done.returncode == 0
+    names = json.loads((ENGINES / "classifier.onnx.json").read_text())["class_names"]
+    for line in done.stdout.splitlines():
+        found = json.loads(line)
+        assert list(found) == ["idx", "label", "predict", "votes"]
+        votes = sorted(found["votes"].values(), reverse=True)
+        assert sum(votes) == 12
+        first, second = [*votes, 0][:2]
+        certain = stats.binomtest(first, first + second, 0.5).pvalue <= 0.2
+        top = max(found["votes"], key=found["votes"].__getitem__)
+        assert found["predict"] == (names.index(top) if certain else None)
+
+
+def test_predict_abstains_with_minus_1_where_n_leaves_it_open() -> None:
+    """Two votes can never reject a fair coin at 0.001."""
+    for row in predicted("--n", 2, "--alpha", 0.001, "--max", 2):
+        assert row[2:] == ["-1", "0", "abstain"]
+
+
+def test_an_image_without_a_label_is_never_predicted_correctly(images: Path) -> None:
+    for n, alpha in ((2, 0.001), (6, 0.49)):  # all abstained, and most answered
+        for row in predicted("--images", images / "grey.npz", "--n", n, "--alpha", alpha):
+            assert row[1] == "-1"
+            assert row[3] == "0"
+
+
+# signals and pipes
+
+
+@contextmanager
+def started(*arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """A command under way; it is killed when the block ends, however that comes about."""
+    command = [sys.executable, "-u", "-c", code_without(), *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, env=environment(), **pipes) as running:  # type: ignore[call-overload]
+        try:
+            yield running
+        finally:
+            running.kill()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is sent in another way there")
+def test_ctrl_c_ends_predict_with_a_message_and_130() -> None:
+    with started("predict", *TINY, "--max", 400) as running:
+        assert running.stdout
+        running.stdout.readline()
+        running.stdout.readline()
+        running.send_signal(signal.SIGINT)
+        _, stderr = running.communicate(timeout=180)
+    assert running.returncode == 130
+    assert "Traceback" not in stderr
+    assert "stopped" in stderr or "interrupted" in stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is sent in another way there")
+def test_ctrl_c_before_the_first_image_ends_with_a_message_and_130(tmp_path: Path) -> None:
+    """While the forecast times batches that take seconds each."""
+    with started(
+        "certify", "--steps", 1, "--batch", 1024, "--threads", 1, "--max", 1, "--out", tmp_path / "run"
+    ) as running:
+        assert running.stderr
+        said = running.stderr.readline()  # that votes are set to 1: the engines are opened next
+        running.send_signal(signal.SIGINT)
+        stderr = said + running.communicate(timeout=180)[1]
+    assert running.returncode == 130
+    assert "Traceback" not in stderr
+    assert "stopped" in stderr or "interrupted" in stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes end in another way there")
+def test_a_reader_that_leaves_early_is_no_traceback() -> None:
+    """As `densepure-rt predict | head -1`."""
+    with started("predict", *TINY, "--max", 20) as running:
+        assert running.stdout
+        assert running.stderr
+        assert running.stdout.readline().startswith("idx")
+        running.stdout.close()
+        stderr = running.stderr.read()
+        running.wait(180)
+    assert running.returncode == 1
+    assert "Traceback" not in stderr
+    assert "Exception ignored" not in stderr
+
+
+def test_labels_reach_a_file_while_a_terminal_shows_the_bar(tmp_path: Path) -> None:
+    """As `densepure-rt predict > labels.tsv`, typed at a terminal."""
+    pty = pytest.importorskip("pty", reason="pseudo-terminals are a POSIX matter")
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-c", code_without(), "predict", *TINY, "--max", "2"]
+    with (tmp_path / "labels.tsv").open("w") as out:
+        subprocess.run(
+            command, stdout=out, stderr=theirs, env=environment() | {"TERM": "xterm"}, check=True, timeout=60
+        )
+    os.close(theirs)
+    shown = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert len((tmp_path / "labels.tsv").read_text().splitlines()) == 3
+    assert "2/2" in shown

@@ -1,0 +1,412 @@
+"""The ONNX Runtime device on the shipped engines, and on small graphs whose every result is known."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from onnx import numpy_helper, parser
+
+from densepure_rt.errors import CheckFailed
+from densepure_rt.runtime.bundle import Bundle, open_bundle, sidecar_path
+from densepure_rt.runtime.device import NOT_FINITE, Batch, Device, Kind, open_device
+from densepure_rt.runtime.noise import Key, smoothing_law, smoothing_noise, vote_noise
+from densepure_rt.runtime.reverse import decide
+from densepure_rt.runtime.schedule import Chain, Variance, make_chain
+from densepure_rt.smoothing import shipped_engine
+from densepure_rt.voting import Ballot
+
+ENGINE, CLASSIFIER = "unet.onnx", "classifier.onnx"
+KEY: Key = (3, 4)
+SIGMA = 0.5
+MU, WIDTH = 0.1, 0.4  # the prior of the small step graph: every pixel N(MU, WIDTH^2)
+SHAPE = (1, 4, 4)
+ALARM = 2.5  # the small step graph calls an item not finite when what was drawn, std * noise, sums up to this
+
+# x = mean + std * noise; x0 = the posterior mean of the prior; the rest is the contract of a step graph. The scale of
+# x0 - MU is s w^2 / (s^2 w^2 + sigma^2) for signal s, noise sigma and prior width w.
+STEP_GRAPH = f"""
+<ir_version: 8, opset_import: ["" : 18]>
+step (float[B,1,4,4] mean, float[B,1,4,4] std, float[B,1,4,4] noise, float[B] t, float[B,6] coef)
+    => (float[B,1,4,4] mean_next, float[B,1,4,4] std_next, float[B] finite)
+<float mu = {{{MU}}}, float w2 = {{{WIDTH**2}}}, float half = {{0.5}}, float limit = {{LIMIT}}, float one = {{1.0}},
+ int64[4] column = {{-1, 1, 1, 1}}, int64[3] pixels = {{1, 2, 3}}, int64[1] first = {{1}}>
+{{
+    sigma_, signal_, a_, b_, low_, high_ = Split <axis = 1, num_outputs = 6> (coef)
+    sigma = Reshape(sigma_, column)
+    signal = Reshape(signal_, column)
+    a = Reshape(a_, column)
+    b = Reshape(b_, column)
+    low = Reshape(low_, column)
+    drawn = Mul(std, noise)
+    x = Add(mean, drawn)
+    s_mu = Mul(signal, mu)
+    apart = Sub(x, s_mu)
+    s_w2 = Mul(signal, w2)
+    s2_w2 = Mul(signal, s_w2)
+    sigma2 = Mul(sigma, sigma)
+    spread = Add(s2_w2, sigma2)
+    gain = Div(s_w2, spread)
+    moved = Mul(gain, apart)
+    x0 = Add(moved, mu)
+    part0 = Mul(a, x0)
+    partx = Mul(b, x)
+    mean_next = Add(part0, partx)
+    halflog = Mul(half, low)
+    std_ = Exp(halflog)
+    zeros = Sub(x, x)
+    std_next = Add(zeros, std_)
+    sum = ReduceSum <keepdims = 0> (drawn, pixels)
+    quiet = Less(sum, limit)
+    finite = Cast <to = 1> (quiet)
+}}
+"""
+CLASSIFY_GRAPH = """
+<ir_version: 8, opset_import: ["" : 18]>
+classify (float[B,1,4,4] mean) => (float[B,3] logits)
+<int64[2] flat = {0, -1}, float[3] edge = {0.0, -1.2, -1.0}, float[1,3] slope = {0.0, 1.0, 2.0}, int64[1] pixels = {1}>
+{
+    flattened = Reshape(mean, flat)
+    total = ReduceSum <keepdims = 1> (flattened, pixels)
+    scaled = Mul(total, slope)
+    logits = Add(scaled, edge)
+}
+"""
+BATCH_MEAN_GRAPH = """
+<ir_version: 8, opset_import: ["" : 18]>
+classify (float[B,1,4,4] mean) => (float[B,3] logits)
+<int64[2] flat = {0, -1}, int64[1] batch = {0}, int64[1] begin = {0}, int64[1] end = {3}, int64[1] axis = {1}>
+{
+    centre = ReduceMean <keepdims = 1> (mean, batch)
+    apart = Sub(mean, centre)
+    flattened = Reshape(apart, flat)
+    logits = Slice(flattened, begin, end, axis)
+}
+"""
+
+
+@pytest.fixture
+def shipped_copy(tmp_path: Path) -> Path:
+    for name in (ENGINE, CLASSIFIER):
+        source = shipped_engine().with_name(name)
+        shutil.copy(source, tmp_path / name)
+        shutil.copy(sidecar_path(source), sidecar_path(tmp_path / name))
+    return tmp_path / ENGINE
+
+
+def replace_file(engine: Path, content: bytes, **fields: object) -> None:
+    """Put other bytes in place of a file of a bundle, and make the sidecars say so."""
+    engine.write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    own = json.loads(sidecar_path(engine).read_text())
+    own["file"]["sha256"] = digest
+    sidecar_path(engine).write_text(json.dumps(own | fields))
+    if own["kind"] == "classify":
+        unet = engine.with_name(ENGINE)
+        values = json.loads(sidecar_path(unet).read_text())
+        values["classifier"]["sha256"] = digest
+        sidecar_path(unet).write_text(json.dumps(values))
+
+
+def small_bundle(engine: Path, limit: float = 1e30, classifier: str = CLASSIFY_GRAPH) -> Bundle:
+    """The shipped bundle with small graphs in place of its networks."""
+    graph = parser.parse_model(STEP_GRAPH.replace("LIMIT", str(limit)))
+    replace_file(engine, graph.SerializeToString(), image=SHAPE)
+    names = ["low", "middle", "high"]
+    content = parser.parse_model(classifier).SerializeToString()
+    replace_file(engine.with_name(CLASSIFIER), content, image=SHAPE, class_names=names)
+    return open_bundle(engine)
+
+
+def spoiled(path: Path, value: float) -> bytes:
+    """An engine whose last large weight holds `value`."""
+    model = onnx.load(path)
+    weight = [initializer for initializer in model.graph.initializer if math.prod(initializer.dims) > 8][-1]
+    values = numpy_helper.to_array(weight).copy()
+    assert values.dtype == np.float32
+    values.ravel()[:] = value
+    weight.CopyFrom(numpy_helper.from_array(values, weight.name))
+    return bytes(model.SerializeToString())
+
+
+@contextmanager
+def opened(bundle: Bundle, batch: int, threads: int = 1) -> Iterator[Device]:
+    with closing(open_device(bundle, batch, threads)) as device:
+        yield device
+
+
+def items(kind: Kind, chain: Chain, handle: int, samples: list[int], slots: list[int], step: int = 0) -> Batch:
+    """One item for each sample, in its own slot, for vote 0."""
+    n, ints = len(samples), np.int64
+    steps = np.full(n, step, ints)
+    stepping = kind == "step"
+    return Batch(
+        kind,
+        image=np.full(n, handle, ints),
+        sample=np.array(samples, ints),
+        vote=np.zeros(n, ints),
+        step=steps,
+        source=np.array(slots, ints),
+        target=np.array(slots, ints),
+        t=chain.t[steps] if stepping else np.empty(0, np.float32),
+        coef=chain.coef[steps] if stepping else np.empty((0, 6), np.float32),
+    )
+
+
+def finish(device: Device, batch: Batch) -> NDArray[np.int64] | None:
+    ticket = device.submit(batch)
+    found, labels = device.collect()
+    assert found == ticket
+    return labels
+
+
+def picture(shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    return np.random.default_rng(5).integers(0, 256, shape, dtype=np.uint8)
+
+
+def trajectory(device: Device, chain: Chain, samples: list[int], slots: list[int], image: NDArray[np.uint8]) -> bytes:
+    """Every state of the first sample on its way, and its label, as bytes: samples are run together, step by step."""
+    handle = device.open_image(image, KEY, SIGMA, chain.scale)
+    assert finish(device, items("smooth", chain, handle, samples, slots)) is None
+    seen = []
+    for step in range(len(chain)):
+        seen += [part.tobytes() for part in device.read(slots[:1])]
+        assert finish(device, items("step", chain, handle, samples, slots, step)) is None
+    seen += [part.tobytes() for part in device.read(slots[:1])]
+    labels = finish(device, items("classify", chain, handle, samples, slots))
+    assert labels is not None
+    assert labels.shape == (len(samples),)
+    device.close_image(handle)
+    return b"".join([*seen, labels[:1].tobytes()])
+
+
+@pytest.mark.parametrize("batch", [1, 7, 32])
+def test_shipped_engine_gives_an_item_the_same_bits_in_any_company(batch: int) -> None:
+    bundle = open_bundle(shipped_engine())
+    chain = make_chain(bundle.unet.schedule, bundle.unet.variance, SIGMA, 2)
+    image = picture(bundle.unet.image)
+    with opened(bundle, batch) as device:
+        device.reserve(80)
+        companies = [
+            ([40], [0]),  # alone, the batch padded
+            ([40, *range(batch - 1)], list(range(batch))),
+            ([40, *range(100, 99 + batch)], [77, *range(batch - 1)]),
+            ([40, *range(200, 199 + batch)][: batch // 2 + 1], list(range(batch // 2 + 1))),
+        ]
+        seen = {trajectory(device, chain, samples, slots, image) for samples, slots in companies}
+    assert len(seen) == 1
+    assert np.isfinite(np.frombuffer(seen.pop()[:-8], np.float32)).all()
+
+
+def test_place_in_the_batch_does_not_change_an_items_bits() -> None:
+    bundle = open_bundle(shipped_engine())
+    chain = make_chain(bundle.unet.schedule, bundle.unet.variance, SIGMA, 1)
+    with opened(bundle, 7) as device:
+        device.reserve(7)
+        handle = device.open_image(picture(bundle.unet.image), KEY, SIGMA, chain.scale)
+        seen = set()
+        for place in range(7):
+            samples = [90 + i for i in range(7)]
+            samples[place] = 40
+            for kind in ("smooth", "step"):
+                finish(device, items(kind, chain, handle, samples, list(range(7))))
+            seen.add(device.read([place])[0].tobytes())
+    assert len(seen) == 1
+
+
+def test_last_step_of_the_shipped_engine_lands_without_spread_and_inside_its_clip() -> None:
+    bundle = open_bundle(shipped_engine())
+    chain = make_chain(bundle.unet.schedule, bundle.unet.variance, SIGMA, 1)
+    with opened(bundle, 4) as device:
+        device.reserve(4)
+        handle = device.open_image(picture(bundle.unet.image), KEY, SIGMA, chain.scale)
+        finish(device, items("smooth", chain, handle, [0, 1, 2, 3], [0, 1, 2, 3]))
+        finish(device, items("step", chain, handle, [0, 1, 2, 3], [0, 1, 2, 3]))
+        mean, std = device.read([0, 1, 2, 3])
+    assert (std == 0).all()
+    assert bundle.unet.clip is not None
+    assert bundle.unet.clip[0] <= mean.min() < mean.max() <= bundle.unet.clip[1]
+
+
+def test_smoothed_image_is_the_scaled_sum_of_image_and_integer_noise() -> None:
+    bundle = open_bundle(shipped_engine())
+    image = picture(bundle.unet.image)
+    chain = make_chain(bundle.unet.schedule, bundle.unet.variance, SIGMA, 2)
+    with opened(bundle, 3) as device:
+        device.reserve(3)
+        handle = device.open_image(image, KEY, SIGMA, chain.scale)
+        finish(device, items("smooth", chain, handle, [8, 9], [2, 0]))
+        finish(device, items("step", chain, handle, [8, 9], [2, 0]))
+        assert (device.read([2, 0])[1] > 0).all()  # slots are used again, and nothing of their past may stay
+        finish(device, items("smooth", chain, handle, [5, 6], [2, 0]))
+        mean, std = device.read([2, 0])
+    for found, sample in zip(mean, (5, 6), strict=True):
+        levels = image.astype(float) + smoothing_noise(smoothing_law(SIGMA), KEY, sample, image.shape)
+        np.testing.assert_allclose(found, (2 * levels / 255 - 1) / math.sqrt(1 + 4 * SIGMA**2), rtol=1e-6, atol=1e-6)
+    assert (std == 0).all()
+
+
+def affine_procedure(image: NDArray[np.uint8], sample: int, votes: int, steps: int, large: bool) -> list[int]:
+    """The label of each vote on the small graphs, in float64; NOT_FINITE where a draw sums up to ALARM."""
+    bars = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
+    own = 1 / (1 + 4 * SIGMA**2)
+    start = int(np.abs(bars - own).argmin())
+    levels = [own, *(bars[round(start - i * start / steps)] for i in range(1, steps))]
+    labels = []
+    for vote in range(votes):
+        noisy = image.astype(float) + smoothing_noise(smoothing_law(SIGMA), KEY, sample, image.shape)
+        x, finite = (2 * noisy / 255 - 1) * math.sqrt(own), True
+        for i, ab in enumerate(levels):
+            x0 = MU + math.sqrt(ab) * WIDTH**2 / (ab * WIDTH**2 + 1 - ab) * (x - math.sqrt(ab) * MU)
+            if i + 1 == steps:
+                x = x0
+                continue
+            after = levels[i + 1]
+            ratio = ab / after
+            precision = 1 / (1 - after) + ratio / (1 - ratio)
+            mean = (math.sqrt(after) / (1 - after) * x0 + math.sqrt(ratio) / (1 - ratio) * x) / precision
+            variance = 1 - ratio if large else 1 / precision
+            drawn = math.sqrt(variance) * vote_noise(KEY, sample, vote, i + 1, image.shape)
+            x, finite = mean + drawn, finite and drawn.sum() < ALARM
+        total = x.sum()
+        labels.append(int(np.argmax([0, total - 1.2, 2 * total - 1.0])) if finite else NOT_FINITE)
+    return labels
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+@pytest.mark.parametrize(("batch", "threads"), [(1, 1), (5, 2), (16, 3)])
+def test_loop_on_this_device_is_the_float64_procedure(
+    shipped_copy: Path, batch: int, threads: int, variance: Variance
+) -> None:
+    bundle = small_bundle(shipped_copy, ALARM)
+    image = np.full(SHAPE, 132, np.uint8)
+    chain = make_chain(bundle.unet.schedule, variance, SIGMA, 3)
+    with opened(bundle, batch, threads) as device:
+        handle = device.open_image(image, KEY, SIGMA, chain.scale)
+        outcomes = list(decide(device, chain, ((handle, i) for i in range(60)), lambda: Ballot(5)))
+    everything = [affine_procedure(image, i, 5, 3, variance == "fixed_large") for i in range(60)]
+    cast = [labels[: outcome.votes] for labels, outcome in zip(everything, outcomes, strict=True)]
+    expected = [NOT_FINITE if NOT_FINITE in labels else max(labels, key=labels.count) for labels in cast]
+    assert [outcome.label for outcome in outcomes] == expected
+    assert all(
+        max(labels, key=labels.count) == outcome.label
+        for labels, outcome in zip(everything, outcomes, strict=True)
+        if NOT_FINITE not in labels
+    )
+    assert {NOT_FINITE, 0, 2} <= set(expected)  # the comparison has seen every case
+    assert any(len(set(labels)) > 1 for labels in cast)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", [ENGINE, CLASSIFIER])
+def test_engine_with_weights_that_are_not_finite_is_refused(shipped_copy: Path, name: str, value: float) -> None:
+    path = shipped_copy.with_name(name)
+    replace_file(path, spoiled(path, value))
+    with pytest.raises(CheckFailed, match="NaN or Inf on ordinary input"):
+        open_device(open_bundle(shipped_copy), batch=2, threads=1)
+
+
+def test_engine_that_calls_its_own_nan_finite_is_refused(shipped_copy: Path) -> None:
+    lying = STEP_GRAPH.replace("LIMIT", "1e30").replace("Mul(a, x0)", "Mul(root, x0)")
+    lying = lying.replace("    part0 =", "    root = Sqrt(low)\n    part0 =")  # of -1000
+    small_bundle(shipped_copy)
+    replace_file(shipped_copy, parser.parse_model(lying).SerializeToString(), image=SHAPE)
+    with pytest.raises(CheckFailed, match="NaN or Inf on ordinary input"):
+        open_device(open_bundle(shipped_copy), batch=2, threads=1)
+
+
+@pytest.mark.parametrize("name", [ENGINE, CLASSIFIER])
+def test_rewriting_an_engine_alone_does_not_make_it_fail(shipped_copy: Path, name: str) -> None:
+    """What the tests above change is the weights, not the file's form."""
+    path = shipped_copy.with_name(name)
+    replace_file(path, bytes(onnx.load(path).SerializeToString()))
+    open_device(open_bundle(shipped_copy), batch=2, threads=1).close()
+
+
+@pytest.mark.parametrize(("name", "takes"), [(ENGINE, "mean and gives logits"), (CLASSIFIER, "mean, std, noise")])
+def test_graph_of_the_other_kind_is_refused(shipped_copy: Path, name: str, takes: str) -> None:
+    other = {ENGINE: CLASSIFIER, CLASSIFIER: ENGINE}[name]
+    replace_file(shipped_copy.with_name(name), shipped_engine().with_name(other).read_bytes())
+    with pytest.raises(CheckFailed, match=f"{name} takes {takes}"):
+        open_device(open_bundle(shipped_copy), batch=2, threads=1)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", bytes(range(256)) * 100], ids=["empty", "word", "bytes"])
+@pytest.mark.parametrize("name", [ENGINE, CLASSIFIER])
+def test_garbage_with_the_right_hash_is_refused(shipped_copy: Path, name: str, content: bytes) -> None:
+    replace_file(shipped_copy.with_name(name), content)
+    with pytest.raises(CheckFailed, match=f"cannot load {name}"):
+        open_device(open_bundle(shipped_copy), batch=2, threads=1)
+
+
+def test_graph_whose_items_see_their_batch_mates_is_refused_unless_alone(shipped_copy: Path) -> None:
+    bundle = small_bundle(shipped_copy, classifier=BATCH_MEAN_GRAPH)
+    with pytest.raises(CheckFailed, match="depends on the others in its batch of 4.*--batch 1"):
+        open_device(bundle, batch=4, threads=1)
+    open_device(bundle, batch=1, threads=1).close()
+
+
+def test_engines_of_another_image_size_than_their_sidecars_say_are_refused(shipped_copy: Path) -> None:
+    for name in (ENGINE, CLASSIFIER):
+        path = shipped_copy.with_name(name)
+        replace_file(path, path.read_bytes(), image=[3, 32, 32])
+    with pytest.raises(CheckFailed):
+        open_device(open_bundle(shipped_copy), batch=2, threads=1)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_error_inside_a_batch_arrives_as_itself_and_leaves_the_device_idle(threads: int) -> None:
+    bundle = open_bundle(shipped_engine())
+    chain = make_chain(bundle.unet.schedule, bundle.unet.variance, SIGMA, 0)
+    with opened(bundle, 2, threads) as device:
+        right = device.open_image(picture(bundle.unet.image), KEY, SIGMA, chain.scale)
+        wrong = device.open_image(np.zeros((3, 5, 5), np.uint8), KEY, SIGMA, chain.scale)
+        work = [(wrong if i == 9 else right, i) for i in range(40)]
+        with pytest.raises(ValueError, match="broadcast"):
+            list(decide(device, chain, work, lambda: Ballot(1)))
+        again = list(decide(device, chain, [(right, i) for i in range(9)], lambda: Ballot(1)))
+        assert [outcome.sample for outcome in again] == list(range(9))
+
+
+def test_slots_are_kept_when_fewer_are_asked_for() -> None:
+    bundle = open_bundle(shipped_engine())
+    with opened(bundle, 2) as device:
+        device.reserve(9)
+        device.reserve(3)
+        assert device.read(range(9))[0].shape == (9, *bundle.unet.image)
+
+
+def test_what_is_read_is_a_copy() -> None:
+    bundle = open_bundle(shipped_engine())
+    with opened(bundle, 2) as device:
+        device.reserve(2)
+        mean, std = device.read([0, 1])
+        mean += 1
+        std += 1
+        assert not device.read([0, 1])[0].any()
+        assert not device.read([0, 1])[1].any()
+
+
+def test_closing_twice_is_safe() -> None:
+    device = open_device(open_bundle(shipped_engine()), batch=1, threads=1)
+    device.close()
+    device.close()
+
+
+def test_record_names_what_ran() -> None:
+    import onnxruntime
+
+    with opened(open_bundle(shipped_engine()), 3, 2) as device:
+        described = device.describe()
+        assert (device.batch, device.in_flight) == (3, 2)
+    assert described["onnxruntime"] == onnxruntime.__version__
+    assert (described["batch"], described["threads"]) == (3, 2)
