@@ -12,7 +12,7 @@ DEV := .venv-dev/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo accuracy test test-slow lint zoo engines clean distclean python
+.PHONY: help demo accuracy test lint zoo engines clean distclean python
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,11 +27,8 @@ accuracy: $(USE) ## the README's table of certified accuracy (an hour on two cor
 	    --seed 1 --out runs/accuracy/sigma$$sigma-steps$$steps || exit; \
 	done; done
 
-test: $(DEV) ## all tests that need neither a GPU nor minutes
+test: $(DEV) ## all tests
 	.venv-dev/bin/python -m pytest $(PYTEST_ARGS)
-
-test-slow: $(DEV) ## the tests that take minutes
-	.venv-dev/bin/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
 
 lint: $(DEV) ## formatting, lint and types
 	.venv-dev/bin/ruff format --check .

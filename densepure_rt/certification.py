@@ -52,10 +52,10 @@ def clopper_pearson_lower(successes: int, n: int, alpha: float) -> float:
     if successes == 0:
         return 0.0
     a, b = successes, n - successes + 1
-    bound = float(special.betaincinv(a, b, alpha))
+    bound, step = float(special.betaincinv(a, b, alpha)), MARGIN
     while bound > 0 and special.betainc(a, b, bound) > alpha * (1 - MARGIN):
-        bound *= 1 - MARGIN
-    return bound
+        bound, step = bound * (1 - step), 2 * step
+    return max(0.0, bound)
 
 
 def l2_radius(p_lower: float, sigma: float) -> float | None:

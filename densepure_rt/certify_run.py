@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import math
 import platform
@@ -21,7 +22,7 @@ from densepure_rt.run_folder import SCHEMA_VERSION, RunFolder
 from densepure_rt.runtime.bundle import FileRef
 from densepure_rt.runtime.device import installed_versions
 from densepure_rt.runtime.noise import NOISE_LAW, smoothing_law, vote_law
-from densepure_rt.runtime.schedule import signal_variance
+from densepure_rt.runtime.schedule import Coefficients, signal_variance
 from densepure_rt.smoothing import Settings, SmoothedClassifier, commitment
 
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the papers' CIFAR-10 tables
@@ -46,6 +47,8 @@ def manifest(classifier: SmoothedClassifier, images: ImageSet, settings: Setting
     bundle, chain = classifier.bundle, classifier.chain(settings)
     rule = settings.rule(math.prod(bundle.unet.image))
 
+    device = dict(classifier.device.describe())
+
     def file(ref: FileRef) -> dict[str, str]:
         return {"name": ref.name, "sha256": ref.sha256}
 
@@ -55,12 +58,20 @@ def manifest(classifier: SmoothedClassifier, images: ImageSet, settings: Setting
             "engine": file(bundle.unet.file),
             "classifier": file(bundle.classifier.file),
             "precision": bundle.unet.precision,
-            "device": dict(classifier.device.describe()),
+            "provider": device.pop("provider"),
+            "onnxruntime": device.pop("onnxruntime"),
+            "schedule": dataclasses.asdict(bundle.unet.schedule),
+            "variance": bundle.unet.variance,
+            "prediction": bundle.unet.prediction,
+            "clip": bundle.unet.clip,
+            "class_names": list(bundle.classifier.class_names),
             "images": {"name": images.name, "count": len(images), "sha256": images.sha256()},
             "sigma": settings.sigma,
             "sigma_in_network_units": 2 * settings.sigma,
             "steps": settings.steps,
             "timesteps": list(chain.timesteps),
+            "conditioning": chain.t.tolist(),
+            "coefficients": [Coefficients(*row)._asdict() for row in chain.coef.tolist()],
             "alpha_bar": signal_variance(settings.sigma) if settings.steps else 1.0,
             "votes": settings.effective.votes,
             "tie_rule": "the label seen first",
@@ -79,6 +90,7 @@ def manifest(classifier: SmoothedClassifier, images: ImageSet, settings: Setting
         },
         "provenance": {
             "argv": sys.argv,
+            "device": device,
             "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "python": platform.python_version(),
             "platform": platform.platform(),

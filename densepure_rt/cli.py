@@ -116,7 +116,7 @@ def certify(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cost and the reach, certify nothing.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Certify images: for each, a label and the l2 radius within which no change of the image alters it."""
+    """Certify images: for each, a label and the l2 radius within which the smoothed classifier keeps to it."""
     from densepure_rt import certify_run
     from densepure_rt.forecast import forecast
 

@@ -29,6 +29,7 @@ from densepure_rt.runtime.schedule import Chain, make_chain
 from densepure_rt.voting import Ballot
 
 SECRET_BYTES = 32
+MAX_VOTES = 1000  # published work uses up to 40
 DEFAULT_BATCH = 32  # the CPU reaches its full speed at 8 to 32
 
 
@@ -45,8 +46,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_sampling(self.n0, self.n, self.alpha)
-        if self.votes < 1:
-            raise UsageError(f"votes is a count, at least 1, got {self.votes}")
+        if not 1 <= self.votes <= MAX_VOTES:
+            raise UsageError(f"votes is a count from 1 to {MAX_VOTES}, got {self.votes}")
         if self.steps < 0:
             raise UsageError(f"steps is a count of reverse steps, got {self.steps}")
 
@@ -114,6 +115,8 @@ class SmoothedClassifier:
 
     def __init__(self, bundle: Bundle, device: Device, secret: bytes | None = None) -> None:
         self.bundle, self.device = bundle, device
+        if secret is not None and len(secret) < SECRET_BYTES:
+            raise UsageError(f"a secret is {SECRET_BYTES} bytes or more, got {len(secret)}")
         self.secret = new_secret() if secret is None else secret
         self._busy = False  # two iterations would share slots
 
@@ -178,8 +181,10 @@ class SmoothedClassifier:
 
     def predict_each(self, images: Iterable[LabelledImage], settings: Settings) -> Iterator[Predicted]:
         """The labels of `images` from n samples each, in their order (Cohen et al. 2019, PREDICT)."""
+        level = settings.rule(math.prod(self.bundle.unet.image)).test_level
         for image, (votes,), cost in self._count(images, settings, (("predict", settings.n),)):
-            yield Predicted(image, predicted(votes, settings.alpha), votes, cost)
+            label = predicted(np.append(votes, cost.not_finite), level)  # what was not finite is a rival, not dropped
+            yield Predicted(image, None if label == len(votes) else label, votes, cost)
 
     def _checked(self, image: NDArray[np.uint8], idx: int) -> LabelledImage:
         if image.dtype != np.uint8 or image.shape != self.bundle.unet.image:
@@ -274,7 +279,8 @@ def load(
     threads = available_cores() if threads is None else threads
     if not (1 <= batch <= MAX_BATCH and 1 <= threads <= MAX_THREADS):
         raise UsageError(
-            f"--batch is a count up to {MAX_BATCH} and --threads one up to {MAX_THREADS}, got {batch} and {threads}"
+            f"batch and threads are counts from 1 up to {MAX_BATCH} and {MAX_THREADS}, got {batch} and {threads}: "
+            f"change --batch or --threads"
         )
     bundle = open_bundle(
         shipped_engine() if engine is None else Path(engine),

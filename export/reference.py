@@ -6,7 +6,7 @@ Written from the papers and not from the step graph, so that an engine has somet
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from densepure_rt.export.unets import DiffusionModel
 from densepure_rt.runtime.schedule import Coefficients
@@ -28,9 +28,3 @@ def reverse_step(model: DiffusionModel, x: Tensor, t: Tensor, step: Coefficients
     if model.clip is not None:
         x0 = x0.clip(*model.clip)
     return step.x0 * x0 + step.xt * x, (logvar / 2).exp()
-
-
-@torch.inference_mode()
-def labels(classifier: nn.Module, x: Tensor) -> Tensor:
-    """int64 [B] of pixels [B, C, H, W] in [-1, 1]."""
-    return torch.as_tensor(classifier(x)).argmax(dim=1)

@@ -23,6 +23,7 @@ from densepure_rt.export.classifiers import ClassifierModel
 from densepure_rt.export.step_graph import ClassifyGraph, StepGraph
 from densepure_rt.export.unets import DiffusionModel
 from densepure_rt.runtime.bundle import (
+    PIXEL_RANGE,
     ClassifierSidecar,
     FileRef,
     Sidecar,
@@ -38,7 +39,6 @@ from densepure_rt.runtime.onnx_device import CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, 
 OPSET = 20  # the newest that TensorRT 10.3 (JetPack 6) reads
 TRACE_BATCH = 2  # 1 would be taken for a constant
 KEPT_METADATA = "pkg.torch.onnx.name_scopes"  # the PyTorch module behind a node; the rest holds source paths
-PIXEL_RANGE = (-1.0, 1.0)
 
 UNET_FILE, CLASSIFIER_FILE = "unet.onnx", "classifier.onnx"
 
@@ -140,7 +140,7 @@ def export_bundle(
     """Write `unet.onnx`, `classifier.onnx` and their sidecars into `out`, once they are found to equal PyTorch.
 
     pixels: real images [n, C, H, W] to compare on. Everything is written beside `out` first and moved there at the end:
-    after an error `out` is as it was.
+    after an error in export or parity `out` is as it was.
 
     Raises CheckFailed on a mismatch or damaged weights, UsageError when `out` holds a bundle of another model,
     EnvironmentFault when it cannot be written.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from densepure_rt.errors import CheckFailed, UsageError
 from densepure_rt.runtime.schedule import Schedule, Variance
 
 SCHEMA_VERSION = 1
+PIXEL_RANGE = (-1.0, 1.0)  # what the runtime feeds
 MAX_STEPS = 1_000_000  # of a schedule; published ones have 1000 or 4000
 Kind = Literal["step", "classify"]
 T = TypeVar("T")
@@ -149,7 +151,11 @@ def _schedule(fields: _Fields) -> Schedule:
         beta_end=fields("beta_end", float),
         timestep_scale=fields("timestep_scale", float),
     )
-    if not (1 <= schedule.steps <= MAX_STEPS and 0 < schedule.beta_start <= schedule.beta_end < 1):
+    if not (
+        1 <= schedule.steps <= MAX_STEPS
+        and 0 < schedule.beta_start <= schedule.beta_end < 1
+        and 0 < schedule.timestep_scale < math.inf
+    ):
         raise CheckFailed(f"{fields.where} is not a noise schedule ({schedule}): export the bundle again")
     return schedule
 
@@ -188,11 +194,17 @@ def read_sidecar(engine: Path) -> StepSidecar | ClassifierSidecar:
         "weights_sha256": fields("weights_sha256", str),
         "versions": {name: versions(name, str) for name in versions.values},
     }
+    if common["pixel_range"] != PIXEL_RANGE:
+        raise CheckFailed(
+            f"{path}: 'pixel_range' is {common['pixel_range']}, this version feeds {PIXEL_RANGE}: export it again"
+        )
     if min(common["image"]) < 1:
         raise CheckFailed(f"{path}: 'image' is {common['image']}: export the bundle again")
     if common["kind"] == "classify":
         names = fields("class_names", list)
-        return ClassifierSidecar(**common, class_names=tuple(str(name) for name in names))
+        if len(names) < 2 or not all(isinstance(name, str) for name in names):
+            raise CheckFailed(f"{path}: 'class_names' should be two names or more: export the bundle again")
+        return ClassifierSidecar(**common, class_names=tuple(names))
     return StepSidecar(
         **common,
         schedule=_schedule(fields.object("schedule")),
@@ -248,10 +260,9 @@ def open_bundle(engine: Path, classifier: Path | None = None, engine_sha256: str
             f"{engine} was exported with another classifier than the {path.name} beside it: "
             f"name it with --classifier if it is meant, or export the bundle again"
         )
-    for name in ("image", "pixel_range"):
-        if getattr(labels, name) != getattr(unet, name):
-            raise UsageError(
-                f"{engine.name} has {name} {getattr(unet, name)}, {path.name} has {getattr(labels, name)}: "
-                f"they cannot work together"
-            )
+    if labels.image != unet.image:
+        raise UsageError(
+            f"{engine.name} takes images {list(unet.image)}, {path.name} takes {list(labels.image)}: "
+            f"they cannot work together"
+        )
     return Bundle(unet, labels, engine, path)

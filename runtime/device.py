@@ -60,9 +60,13 @@ class Device(Protocol):
     in_flight: int  # batches that may be outstanding
 
     def open_image(self, pixels: NDArray[np.uint8], key: Key, sigma: float, scale: float) -> int:
-        """A handle to an image [C, H, W] whose noise has standard deviation `sigma`; `scale` is the chain's."""
+        """A handle to an image [C, H, W] whose noise has standard deviation `sigma`; `scale` is the chain's.
 
-    def close_image(self, handle: int) -> None: ...
+        The pixels are copied: the caller may use its array again.
+        """
+
+    def close_image(self, handle: int) -> None:
+        """Forget an image. Safe to call twice, and after `close`."""
 
     def reserve(self, slots: int) -> None:
         """Have at least `slots` slots. Only while nothing is outstanding."""

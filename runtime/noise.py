@@ -166,6 +166,8 @@ def rounded_normal(std: Fraction) -> RoundedNormal:
 
 def smoothing_law(sigma: float) -> RoundedNormal:
     """Smoothing noise in grey levels: standard deviation 255 sigma, for the exact value of the float `sigma`."""
+    if not math.isfinite(sigma):
+        raise UsageError(f"sigma is the standard deviation of the noise in [0, 1] pixel units, got {sigma}")
     return rounded_normal(PIXEL_LEVELS * Fraction(sigma))
 
 

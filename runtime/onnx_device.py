@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -22,7 +23,7 @@ STEP_INPUTS = ("mean", "std", "noise", "t", "coef")
 STEP_OUTPUTS = ("mean_next", "std_next", "finite")
 CLASSIFY_INPUTS = ("mean",)
 CLASSIFY_OUTPUTS = ("logits",)
-PROBE_SIGMA = 0.5  # any noise level that the network was trained for
+PROBE_DEPTH, PROBE_STEPS = 4, 3  # the probe starts at a quarter of the schedule and takes up to three steps
 SILENT = 4  # ONNX Runtime's log level "fatal"; what it raises is reported anyway
 
 Floats = NDArray[np.float32]
@@ -86,11 +87,11 @@ class OnnxDevice:
 
     def open_image(self, pixels: NDArray[np.uint8], key: Key, sigma: float, scale: float) -> int:
         handle = next(self._handles)
-        self._images[handle] = OpenImage(pixels, key, smoothing_law(sigma), scale)
+        self._images[handle] = OpenImage(pixels.copy(), key, smoothing_law(sigma), scale)
         return handle
 
     def close_image(self, handle: int) -> None:
-        del self._images[handle]
+        self._images.pop(handle, None)
 
     def reserve(self, slots: int) -> None:
         if slots > len(self._mean):
@@ -172,25 +173,35 @@ class OnnxDevice:
     def _probe(self, bundle: Bundle) -> None:
         """Raise CheckFailed when the engines give NaN on ordinary input, or when an item's result depends on its mates.
 
-        The same item is run with other neighbours and at another place of the batch, and compared bit by bit.
+        A batch of mixed timesteps and spreads is run twice; the second time in reverse order and with every other item
+        exchanged. The items that were kept must come out bit for bit the same.
         """
-        chain = make_chain(bundle.unet.schedule, bundle.unet.variance, PROBE_SIGMA, 1)
-        t, coef = np.repeat(chain.t, self.batch), np.repeat(chain.coef, self.batch, axis=0)
-        draw = np.random.Generator(np.random.Philox(0))
-        mean, noise = draw.standard_normal((2, self.batch, *self.image_shape), np.float32)
-        others = draw.standard_normal(mean.shape, np.float32)
-        others[-1] = mean[0]
+        schedule, draw = bundle.unet.schedule, np.random.Generator(np.random.Philox(0))
+        quarter = schedule.steps // PROBE_DEPTH
+        sigma = math.sqrt(1 / schedule.alpha_bar()[quarter] - 1) / 2
+        chain = make_chain(schedule, bundle.unet.variance, sigma, max(1, min(PROBE_STEPS, quarter)))
+        step = np.arange(self.batch) % len(chain)
 
-        def run(x: Floats) -> list[Floats]:
-            step = {"mean": x, "std": np.zeros_like(x), "noise": noise, "t": t, "coef": coef}
-            return [*self._step.run(STEP_OUTPUTS, step), *self._classify.run(CLASSIFY_OUTPUTS, {"mean": x})]
+        def items() -> dict[str, Floats]:
+            mean, noise = draw.standard_normal((2, self.batch, *self.image_shape), np.float32)
+            std = np.zeros_like(mean) + (step > 0)[:, None, None, None].astype(np.float32) / 4
+            return {"mean": mean, "std": std, "noise": noise, "t": chain.t[step], "coef": chain.coef[step]}
 
+        def run(feed: dict[str, Floats]) -> list[Floats]:
+            return [*self._step.run(STEP_OUTPUTS, feed), *self._classify.run(CLASSIFY_OUTPUTS, {"mean": feed["mean"]})]
+
+        kept = np.arange(self.batch) % 2 == 0
+        some, others = items(), items()
+        exchanged = {name: np.where(kept[(...,) + (None,) * (x.ndim - 1)], x, others[name]) for name, x in some.items()}
         try:
-            first, second = run(mean), run(others)
+            first, second = run(some), run({name: x[::-1] for name, x in exchanged.items()})
+        except MemoryError:
+            raise
         except Exception as error:  # ONNX Runtime's errors have no common base but this
             raise CheckFailed(
-                f"{bundle.unet_path.name} or {bundle.classifier_path.name} does not take the images of "
-                f"{list(self.image_shape)} that its sidecar names ({error}): export the bundle again"
+                f"{bundle.unet_path.name} or {bundle.classifier_path.name} cannot run batches of {self.batch} images "
+                f"{list(self.image_shape)}, as its sidecar says ({error}): export the bundle again, or use a smaller "
+                f"--batch if the memory is short"
             ) from error
         if first[3].shape != (self.batch, len(bundle.classifier.class_names)):
             raise CheckFailed(
@@ -202,7 +213,7 @@ class OnnxDevice:
                 f"{bundle.unet_path.name} or {bundle.classifier_path.name} gives NaN or Inf on ordinary input: "
                 f"its weights are damaged; export it again from a sound checkpoint"
             )
-        if any(not np.array_equal(a[0], b[-1]) for a, b in zip(first, second, strict=True)):
+        if any(not np.array_equal(a[kept], b[::-1][kept]) for a, b in zip(first, second, strict=True)):
             raise CheckFailed(
                 f"on this machine an item's result depends on the others in its batch of {self.batch}, which would "
                 f"void the certificates: use --batch 1"

@@ -99,13 +99,12 @@ def nearest_timestep(alpha_bar: NDArray[np.float64], sigma: float) -> int:
 
 def respaced(timestep: int, steps: int) -> tuple[int, ...]:
     """`steps` timesteps from `timestep` down in equal strides, round(t - i t / b) (Xiao et al. 2023, official code)."""
-    visited = tuple(round(timestep - i * timestep / steps) for i in range(steps))
-    if len(set(visited)) < steps:
+    if steps > max(1, timestep):
         raise UsageError(
             f"{steps} steps do not fit below timestep {timestep}: ask for at most {max(1, timestep)} steps "
             f"or a larger sigma"
         )
-    return visited
+    return tuple(round(timestep - i * timestep / steps) for i in range(steps))
 
 
 def posterior(ab: float, ab_next: float, variance: Variance) -> Coefficients:

@@ -7,8 +7,11 @@ from typing import TypeVar
 
 import torch
 from diffusers import UNet2DModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from densepure_rt.errors import UsageError
 
 CLASS_NAMES = (
     "T-shirt/top",
@@ -61,7 +64,7 @@ class ResidualBlock(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Pixels [batch, 1, 28, 28] in [-1, 1] -> logits [batch, 10]. 0.7 M parameters, 0.09 GFLOP an image."""
+    """Pixels [batch, 1, 28, 28] in [-1, 1] -> logits [batch, 10]. 0.6 M parameters, 0.10 GFLOP an image."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,6 +87,12 @@ class Classifier(nn.Module):
 
 
 def load_weights(model: M, path: Path) -> M:
-    """`model` with the weights of a safetensors file, in evaluation mode."""
-    model.load_state_dict(load_file(path))
+    """`model` with the weights of a safetensors file, in evaluation mode. Raises UsageError when they do not fit."""
+    try:
+        model.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"{path} does not hold the weights of a {type(model).__name__}: {reason}") from error
+    except OSError as error:
+        raise UsageError(f"cannot read the weights {path} ({error.strerror})") from error
     return model.eval()

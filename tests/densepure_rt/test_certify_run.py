@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
 import os
 import signal
 import stat
@@ -258,8 +259,12 @@ def test_the_manifest_says_what_was_run(run: Run, first: Run) -> None:
     assert (identity["method"], identity["n0"], identity["n"], identity["alpha"]) == ("fixed", N0, N, ALPHA)
     assert identity["alpha_bar"] == pytest.approx(1 / (1 + (2 * SIGMA) ** 2))
     assert 0 < identity["alpha_charged_for_noise"] < ALPHA / 1e6
-    assert identity["device"]["batch"] == 4
+    assert (identity["timesteps"], identity["conditioning"]) == ([258], [258.0])
+    assert identity["coefficients"][0]["signal"] == pytest.approx(math.sqrt(identity["alpha_bar"]), rel=1e-6)
+    assert (identity["schedule"]["steps"], identity["variance"]) == (1000, "fixed_small")
+    assert identity["class_names"][0] == "T-shirt/top"
     provenance = run.manifest["provenance"]
+    assert provenance["device"]["batch"] == 4
     assert "--skip" in provenance["argv"]
     assert {"densepure-rt", "numpy", "onnxruntime", "scipy"} <= set(provenance["versions"])
 

@@ -459,3 +459,25 @@ def test_package_offers_what_it_names() -> None:
     assert densepure_rt.Certificate is Certificate
     with pytest.raises(AttributeError, match="no_such_thing"):
         getattr(densepure_rt, "no_such_thing")  # noqa: B009
+
+
+def test_a_caller_may_use_its_array_again(images: list[LabelledImage]) -> None:
+    """A camera that fills one buffer over and over gets what separate arrays get."""
+    frames = [image.pixels for image in images[:4]]
+    with load(secret=SECRET, batch=4, threads=2) as classifier:
+        expected = [c.n_a for c in (classifier.certify(frame, steps=0, n0=4, n=40) for frame in frames)]
+        buffer = np.empty_like(frames[0])
+
+        def camera() -> Iterator[LabelledImage]:
+            for i, frame in enumerate(frames):
+                buffer[...] = frame
+                yield LabelledImage(i, buffer, None)
+
+        found = [found.certificate.n_a for found in classifier.certify_each(camera(), Settings(steps=0, n0=4, n=40))]
+    assert found == expected
+
+
+@pytest.mark.parametrize("secret", [b"", b"short", bytes(31)])
+def test_a_short_secret_is_refused(secret: bytes) -> None:
+    with pytest.raises(UsageError, match="32 bytes"):
+        load(secret=secret, batch=1, threads=1)

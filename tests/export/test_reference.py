@@ -79,8 +79,3 @@ def test_the_log_of_zero_is_a_spread_of_exactly_zero() -> None:
     row = Coefficients(0.6, 0.8, 0.5, 0.5, LOG_OF_ZERO, LOG_OF_ZERO)
     _, std = reference.reverse_step(model("fixed_small", None), state(), torch.zeros(3), row)
     assert not std.any()
-
-
-def test_labels_are_the_largest_logits() -> None:
-    x = torch.tensor([[0.1, 3.0, -2.0], [5.0, 4.9, 4.8], [-3.0, -2.0, -1.0]]).reshape(3, 1, 1, 3)
-    assert reference.labels(nn.Flatten(), x).tolist() == [1, 0, 2]

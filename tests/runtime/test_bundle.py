@@ -44,7 +44,7 @@ REFS = st.builds(FileRef, st.from_regex(r"[a-z0-9_]{1,9}\.(onnx|plan)", fullmatc
 COMMON: dict[str, st.SearchStrategy[Any]] = {
     "file": REFS,
     "image": st.tuples(*[st.integers(1, 4096)] * 3),
-    "pixel_range": st.tuples(NUMBERS, NUMBERS),
+    "pixel_range": st.just((-1.0, 1.0)),
     "precision": WORDS,
     "opset": st.integers(1, 99),
     "weights_sha256": WORDS,
@@ -52,7 +52,7 @@ COMMON: dict[str, st.SearchStrategy[Any]] = {
 }
 BETA_STARTS, BETA_ENDS = st.floats(1e-9, 0.5), st.floats(0.5, 0.999)
 SCHEDULES = st.builds(
-    Schedule, st.sampled_from(["linear", "cosine"]), st.integers(1, 10**6), BETA_STARTS, BETA_ENDS, NUMBERS
+    Schedule, st.sampled_from(["linear", "cosine"]), st.integers(1, 10**6), BETA_STARTS, BETA_ENDS, st.floats(1e-3, 1e3)
 )
 SIDECARS: st.SearchStrategy[Sidecar] = st.one_of(
     st.builds(
@@ -66,7 +66,10 @@ SIDECARS: st.SearchStrategy[Sidecar] = st.one_of(
         **COMMON,
     ),
     st.builds(
-        ClassifierSidecar, kind=st.just("classify"), class_names=st.lists(WORDS, max_size=5).map(tuple), **COMMON
+        ClassifierSidecar,
+        kind=st.just("classify"),
+        class_names=st.lists(WORDS, min_size=2, max_size=5).map(tuple),
+        **COMMON,
     ),
 )
 JSON_VALUES = st.recursive(
@@ -351,10 +354,23 @@ def test_another_classifier_beside_the_engine_is_refused_unless_named(bundle: Pa
     assert open_bundle(bundle, beside).classifier.file.sha256 == "0" * 64
 
 
-@pytest.mark.parametrize(("field", "value"), [("image", [3, 32, 32]), ("pixel_range", [0.0, 1.0])])
-def test_classifier_of_other_images_is_a_usage_error(bundle: Path, field: str, value: object) -> None:
-    rewrite(bundle.with_name(CLASSIFIER), lambda values: values.update({field: value}))
-    with pytest.raises(UsageError, match=f"{field}.*cannot work together"):
+def test_classifier_of_other_images_is_a_usage_error(bundle: Path) -> None:
+    rewrite(bundle.with_name(CLASSIFIER), lambda values: values.update(image=[3, 32, 32]))
+    with pytest.raises(UsageError, match="cannot work together"):
+        open_bundle(bundle)
+
+
+@pytest.mark.parametrize("name", [ENGINE, CLASSIFIER])
+def test_engine_of_another_pixel_range_is_refused(bundle: Path, name: str) -> None:
+    rewrite(bundle.with_name(name), lambda values: values.update(pixel_range=[0.0, 1.0]))
+    with pytest.raises(CheckFailed, match="'pixel_range' is"):
+        open_bundle(bundle)
+
+
+@pytest.mark.parametrize("names", [[], ["one"], ["one", 2]], ids=str)
+def test_fewer_than_two_class_names_are_refused(bundle: Path, names: list[object]) -> None:
+    rewrite(bundle.with_name(CLASSIFIER), lambda values: values.update(class_names=names))
+    with pytest.raises(CheckFailed, match="class_names"):
         open_bundle(bundle)
 
 

@@ -17,6 +17,7 @@ from rich.progress import Progress, TaskID
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from densepure_rt.errors import UsageError
 from densepure_rt.export.zoo import train
 from densepure_rt.export.zoo.models import ZOO, Classifier, load_weights, new_unet
 
@@ -278,3 +279,16 @@ def test_accuracy_is_the_share_of_right_labels(data: Path, tmp_path: Path) -> No
         head.bias[2] = 1
     save_file(model.state_dict(), tmp_path / "two.safetensors")
     assert train.accuracy(tmp_path / "two.safetensors", data) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("content", [b"", b"not safetensors at all", bytes(64)])
+def test_weights_that_are_none_are_a_usage_error(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "classifier.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match="classifier.safetensors"):
+        load_weights(Classifier(), path)
+
+
+def test_weights_of_another_network_are_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="weights of a Classifier"):
+        load_weights(Classifier(), ZOO / "unet.safetensors")
