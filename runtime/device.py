@@ -124,12 +124,13 @@ def onnxruntime_version() -> str:
         raise EnvironmentFault(conflict)
     try:
         import onnxruntime
-    except ImportError as error:
+
+        return str(onnxruntime.__version__)
+    except (ImportError, AttributeError) as error:  # a half-removed wheel leaves a package without a version
         raise EnvironmentFault(
             f"ONNX Runtime, which runs .onnx engines, cannot be imported ({error}): "
             "run \"pip install 'densepure-rt[cpu]'\""
         ) from error
-    return str(onnxruntime.__version__)
 
 
 def open_device(bundle: Bundle, batch: int, threads: int) -> Device:
