@@ -36,7 +36,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            stderr.print("stopped; what was printed or written before is whole")
+            stderr.print("stopped")
             raise typer.Exit(INTERRUPTED) from None
 
 

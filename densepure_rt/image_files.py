@@ -1,7 +1,8 @@
 """One reader a file format: bytes in, uint8 pixels out, and one clear `UsageError` for anything else.
 
-Nothing is resized, rescaled or guessed: a certificate is about the very pixels that were given. Sizes that a header
-declares are checked before anything is decoded or allocated, and nothing is ever unpickled.
+Nothing is resized, rescaled or guessed: a certificate is about the very pixels that were given. The size that an
+image's, IDX or CIFAR file's header declares is checked before its pixels are decoded (an .npz is decompressed first),
+and nothing is ever unpickled.
 """
 
 from __future__ import annotations
