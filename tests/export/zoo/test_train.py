@@ -212,27 +212,56 @@ class ExactNoise(nn.Module):
 
 def test_purifying_with_an_exact_network_gives_the_clean_image_back() -> None:
     x0 = torch.rand(8, 1, 28, 28, generator=torch.Generator().manual_seed(3)) * 2 - 1
-    purified = train.purify(ExactNoise(x0), x0, torch.Generator().manual_seed(4))
+    purified = train.purify(ExactNoise(x0), x0, torch.linspace(0.1, 1, 8), 4, torch.Generator().manual_seed(4))
     torch.testing.assert_close(purified, x0, atol=1e-4, rtol=0)
 
 
 def test_purifying_with_a_blind_network_leaves_the_noise_in() -> None:
     """A network that predicts no noise hands back x / sqrt(alpha-bar): the image and noise of 2 sigma, clipped."""
-    x0 = torch.zeros(400, 1, 28, 28)
+    x0 = torch.zeros(200, 1, 28, 28)
 
     class Blind(nn.Module):
         def forward(self, x: Tensor, t: Tensor) -> SimpleNamespace:
             return SimpleNamespace(sample=torch.zeros_like(x))
 
-    once = train.purify(Blind(), x0, torch.Generator().manual_seed(5))[200:]
-    sigma = torch.empty(400).uniform_(*train.PURIFY_SIGMA, generator=torch.Generator().manual_seed(5))[200:]
+    sigma = torch.linspace(*train.PURIFY_SIGMA, 200)
+    once = train.purify(Blind(), x0, sigma, 0, torch.Generator().manual_seed(5))
     spread = once.abs().flatten(1).median(dim=1).values / 0.6745  # the median of |N(0, 1)|; clipping leaves it alone
     small = sigma < 0.7
     torch.testing.assert_close(spread[small], 2 * sigma[small], rtol=0.15, atol=0)
 
 
+class Answers(nn.Module):
+    """A classifier with its logits written down: one row for clean images, then one for each of the two draws."""
+
+    def __init__(self, *rows: list[float]) -> None:
+        super().__init__()
+        self.rows = torch.tensor(rows)
+
+    def forward(self, x: Tensor) -> Tensor:
+        clean = 4
+        counts = [clean, (len(x) - clean) // 2, (len(x) - clean) // 2]
+        return self.rows.repeat_interleave(torch.tensor(counts), dim=0)
+
+
+def test_the_purified_loss_is_likelihood_consistency_and_entropy_by_hand() -> None:
+    """16 images, 4 of them clean. Two draws that see class 0 at 0.9 and at 0.5: Jeong & Shin 2020, eq. 7 and 8."""
+    p, q = np.array([0.9, 0.1]), np.array([0.5, 0.5])
+    mean = (p + q) / 2
+    kl = sum((mean * np.log(mean / r)).sum() for r in (p, q)) / 2
+    likelihood = -(math.log(0.9) + math.log(0.5)) / 2
+    purified = likelihood + train.CONSISTENCY * kl - train.ENTROPY * (mean * np.log(mean)).sum()
+    smoothed = 0.95 * -math.log(0.8) + 0.05 * -math.log(0.2)  # label smoothing 0.1 over two classes
+    model = Answers(*(np.log(row).tolist() for row in ([0.8, 0.2], p, q)))
+    x0 = torch.rand(16, 1, 28, 28, generator=torch.Generator().manual_seed(3)) * 2 - 1
+    loss = train.purified_loss(
+        model, ExactNoise(x0[4:]), x0, torch.zeros(16, dtype=torch.int64), torch.Generator().manual_seed(4)
+    )
+    assert loss.item() == pytest.approx(0.25 * smoothed + 0.75 * purified, rel=1e-5)
+
+
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("kind", ["unet", "clean-classifier", "classifier"])
+@pytest.mark.parametrize("kind", ["unet", "clean-classifier", "purified-classifier"])
 def test_training_that_was_stopped_ends_bit_for_bit_as_one_that_was_not(
     kind: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,7 +271,7 @@ def test_training_that_was_stopped_ends_bit_for_bit_as_one_that_was_not(
     whole, parts, other = (tmp_path / name for name in ("whole", "parts", "other"))
     for folder in (whole, parts, other):
         folder.mkdir()
-        if kind == "classifier":  # starts from the clean one, and sees what the UNet purifies
+        if kind == "purified-classifier":  # starts from the clean one, and sees what the UNet purifies
             shutil.copy(ZOO / "unet.safetensors", folder / "unet.safetensors")
             shutil.copy(ZOO / "classifier.safetensors", folder / "clean-classifier.safetensors")
     weights = train.fit(kind, data, whole, 5, 1e-2, 1, Stopped(None))
@@ -264,6 +293,16 @@ def test_training_that_was_stopped_ends_bit_for_bit_as_one_that_was_not(
     ]
     assert any(differs)
     load_weights(new_unet() if kind == "unet" else Classifier(), weights)
+
+
+def test_a_blend_lies_between_its_two_ends(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"w": torch.tensor([0.0, 2.0]), "n": torch.tensor(3)}, tmp_path / "a")
+    save_file({"w": torch.tensor([1.0, 4.0]), "n": torch.tensor(5)}, tmp_path / "b")
+    mixed = load_file(train.blend(tmp_path / "a", tmp_path / "b", 0.25, tmp_path / "c"))
+    assert mixed["w"].tolist() == [0.25, 2.5]
+    assert mixed["n"].item() == 5  # a count of batches, not a weight
 
 
 def test_accuracy_is_the_share_of_right_labels(data: Path, tmp_path: Path) -> None:
