@@ -7,12 +7,13 @@ PYTEST_ARGS ?=
 DEMO ?= --max 10 --sigma 0.25 --n0 16 --n 150 --seed 1 --out runs/demo
 
 PIP_INSTALL = -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
+PIP_FETCH = -m pip --disable-pip-version-check
 USE := .venv/.installed
 DEV := .venv-dev/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo accuracy test lint zoo engines clean distclean python
+.PHONY: help demo accuracy test test-slow test-gpu lint zoo engines clean distclean python
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +30,12 @@ accuracy: $(USE) ## the README's table of certified accuracy (an hour on two cor
 
 test: $(DEV) ## all tests
 	.venv-dev/bin/python -m pytest $(PYTEST_ARGS)
+
+test-slow: $(DEV) ## the tests that take minutes each
+	.venv-dev/bin/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
+
+test-gpu: $(DEV) ## the checks that need an NVIDIA GPU; writes runs/gpu-report.txt
+	.venv-dev/bin/python -m pytest -m gpu -rs $(PYTEST_ARGS) tests
 
 lint: $(DEV) ## formatting, lint and types
 	.venv-dev/bin/ruff format --check .
@@ -58,7 +65,13 @@ $(USE): pyproject.toml constraints.txt | python
 	.venv/bin/python $(PIP_INSTALL) -e ".[cpu]"
 	@touch $@
 
-$(DEV): pyproject.toml constraints.txt | python
+$(DEV): pyproject.toml constraints.txt Makefile | python
 	$(PYTHON) -m venv .venv-dev
 	.venv-dev/bin/python $(PIP_INSTALL) -e ".[cpu,export,report,dev]"
+	@# Not for import beside the rest, so not in the environment: an ONNX Runtime that was built for GPUs, and the bindings
+	@# of three TensorRT versions, whose names the tests read. What cannot be had here makes those tests skip.
+	-.venv-dev/bin/python $(PIP_FETCH) install --no-deps --upgrade --target .venv-dev/onnxruntime-gpu onnxruntime-gpu==1.31.1
+	-for version in 10.3.0 10.16.1.11 11.4.0.106; do .venv-dev/bin/python $(PIP_FETCH) download --no-deps \
+	  --only-binary=:all: --python-version 3.11 --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
+	  --dest .venv-dev/tensorrt-bindings tensorrt-cu12-bindings==$$version || exit; done
 	@touch $@

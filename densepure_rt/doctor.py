@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import ctypes.util
 import platform
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
 
 from densepure_rt import __version__
 from densepure_rt.errors import DensePureError, EnvironmentFault
-from densepure_rt.runtime.bundle import open_bundle, sha256_of
+from densepure_rt.runtime.bundle import Flavour, open_bundle, sha256_of
 from densepure_rt.runtime.device import (
     available_cores,
     installed_versions,
     onnxruntime_conflict,
+    onnxruntime_providers,
     onnxruntime_version,
 )
+from densepure_rt.runtime.gpu import Gpu
+from densepure_rt.runtime.gpu import find as find_gpu
+from densepure_rt.runtime.tensorrt_api import MODULES, import_flavour
 from densepure_rt.smoothing import shipped_engine
 
+CUDA_PACKAGES = ("cuda-core", "cuda-bindings")
 EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "safetensors", "diffusers")
 
 
@@ -47,23 +52,40 @@ class Diagnosis:
 def diagnose() -> Diagnosis:
     runtime = onnxruntime_finding()
     engines = engines_finding()
+    here = gpu_here()
+    plans = {flavour: tensorrt_finding(flavour, here) for flavour in MODULES}
     findings = (
         Finding("densepure-rt", "ok", f"{__version__} on Python {platform.python_version()}, {sys.platform}"),
         Finding("processor", "ok", f"{platform.machine()}, {available_cores()} cores to use"),
         runtime,
-        gpu_finding(),
+        providers_finding(),
+        gpu_finding(here),
+        cuda_finding(),
+        *plans.values(),
         export_finding(),
         engines,
     )
+    return Diagnosis(findings, next_command(runtime, engines, plans, here))
+
+
+def next_command(
+    runtime: Finding, engines: Finding, plans: Mapping[Flavour, Finding], here: Gpu | EnvironmentFault
+) -> str:
+    """The one command that brings this machine a step further."""
     if onnxruntime_conflict():
-        command = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'densepure-rt[cpu]'"
-    elif runtime.state != "ok":
-        command = "pip install 'densepure-rt[cpu]'"
-    elif engines.state != "ok":
-        command = "pip install --force-reinstall --no-deps densepure-rt"
-    else:
-        command = "densepure-rt certify"
-    return Diagnosis(findings, command)
+        return "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'densepure-rt[cpu]'"
+    if engines.state != "ok":
+        return "pip install --force-reinstall --no-deps densepure-rt"
+    if isinstance(here, Gpu):
+        if plans["tensorrt"].state == "ok":
+            return "densepure-rt export --target tensorrt && densepure-rt certify --engine engines/unet.plan"
+        if plans["tensorrt-rtx"].state == "ok":
+            return (
+                f"densepure-rt export --target tensorrt-rtx --compute-capability {here.compute_capability} && "
+                f"densepure-rt certify --engine engines/unet.rtx.plan"
+            )
+        return f"pip install 'densepure-rt[{'tensorrt-jetson' if platform.machine() == 'aarch64' else 'tensorrt'}]'"
+    return "densepure-rt certify" if runtime.state == "ok" else "pip install 'densepure-rt[cpu]'"
 
 
 def onnxruntime_finding() -> Finding:
@@ -74,11 +96,49 @@ def onnxruntime_finding() -> Finding:
     return Finding("ONNX Runtime", "ok", f"{version}, runs .onnx engines on the CPU", True)
 
 
-def gpu_finding() -> Finding:
-    driver = ctypes.util.find_library("cuda")
-    if driver is None:
-        return Finding("NVIDIA GPU", "missing", "no driver (libcuda not found); the CPU serves")
-    return Finding("NVIDIA GPU", "ok", f"driver library {driver}; this version runs on the CPU only")
+def providers_finding() -> Finding:
+    try:
+        built_in = onnxruntime_providers()
+    except EnvironmentFault:
+        return Finding("providers", "missing", "no ONNX Runtime")
+    if "CUDAExecutionProvider" in built_in:
+        return Finding("providers", "ok", f"built with {', '.join(built_in)}; try certify --provider cuda")
+    return Finding("providers", "missing", f"{', '.join(built_in)}; --provider cuda needs densepure-rt[gpu]")
+
+
+def gpu_here() -> Gpu | EnvironmentFault:
+    try:
+        return find_gpu()
+    except EnvironmentFault as fault:
+        return fault
+
+
+def gpu_finding(here: Gpu | EnvironmentFault) -> Finding:
+    if isinstance(here, EnvironmentFault):
+        return Finding("NVIDIA GPU", "missing", str(here))
+    found = f"{here.name}, compute capability {here.compute_capability}, driver for CUDA {here.driver}"
+    return Finding("NVIDIA GPU", "ok", found)
+
+
+def cuda_finding() -> Finding:
+    found = installed_versions(*CUDA_PACKAGES)
+    if missing := [name for name in CUDA_PACKAGES if name not in found]:
+        return Finding(
+            "CUDA packages", "missing", f"no {', '.join(missing)}; needed to run plans: densepure-rt[tensorrt]"
+        )
+    return Finding("CUDA packages", "ok", ", ".join(f"{name} {version}" for name, version in found.items()))
+
+
+def tensorrt_finding(flavour: Flavour, here: Gpu | EnvironmentFault) -> Finding:
+    try:
+        version = import_flavour(flavour).__version__
+    except EnvironmentFault as fault:
+        return Finding(flavour, "missing", str(fault))
+    if isinstance(here, Gpu):
+        return Finding(flavour, "ok", f"{version}, builds and runs plans")
+    if flavour == "tensorrt-rtx":
+        return Finding(flavour, "ok", f"{version}, builds plans for GPUs elsewhere: export --target tensorrt-rtx")
+    return Finding(flavour, "missing", f"{version} is installed, but builds and runs plans on a GPU only")
 
 
 def export_finding() -> Finding:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from densepure_rt.errors import CheckFailed, UsageError
-from densepure_rt.runtime.bundle import read_sidecar, sha256_of
+from densepure_rt.runtime.bundle import ClassifierSidecar, StepSidecar, read_sidecar, sha256_of
+from densepure_rt.runtime.device import CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, STEP_INPUTS, STEP_OUTPUTS
+from densepure_rt.runtime.schedule import Coefficients
 
 
 def inspect(path: Path) -> dict[str, Any]:
@@ -26,10 +28,24 @@ def inspect(path: Path) -> dict[str, Any]:
         raise UsageError(f"cannot read {engine} ({error.strerror})") from error
     matches = found == sidecar.file.sha256
     report = dataclasses.asdict(sidecar)
+    if sidecar.plan is None:
+        del report["plan"]
+    else:  # a plan opens on its own GPU only, but what it takes and gives is fixed by what it is
+        report["plan"]["tensors"] = plan_tensors(sidecar)
     report["check"] = {"sha256": found, "matches": matches, "bytes": engine.stat().st_size}
-    if matches and (graph := onnx_graph(engine)):
+    if matches and sidecar.plan is None and (graph := onnx_graph(engine)):
         report["graph"] = graph
     return report
+
+
+def plan_tensors(sidecar: StepSidecar | ClassifierSidecar) -> list[str]:
+    """Inputs and outputs of a plan, all float32, for any of its batches."""
+    image = ", ".join(map(str, sidecar.image))
+    if isinstance(sidecar, ClassifierSidecar):
+        shapes = {"mean": image, "logits": str(len(sidecar.class_names))}
+        return [f"{name}: float32 [batch, {shapes[name]}]" for name in (*CLASSIFY_INPUTS, *CLASSIFY_OUTPUTS)]
+    shapes = {"t": "", "finite": "", "coef": f", {len(Coefficients._fields)}"}
+    return [f"{name}: float32 [batch{shapes.get(name, ', ' + image)}]" for name in (*STEP_INPUTS, *STEP_OUTPUTS)]
 
 
 def onnx_graph(engine: Path) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import NamedTuple, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,15 @@ from densepure_rt.certification import Certificate, FixedRule, check_sampling, p
 from densepure_rt.datasets import LabelledImage
 from densepure_rt.errors import UsageError
 from densepure_rt.runtime.bundle import Bundle, open_bundle
-from densepure_rt.runtime.device import MAX_BATCH, MAX_THREADS, NOT_FINITE, Device, available_cores, open_device
+from densepure_rt.runtime.device import (
+    MAX_BATCH,
+    MAX_THREADS,
+    NOT_FINITE,
+    Device,
+    Provider,
+    available_cores,
+    open_device,
+)
 from densepure_rt.runtime.noise import Purpose, image_key, smoothing_law
 from densepure_rt.runtime.reverse import Outcome, decide
 from densepure_rt.runtime.schedule import Chain, make_chain
@@ -30,7 +38,6 @@ from densepure_rt.voting import Ballot
 
 SECRET_BYTES = 32
 MAX_VOTES = 1000  # published work uses up to 40
-DEFAULT_BATCH = 32  # the CPU reaches its full speed at 8 to 32
 
 
 @dataclass(frozen=True)
@@ -264,20 +271,25 @@ def load(
     classifier: Path | str | None = None,
     *,
     secret: bytes | None = None,
-    batch: int = DEFAULT_BATCH,
+    batch: int | None = None,
     threads: int | None = None,
+    provider: str = "cpu",
     engine_sha256: str | None = None,
+    trust: bool = False,
 ) -> SmoothedClassifier:
     """The engine at `engine`, or the one that ships with the package, and its classifier, ready to certify.
 
     classifier: instead of the one that the engine's sidecar names. secret: 32 bytes, else new ones from the system.
-    batch: items a call of the engine. threads: callers of the engine, else one for each core. engine_sha256: what the
-    engine must hash to.
+    batch: items a call of the engine, else what suits it. threads: callers of the engine, else one for each core.
+    provider: of ONNX Runtime, "cpu", "cuda" or "tensorrt". engine_sha256: what the engine must hash to. trust: take
+    plans that have no sidecar.
 
     Raises UsageError, CheckFailed or EnvironmentFault; each says what to do next.
     """
     threads = available_cores() if threads is None else threads
-    if not (1 <= batch <= MAX_BATCH and 1 <= threads <= MAX_THREADS):
+    if provider not in get_args(Provider):
+        raise UsageError(f"--provider {provider} is not known: {', '.join(get_args(Provider))}")
+    if not ((batch is None or 1 <= batch <= MAX_BATCH) and 1 <= threads <= MAX_THREADS):
         raise UsageError(
             f"batch and threads are counts from 1 up to {MAX_BATCH} and {MAX_THREADS}, got {batch} and {threads}: "
             f"change --batch or --threads"
@@ -286,5 +298,6 @@ def load(
         shipped_engine() if engine is None else Path(engine),
         None if classifier is None else Path(classifier),
         engine_sha256,
+        trust,
     )
-    return SmoothedClassifier(bundle, open_device(bundle, batch, threads), secret)
+    return SmoothedClassifier(bundle, open_device(bundle, batch, threads, cast(Provider, provider)), secret)

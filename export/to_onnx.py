@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-import os
-import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,45 +17,75 @@ from numpy.typing import NDArray
 from torch import nn
 
 from densepure_rt import __version__
-from densepure_rt.errors import CheckFailed, DensePureError, EnvironmentFault, UsageError
-from densepure_rt.export import parity
+from densepure_rt.datasets import LabelledImage
+from densepure_rt.errors import CheckFailed, UsageError
+from densepure_rt.export import parity, precision
 from densepure_rt.export.classifiers import ClassifierModel
+from densepure_rt.export.onnx_graph import SCOPES, nodes_within, refuse_for_tensorrt, types_of
+from densepure_rt.export.precision import DTYPES, OPSETS, QUANTIZED, STEPS, TIME_EMBEDDING
+from densepure_rt.export.publish import Publication, refuse_replacement
 from densepure_rt.export.step_graph import ClassifyGraph, StepGraph
 from densepure_rt.export.unets import DiffusionModel
-from densepure_rt.runtime.bundle import (
-    PIXEL_RANGE,
-    ClassifierSidecar,
-    FileRef,
-    Sidecar,
-    StepSidecar,
-    read_sidecar,
-    sha256_of,
-    sidecar_path,
-    to_json,
+from densepure_rt.runtime.bundle import PIXEL_RANGE, ClassifierSidecar, StepSidecar
+from densepure_rt.runtime.device import (
+    CLASSIFY_INPUTS,
+    CLASSIFY_OUTPUTS,
+    MAX_BATCH,
+    STEP_INPUTS,
+    STEP_OUTPUTS,
+    installed_versions,
 )
-from densepure_rt.runtime.device import MAX_BATCH, installed_versions
-from densepure_rt.runtime.onnx_device import CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, STEP_INPUTS, STEP_OUTPUTS
 
-OPSET = 20  # the newest that TensorRT 10.3 (JetPack 6) reads
 TRACE_BATCH = 2  # 1 would be taken for a constant
-KEPT_METADATA = "pkg.torch.onnx.name_scopes"  # the PyTorch module behind a node; the rest holds source paths
-
-UNET_FILE, CLASSIFIER_FILE = "unet.onnx", "classifier.onnx"
 
 
 @dataclass(frozen=True)
 class Exported:
-    """Where the bundle is, and the worst difference from PyTorch that was found in it."""
+    """Where the bundle is, and the worst difference from float32 PyTorch that was found in it.
+
+    by: what evaluated the files. types: of the operands of Conv, MatMul and Gemm, as `onnx_graph.types_of` counts them.
+    labels: how many labels change on equal noise; None for fp32.
+    """
 
     unet: Path
     classifier: Path
+    precision: str
+    by: str
     worst_step: parity.Difference
     worst_logits: parity.Difference
     comparisons: int
+    types: dict[str, dict[str, dict[str, int]]]
+    labels: parity.LabelParity | None
 
 
-def to_onnx(graph: nn.Module, example: Sequence[torch.Tensor], inputs: Sequence[str], outputs: Sequence[str]) -> bytes:
-    """`graph` as a checked ONNX model of opset 20 with a free batch dimension."""
+@dataclass(frozen=True)
+class Images:
+    """What an export is checked on, and what a quantized one is calibrated on.
+
+    parity: uint8 [n, C, H, W]. labelled: for the comparison of labels, `samples` noisy copies of each. calibration:
+    uint8 [n, C, H, W], images that no certificate is about.
+    """
+
+    parity: NDArray[np.uint8]
+    labelled: Sequence[LabelledImage] = ()
+    samples: int = 0
+    calibration: NDArray[np.uint8] | None = None
+
+
+def file_names(kind: str) -> tuple[str, str]:
+    """The step engine's name and the classifier's: unet.onnx, or unet.fp16.onnx and so on."""
+    suffix = ".onnx" if kind == "fp32" else f".{kind}.onnx"
+    return "unet" + suffix, "classifier" + suffix
+
+
+def to_onnx(
+    graph: nn.Module,
+    example: Sequence[torch.Tensor],
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    opset: int = OPSETS["fp32"],
+) -> bytes:
+    """`graph` as a checked ONNX model with a free batch dimension."""
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports that torchvision is not there
     with torch.no_grad(), warnings.catch_warnings():
@@ -64,7 +94,7 @@ def to_onnx(graph: nn.Module, example: Sequence[torch.Tensor], inputs: Sequence[
             graph.eval(),
             tuple(example),
             dynamo=True,
-            opset_version=OPSET,
+            opset_version=opset,
             input_names=list(inputs),
             output_names=list(outputs),
             dynamic_shapes=tuple({0: batch} for _ in example),
@@ -73,7 +103,7 @@ def to_onnx(graph: nn.Module, example: Sequence[torch.Tensor], inputs: Sequence[
     assert program is not None  # it is None only for the TorchScript exporter
     model = program.model_proto
     for node in model.graph.node:
-        kept = [entry for entry in node.metadata_props if entry.key == KEPT_METADATA]
+        kept = [entry for entry in node.metadata_props if entry.key == SCOPES]  # the rest holds source paths
         del node.metadata_props[:]
         node.metadata_props.extend(kept)
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info, *model.graph.initializer):
@@ -87,17 +117,55 @@ def to_onnx(graph: nn.Module, example: Sequence[torch.Tensor], inputs: Sequence[
     return content
 
 
-def step_onnx(model: DiffusionModel) -> bytes:
+def step_onnx(model: DiffusionModel, opset: int = OPSETS["fp32"]) -> bytes:
     graph = StepGraph(model.network, model.clip, model.variance == "learned_range")
     # Three tensors, not one three times: the exporter would take them for a single input.
     mean, std, noise = (torch.zeros(TRACE_BATCH, *model.image) for _ in range(3))
     example = (mean, std, noise, torch.zeros(TRACE_BATCH), torch.ones(TRACE_BATCH, 6))
-    return to_onnx(graph, example, STEP_INPUTS, STEP_OUTPUTS)
+    return to_onnx(graph, example, STEP_INPUTS, STEP_OUTPUTS, opset)
 
 
-def classifier_onnx(model: ClassifierModel) -> bytes:
+def classifier_onnx(model: ClassifierModel, opset: int = OPSETS["fp32"]) -> bytes:
     x = torch.zeros(TRACE_BATCH, *model.image)
-    return to_onnx(ClassifyGraph(model.network), (x,), CLASSIFY_INPUTS, CLASSIFY_OUTPUTS)
+    return to_onnx(ClassifyGraph(model.network), (x,), CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, opset)
+
+
+def lowered(
+    unet: DiffusionModel, classifier: ClassifierModel, kind: str, keep: Sequence[str]
+) -> tuple[DiffusionModel, ClassifierModel]:
+    """The two models in the type of `kind`, as they are for any other precision.
+
+    Raises UsageError for a pattern of `keep` that matches no module of either.
+    """
+    parts = unet.network, classifier.network
+    for pattern in keep:
+        if not any(precision.matching(part, [pattern]) for part in parts):
+            raise UsageError(
+                f"--keep-fp32 {pattern} matches no module: their names are like {precision.names_like(parts[0])}"
+            )
+    if kind not in DTYPES:
+        return unet, classifier
+    first, second = (
+        precision.cast(part, DTYPES[kind], [pattern for pattern in keep if precision.matching(part, [pattern])])
+        for part in parts
+    )
+    return dataclasses.replace(unet, network=first), dataclasses.replace(classifier, network=second)
+
+
+def contents(
+    unet: DiffusionModel, classifier: ClassifierModel, kind: str, keep: Sequence[str], images: Images
+) -> tuple[bytes, bytes]:
+    """The step graph and the classifier of an already lowered pair of models; quantized here where `kind` asks it."""
+    step, classify = step_onnx(unet, OPSETS[kind]), classifier_onnx(classifier, OPSETS[kind])
+    if kind not in QUANTIZED:
+        return step, classify
+    if images.calibration is None:
+        raise UsageError(f"--precision {kind} is calibrated on images, and none were given")
+    feeds = precision.calibration_feeds(step, unet, images.calibration)
+    quantize = precision.to_fp8 if kind == "fp8" else partial(precision.quantize_int8, cpu=kind == "int8-cpu")
+    pairs = ((step, feeds.step), (classify, feeds.classify))
+    first, second = (quantize(content, fed, nodes_within(content, keep)) for content, fed in pairs)
+    return first, second
 
 
 def refuse_bad_weights(module: nn.Module, what: str) -> None:
@@ -106,105 +174,121 @@ def refuse_bad_weights(module: nn.Module, what: str) -> None:
             raise CheckFailed(f"the {what}'s weights hold NaN or Inf, first in {name}: export from a sound checkpoint")
 
 
-def refuse_replacement(out: Path, weights: dict[str, str]) -> None:
-    """Raise UsageError when `out` holds a bundle of other weights."""
-    for name, digest in weights.items():
-        if not sidecar_path(out / name).exists():
-            continue
-        try:
-            found = read_sidecar(out / name).weights_sha256
-        except DensePureError:
-            found = "unreadable"
-        if found != digest:
-            raise UsageError(
-                f"{out / name} is a bundle of another model (weights {found[:16]}, not {digest[:16]}): "
-                f"choose another --out, or replace it with --force"
-            )
-
-
-def write(folder: Path, content: bytes, sidecar: Callable[[FileRef], Sidecar], name: str) -> FileRef:
-    (folder / name).write_bytes(content)
-    ref = FileRef(name, sha256_of(folder / name))
-    sidecar_path(folder / name).write_text(to_json(sidecar(ref)), encoding="utf-8")
-    return ref
-
-
 def export_bundle(
     unet: DiffusionModel,
     classifier: ClassifierModel,
     out: Path,
-    pixels: NDArray[np.uint8],
+    images: Images | NDArray[np.uint8],
     force: bool = False,
     say: Callable[[str], None] = lambda line: None,
+    kind: str = "fp32",
+    keep: Sequence[str] = (),
 ) -> Exported:
-    """Write `unet.onnx`, `classifier.onnx` and their sidecars into `out`, once they are found to equal PyTorch.
+    """Write the engines of one precision and their sidecars into `out`, once they are found to agree with PyTorch.
 
-    pixels: real images [n, C, H, W] to compare on. Everything is written beside `out` first and moved there at the end:
+    images: see `Images`; an array [n, C, H, W] is for comparisons alone. kind: one of `precision.OPSETS`. keep: shell
+    patterns of module names that stay float32. Everything is written beside `out` first and moved there at the end:
     after an error in export or parity `out` is as it was.
 
-    Raises CheckFailed on a mismatch or damaged weights, UsageError when `out` holds a bundle of another model,
-    EnvironmentFault when it cannot be written.
+    Raises CheckFailed on a mismatch or damaged weights, UsageError when `out` holds a bundle of another model or what
+    is asked cannot be combined, EnvironmentFault when `out` cannot be written.
     """
+    images = images if isinstance(images, Images) else Images(images)
+    if kind not in OPSETS:
+        raise UsageError(f"--precision {kind} is not known: {', '.join(OPSETS)}")
+    if keep and kind == "fp32":
+        raise UsageError("--keep-fp32 does nothing with --precision fp32: leave it out, or ask for another precision")
     refuse_bad_weights(unet.network, "UNet")
     refuse_bad_weights(classifier.network, "classifier")
+    unet_file, classifier_file = file_names(kind)
     if not force:
-        refuse_replacement(out, {UNET_FILE: unet.weights_sha256, CLASSIFIER_FILE: classifier.weights_sha256})
-    versions = {"densepure-rt": __version__} | installed_versions("torch", "onnx", "onnxscript", "diffusers")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".export-", dir=out) as folder_name:
-            folder = Path(folder_name)
-            say(f"writing {CLASSIFIER_FILE}")
-            classifier_ref = write(
-                folder,
-                classifier_onnx(classifier),
-                lambda ref: ClassifierSidecar(
-                    "classify",
-                    ref,
-                    classifier.image,
-                    PIXEL_RANGE,
-                    "fp32",
-                    OPSET,
-                    classifier.weights_sha256,
-                    versions,
-                    classifier.class_names,
-                ),
-                CLASSIFIER_FILE,
-            )
-            say(f"writing {UNET_FILE}")
-            write(
-                folder,
-                step_onnx(unet),
-                lambda ref: StepSidecar(
-                    "step",
-                    ref,
-                    unet.image,
-                    PIXEL_RANGE,
-                    "fp32",
-                    OPSET,
-                    unet.weights_sha256,
-                    versions,
-                    unet.schedule,
-                    unet.variance,
-                    unet.prediction,
-                    unet.clip,
-                    classifier_ref,
-                ),
-                UNET_FILE,
-            )
-            say("comparing with PyTorch")
-            steps = list(parity.step_differences(folder / UNET_FILE, unet, pixels))
-            logits = list(parity.classifier_differences(folder / CLASSIFIER_FILE, classifier, pixels))
-            result = Exported(
-                out / UNET_FILE,
-                out / CLASSIFIER_FILE,
-                parity.check(steps, "fp32"),
-                parity.check(logits, "fp32"),
-                len(steps) + len(logits),
-            )
-            for name in (CLASSIFIER_FILE, UNET_FILE):  # the step engine last: it names the classifier
-                os.replace(folder / name, out / name)
-                os.replace(sidecar_path(folder / name), sidecar_path(out / name))
-    except OSError as error:
-        raise EnvironmentFault(f"cannot write {out} ({error.strerror}): choose another folder with --out") from error
-    return result
+        refuse_replacement(out, {unet_file: unet.weights_sha256, classifier_file: classifier.weights_sha256})
+    versions = installed_versions("torch", "onnx", "onnxscript", "diffusers", "onnxruntime")
+    if kind not in QUANTIZED:
+        versions.pop("onnxruntime", None)  # it had no part in the file
+    common = (PIXEL_RANGE, kind, OPSETS[kind])
+    versions = {"densepure-rt": __version__} | versions
+    smaller = lowered(unet, classifier, kind, keep)
+    with Publication(out) as publication:
+        say(f"writing {classifier_file} and {unet_file}")
+        step, classify = contents(*smaller, kind, keep, images)
+        exempt = (*TIME_EMBEDDING, *keep) if kind in DTYPES else keep
+        for content in (step, classify):
+            precision.check_types(content, kind, exempt)
+            if kind in QUANTIZED and kind not in precision.CPU_ONLY:
+                refuse_for_tensorrt(content, unet_file)
+        classifier_ref = publication.write(
+            classifier_file,
+            classify,
+            lambda ref: ClassifierSidecar(
+                "classify",
+                ref,
+                classifier.image,
+                *common,
+                classifier.weights_sha256,
+                versions,
+                classifier.class_names,
+            ),
+        )
+        publication.write(
+            unet_file,
+            step,
+            lambda ref: StepSidecar(
+                "step",
+                ref,
+                unet.image,
+                *common,
+                unet.weights_sha256,
+                versions,
+                unet.schedule,
+                unet.variance,
+                unet.prediction,
+                unet.clip,
+                classifier_ref,
+            ),
+        )
+        say("comparing with PyTorch")
+        files = publication.folder / unet_file, publication.folder / classifier_file
+        few = kind in parity.EVALUATORS  # a slow evaluator: fewer images, shorter chains
+        pixels, counts = (images.parity[:2], (1, 2)) if few else (images.parity, STEPS)
+        steps = list(parity.step_differences(files[0], unet, pixels, kind, counts))
+        logits = list(parity.classifier_differences(files[1], classifier, pixels, kind))
+        return Exported(
+            out / unet_file,
+            out / classifier_file,
+            kind,
+            parity.evaluator(kind),
+            parity.check(steps, kind),
+            parity.check(logits, kind),
+            len(steps) + len(logits),
+            {"unet": types_of(step), "classifier": types_of(classify)},
+            _compared_labels((unet, classifier), smaller, files, kind, images),
+        )
+
+
+def _compared_labels(
+    float32: tuple[DiffusionModel, ClassifierModel],
+    smaller: tuple[DiffusionModel, ClassifierModel],
+    files: tuple[Path, Path],
+    kind: str,
+    images: Images,
+) -> parity.LabelParity | None:
+    """The labels of the files, or for bf16 of the modules that they were made from, against float32 PyTorch."""
+    if kind == "fp32" or not (images.labelled and images.samples):
+        return None
+    if kind == "bf16":
+        second, by = parity.torch_labels(smaller[0], smaller[1].network), "PyTorch in bfloat16, not the files"
+    else:
+        second, by = parity.file_labels(*files, kind), parity.evaluator(kind)
+    found = parity.compare_labels(
+        parity.torch_labels(float32[0], float32[1].network),
+        second,
+        by,
+        float32[0],
+        [image.pixels for image in images.labelled],
+        [image.label for image in images.labelled],
+        len(float32[1].class_names),
+        images.samples,
+    )
+    parity.check_labels(found, kind)
+    return found

@@ -6,23 +6,30 @@ proves integrity, not origin: who can write both files is not stopped; `--engine
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
-from densepure_rt.errors import CheckFailed, UsageError
+from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
+from densepure_rt.runtime import gpu
 from densepure_rt.runtime.schedule import Schedule, Variance
 
 SCHEMA_VERSION = 1
 PIXEL_RANGE = (-1.0, 1.0)  # what the runtime feeds
 MAX_STEPS = 1_000_000  # of a schedule; published ones have 1000 or 4000
 Kind = Literal["step", "classify"]
+Flavour = Literal["tensorrt", "tensorrt-rtx"]
+ONNX_SUFFIX = ".onnx"
+PLAN_SUFFIXES: dict[Flavour, str] = {"tensorrt-rtx": ".rtx.plan", "tensorrt": ".plan"}  # the longer first
+RTX_MAGIC = b"vtrt"  # the first bytes of every plan of tensorrt-rtx 1.7
+UNKNOWN = "unknown"  # the version of a plan that has no sidecar
 T = TypeVar("T")
 
 
@@ -35,10 +42,30 @@ class FileRef:
 
 
 @dataclass(frozen=True)
+class Plan:
+    """What a TensorRT plan was built from, by what and for which GPUs.
+
+    flavour, version: the library; a plan runs on that flavour and version alone. batches: the batch sizes that it
+    takes, one fixed profile each, in this order. compute_capabilities: such as "8.6". gpu: the one that it was built
+    on, or None. onnx: what it was built from. types: element types of what its convolutions and matrix products give,
+    with their number. recipe: the options of the build.
+    """
+
+    flavour: Flavour
+    version: str
+    batches: tuple[int, ...]
+    compute_capabilities: tuple[str, ...]
+    gpu: str | None
+    onnx: FileRef
+    types: Mapping[str, int]
+    recipe: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class Sidecar:
     """What an engine file is.
 
-    image: [channels, height, width]. pixel_range: of the pixels that the engine works on.
+    image: [channels, height, width]. pixel_range: of the pixels that the engine works on. plan: None for an ONNX file.
     """
 
     kind: Kind
@@ -49,6 +76,7 @@ class Sidecar:
     opset: int
     weights_sha256: str
     versions: Mapping[str, str]
+    plan: Plan | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -84,6 +112,17 @@ def sidecar_path(engine: Path) -> Path:
     return engine.with_name(engine.name + ".json")
 
 
+def plan_path(engine: Path, flavour: Flavour) -> Path:
+    """unet.onnx -> unet.plan, or unet.rtx.plan: plans of the two flavours may lie side by side."""
+    return engine.with_name(engine.name.removesuffix(ONNX_SUFFIX) + PLAN_SUFFIXES[flavour])
+
+
+def onnx_path(plan: Path) -> tuple[Path, Flavour]:
+    """The ONNX file that a plan of this name would be built from, and the plan's flavour by its name."""
+    flavour: Flavour = "tensorrt-rtx" if plan.name.endswith(PLAN_SUFFIXES["tensorrt-rtx"]) else "tensorrt"
+    return plan.with_name(plan.name.removesuffix(PLAN_SUFFIXES[flavour]) + ONNX_SUFFIX), flavour
+
+
 def sha256_of(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -93,8 +132,10 @@ def sha256_of(path: Path) -> str:
 
 
 def to_json(sidecar: Sidecar) -> str:
-    kind = {"schema_version": SCHEMA_VERSION}
-    return json.dumps(kind | dataclasses.asdict(sidecar), indent=2, sort_keys=True) + "\n"
+    fields = {"schema_version": SCHEMA_VERSION} | dataclasses.asdict(sidecar)
+    if sidecar.plan is None:
+        del fields["plan"]
+    return json.dumps(fields, indent=2, sort_keys=True) + "\n"
 
 
 class _Fields:
@@ -126,11 +167,18 @@ class _Fields:
         return value
 
     def numbers(self, name: str, kind: type[T], count: int) -> Any:
-        items = self(name, list)
+        items = self.items(name, kind)
         if len(items) != count:
             raise CheckFailed(f"{self.where}: {name!r} should hold {count} numbers, found {len(items)}")
-        entries = _Fields({str(i): item for i, item in enumerate(items)}, f"{self.where}: {name!r}")
-        return tuple(entries(str(i), kind) for i in range(count))
+        return items
+
+    def items(self, name: str, kind: type[T]) -> tuple[T, ...]:
+        entries = _Fields({str(i): item for i, item in enumerate(self(name, list))}, f"{self.where}: {name!r}")
+        return tuple(entries(index, kind) for index in entries.values)
+
+    def mapping(self, name: str, kind: type[T]) -> dict[str, T]:
+        entries = self.object(name)
+        return {key: entries(key, kind) for key in entries.values}
 
     def object(self, name: str) -> _Fields:
         return _Fields(self.values.get(name), f"{self.where}: {name!r}")
@@ -160,6 +208,22 @@ def _schedule(fields: _Fields) -> Schedule:
     return schedule
 
 
+def _plan(fields: _Fields) -> Plan:
+    plan = Plan(
+        flavour=fields.choice("flavour", get_args(Flavour)),
+        version=fields("version", str),
+        batches=fields.items("batches", int),
+        compute_capabilities=fields.items("compute_capabilities", str),
+        gpu=None if fields.values.get("gpu") is None else fields("gpu", str),
+        onnx=_file_ref(fields.object("onnx")),
+        types=fields.mapping("types", int),
+        recipe=fields.mapping("recipe", str),
+    )
+    if not plan.batches or min(plan.batches) < 1:
+        raise CheckFailed(f"{fields.where}: 'batches' is {list(plan.batches)}: build the plan again")
+    return plan
+
+
 def read_sidecar(engine: Path) -> StepSidecar | ClassifierSidecar:
     """The sidecar of an engine file, checked field by field. Nothing of the engine itself is read.
 
@@ -183,7 +247,6 @@ def read_sidecar(engine: Path) -> StepSidecar | ClassifierSidecar:
         raise CheckFailed(
             f"{path} has schema version {version}, this version reads {SCHEMA_VERSION}: export the bundle again"
         )
-    versions = fields.object("versions")
     common: dict[str, Any] = {
         "kind": fields.choice("kind", get_args(Kind)),
         "file": _file_ref(fields.object("file")),
@@ -192,7 +255,8 @@ def read_sidecar(engine: Path) -> StepSidecar | ClassifierSidecar:
         "precision": fields("precision", str),
         "opset": fields("opset", int),
         "weights_sha256": fields("weights_sha256", str),
-        "versions": {name: versions(name, str) for name in versions.values},
+        "versions": fields.mapping("versions", str),
+        "plan": None if fields.values.get("plan") is None else _plan(fields.object("plan")),
     }
     if common["pixel_range"] != PIXEL_RANGE:
         raise CheckFailed(
@@ -215,6 +279,43 @@ def read_sidecar(engine: Path) -> StepSidecar | ClassifierSidecar:
     )
 
 
+def build_command(engine: Path, flavour: Flavour, sidecar: Sidecar | None, options: Mapping[str, str]) -> str:
+    """The command that builds the plan of this bundle on this machine."""
+    words = {"--target": flavour, "--out": str(engine.parent)}
+    if sidecar is not None and sidecar.precision != "fp32":
+        words["--precision"] = sidecar.precision
+    words |= options
+    if flavour == "tensorrt-rtx" and "--compute-capability" not in options:
+        with contextlib.suppress(EnvironmentFault):  # no GPU: it is built ahead of time, for one elsewhere
+            words["--compute-capability"] = gpu.find().compute_capability
+    return " ".join(["densepure-rt export", *(f"{name} {value}" for name, value in words.items())])
+
+
+def rebuild_command(engine: Path, sidecar: Sidecar) -> str:
+    """The command that builds a plan again as its sidecar says it was built, on this machine."""
+    assert sidecar.plan is not None
+    options = {"--batch": ",".join(map(str, sidecar.plan.batches))} if sidecar.plan.batches else {}
+    return build_command(engine, sidecar.plan.flavour, sidecar, options)
+
+
+def trusted_sidecar(plan: Path) -> StepSidecar | ClassifierSidecar:
+    """What a plan without a sidecar is, if it is what its name says: all but the plan from the ONNX file's sidecar.
+
+    The plan's hash is taken as found, so nothing vouches for its bytes.
+    """
+    onnx, flavour = onnx_path(plan)
+    sidecar = read_sidecar(onnx)
+    if plan.read_bytes()[: len(RTX_MAGIC)] == RTX_MAGIC:
+        flavour = "tensorrt-rtx"
+    built = Plan(flavour, UNKNOWN, (), (), None, sidecar.file, {}, {})
+    ours = dataclasses.replace(sidecar, file=FileRef(plan.name, sha256_of(plan)), plan=built)
+    if isinstance(ours, StepSidecar):
+        classifier = plan_path(plan.with_name(ours.classifier.name), onnx_path(plan)[1])
+        digest = sha256_of(classifier) if os.path.isfile(classifier) else ours.classifier.sha256
+        ours = dataclasses.replace(ours, classifier=FileRef(classifier.name, digest))
+    return ours
+
+
 def verified_bytes(path: Path, expected_sha256: str) -> bytes:
     """The bytes of an engine file, if they are the ones that were promised.
 
@@ -235,14 +336,23 @@ def verified_bytes(path: Path, expected_sha256: str) -> bytes:
     return content
 
 
-def open_bundle(engine: Path, classifier: Path | None = None, engine_sha256: str | None = None) -> Bundle:
+def open_bundle(
+    engine: Path, classifier: Path | None = None, engine_sha256: str | None = None, trust: bool = False
+) -> Bundle:
     """The sidecars of a step engine and of its classifier (else `classifier`), found to fit together.
 
-    Raises UsageError or CheckFailed; the engines themselves are not read yet.
+    trust: take plans without sidecars for what their names say. Raises UsageError or CheckFailed; the engines
+    themselves are not read yet, unless to be trusted.
     """
+
+    def sidecar_of(path: Path) -> StepSidecar | ClassifierSidecar:
+        if trust and path.name.endswith(PLAN_SUFFIXES["tensorrt"]) and not sidecar_path(path).exists():
+            return trusted_sidecar(path)
+        return read_sidecar(path)
+
     if not os.path.isfile(engine):  # unlike Path.exists, it takes any name for an answer
-        raise UsageError(f'no engine at {engine}: make one with "densepure-rt export", or leave --engine out')
-    unet = read_sidecar(engine)
+        raise UsageError(missing_engine(engine))
+    unet = sidecar_of(engine)
     if not isinstance(unet, StepSidecar):
         raise UsageError(f"{engine} is a classifier: give it as --classifier, and a step engine as --engine")
     if engine_sha256 is not None and engine_sha256.lower() != unet.file.sha256:
@@ -252,7 +362,7 @@ def open_bundle(engine: Path, classifier: Path | None = None, engine_sha256: str
     path = classifier or engine.with_name(unet.classifier.name)
     if not os.path.isfile(path):
         raise UsageError(f"no classifier at {path}: copy it beside {engine.name}, or name one with --classifier")
-    labels = read_sidecar(path)
+    labels = sidecar_of(path)
     if not isinstance(labels, ClassifierSidecar):
         raise UsageError(f"{path} is a step engine, not a classifier")
     if classifier is None and labels.file.sha256 != unet.classifier.sha256:
@@ -265,4 +375,26 @@ def open_bundle(engine: Path, classifier: Path | None = None, engine_sha256: str
             f"{engine.name} takes images {list(unet.image)}, {path.name} takes {list(labels.image)}: "
             f"they cannot work together"
         )
+    if flavour_of(unet) != flavour_of(labels):
+        raise UsageError(
+            f"{engine.name} is for {flavour_of(unet)}, {path.name} for {flavour_of(labels)}: one device runs both, so "
+            f"name a classifier of the same kind with --classifier"
+        )
     return Bundle(unet, labels, engine, path)
+
+
+def flavour_of(sidecar: Sidecar) -> str:
+    """What runs an engine: ONNX Runtime, or a flavour of TensorRT."""
+    return sidecar.plan.flavour if sidecar.plan else "onnxruntime"
+
+
+def missing_engine(engine: Path) -> str:
+    onnx, flavour = onnx_path(engine)
+    if engine.name.endswith(PLAN_SUFFIXES["tensorrt"]) and os.path.isfile(onnx):
+        try:
+            sidecar = read_sidecar(onnx)
+        except (CheckFailed, UsageError):
+            sidecar = None
+        command = build_command(engine, flavour, sidecar, {})
+        return f'no plan at {engine}, but {onnx.name} is there to build it from: run "{command}"'
+    return f'no engine at {engine}: make one with "densepure-rt export", or leave --engine out'

@@ -3,30 +3,39 @@
 from __future__ import annotations
 
 import itertools
-import math
 import platform
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from densepure_rt.errors import CheckFailed
+from densepure_rt.errors import CheckFailed, EnvironmentFault
 from densepure_rt.runtime.bundle import Bundle, verified_bytes
-from densepure_rt.runtime.device import NOT_FINITE, Batch
+from densepure_rt.runtime.device import (
+    CLASSIFY_INPUTS,
+    CLASSIFY_OUTPUTS,
+    NOT_FINITE,
+    STEP_INPUTS,
+    STEP_OUTPUTS,
+    Batch,
+    Floats,
+    Provider,
+    probe,
+)
 from densepure_rt.runtime.noise import Key, RoundedNormal, first_state, smoothing_law, smoothing_noise, vote_noise
-from densepure_rt.runtime.schedule import make_chain
 
-STEP_INPUTS = ("mean", "std", "noise", "t", "coef")
-STEP_OUTPUTS = ("mean_next", "std_next", "finite")
-CLASSIFY_INPUTS = ("mean",)
-CLASSIFY_OUTPUTS = ("logits",)
-PROBE_DEPTH, PROBE_STEPS = 4, 3  # the probe starts at a quarter of the schedule and takes up to three steps
 SILENT = 4  # ONNX Runtime's log level "fatal"; what it raises is reported anyway
-
-Floats = NDArray[np.float32]
+EXECUTION_PROVIDERS: dict[Provider, str] = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+PROVIDER_OPTIONS: dict[Provider, dict[str, str]] = {"cpu": {}, "cuda": {"use_tf32": "0"}, "tensorrt": {}}
+GPU, FIRST = "cuda", 0  # where a GPU provider's values live
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,7 @@ class OpenImage:
 
 
 def open_session(
-    content: bytes, name: str, inputs: Sequence[str], outputs: Sequence[str]
+    content: bytes, name: str, inputs: Sequence[str], outputs: Sequence[str], provider: Provider = "cpu"
 ) -> onnxruntime.InferenceSession:
     """A session of one thread: parallel work is one caller a core on the same session, which shares the weights.
 
@@ -48,10 +57,20 @@ def open_session(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = SILENT
+    wanted = EXECUTION_PROVIDERS[provider]
+    if provider != "cpu":
+        refuse_absent(provider)
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     try:
-        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(
+            content, options, providers=[(wanted, PROVIDER_OPTIONS[provider])], enable_fallback=False
+        )
     except Exception as error:  # ONNX Runtime's errors have no common base but this
+        if provider != "cpu":
+            raise EnvironmentFault(unusable(provider, str(error))) from error
         raise CheckFailed(f"ONNX Runtime {onnxruntime.__version__} cannot load {name}: {error}") from error
+    if (used := session.get_providers()[0]) != wanted:  # it falls back without raising
+        raise EnvironmentFault(unusable(provider, f"it took {used} in its place"))
     found = ([i.name for i in session.get_inputs()], [o.name for o in session.get_outputs()])
     if found != (list(inputs), list(outputs)):
         raise CheckFailed(
@@ -61,29 +80,69 @@ def open_session(
     return session
 
 
-class OnnxDevice:
-    """See `densepure_rt.runtime.device.Device`. `threads` callers share one session; each runs whole batches."""
+def refuse_absent(provider: Provider) -> None:
+    """Raise EnvironmentFault when this ONNX Runtime was built without that provider."""
+    if EXECUTION_PROVIDERS[provider] not in (built_in := onnxruntime.get_available_providers()):
+        raise EnvironmentFault(
+            f"--provider {provider}: this ONNX Runtime {onnxruntime.__version__} holds {', '.join(built_in)} only: "
+            f'run "pip uninstall -y onnxruntime", then "pip install \'densepure-rt[gpu]\'"'
+        )
 
-    def __init__(self, bundle: Bundle, batch: int, threads: int) -> None:
-        self.batch = batch
+
+def unusable(provider: Provider, reason: str) -> str:
+    lines = [line for line in reason.splitlines() if line.strip()]
+    return (
+        f"--provider {provider}: ONNX Runtime {onnxruntime.__version__} cannot use {EXECUTION_PROVIDERS[provider]} "
+        f"here ({lines[0] if lines else 'no reason given'}): check the driver and the CUDA libraries with "
+        f'"densepure-rt doctor", or leave --provider out to run on the CPU'
+    )
+
+
+class Network:
+    """One engine, loaded: feed -> outputs, whole batches. On a GPU both are bound there, and copied once each way."""
+
+    def __init__(
+        self, path: Path, sha256: str, inputs: Sequence[str], outputs: Sequence[str], provider: Provider
+    ) -> None:
+        self.outputs, self.provider = outputs, provider
+        self.session = open_session(verified_bytes(path, sha256), path.name, inputs, outputs, provider)
+
+    def __call__(self, feed: Mapping[str, Floats]) -> list[Floats]:
+        if self.provider == "cpu":
+            results: list[Floats] = self.session.run(self.outputs, feed)
+            return results
+        binding = self.session.io_binding()
+        for name, value in feed.items():
+            on_gpu = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), GPU, FIRST)
+            binding.bind_ortvalue_input(name, on_gpu)
+        for name in self.outputs:
+            binding.bind_output(name, GPU, FIRST)
+        self.session.run_with_iobinding(binding)
+        results = binding.copy_outputs_to_cpu()
+        return results
+
+
+class OnnxDevice:
+    """See `densepure_rt.runtime.device.Device`. `threads` callers share one session; each runs whole batches.
+
+    With a GPU provider the networks run there; slots and noise stay with numpy. The TensorRT device keeps all on the
+    GPU.
+    """
+
+    def __init__(self, bundle: Bundle, batch: int, threads: int, provider: Provider = "cpu") -> None:
+        self.batch, self.provider = batch, provider
         self.in_flight = self.threads = threads
         self.image_shape = bundle.unet.image
-        self._step = open_session(
-            verified_bytes(bundle.unet_path, bundle.unet.file.sha256), bundle.unet_path.name, STEP_INPUTS, STEP_OUTPUTS
-        )
-        self._classify = open_session(
-            verified_bytes(bundle.classifier_path, bundle.classifier.file.sha256),
-            bundle.classifier_path.name,
-            CLASSIFY_INPUTS,
-            CLASSIFY_OUTPUTS,
-        )
+        unet, classifier = bundle.unet.file.sha256, bundle.classifier.file.sha256
+        self._step = Network(bundle.unet_path, unet, STEP_INPUTS, STEP_OUTPUTS, provider)
+        self._classify = Network(bundle.classifier_path, classifier, CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, provider)
         self._images: dict[int, OpenImage] = {}
         self._handles, self._tickets = itertools.count(), itertools.count()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="densepure-rt")
         self._outstanding: dict[Future[NDArray[np.int64] | None], int] = {}
         self._mean = self._std = np.empty((0, *self.image_shape), np.float32)
         self._finite = np.empty(0, bool)
-        self._probe(bundle)
+        probe(bundle, batch, lambda feed: [*self._step(feed), *self._classify({"mean": feed["mean"]})])
 
     def open_image(self, pixels: NDArray[np.uint8], key: Key, sigma: float, scale: float) -> int:
         handle = next(self._handles)
@@ -119,12 +178,12 @@ class OnnxDevice:
 
     def describe(self) -> Mapping[str, str | int | bool]:
         return {
-            "provider": "onnxruntime CPU",
+            "provider": "onnxruntime CPU" if self.provider == "cpu" else f"onnxruntime {self.provider}",
             "onnxruntime": onnxruntime.__version__,
             "processor": platform.processor() or platform.machine(),
             "threads": self.threads,
             "batch": self.batch,
-            "independent_of_batch_mates": True,  # or _probe would have raised
+            "independent_of_batch_mates": True,  # or `probe` would have raised
         }
 
     def close(self) -> None:
@@ -146,8 +205,7 @@ class OnnxDevice:
         for i in np.flatnonzero(batch.step):
             key = self._images[int(batch.image[i])].key
             noise[i] = vote_noise(key, int(batch.sample[i]), int(batch.vote[i]), int(batch.step[i]), self.image_shape)
-        mean, std, finite = self._step.run(
-            STEP_OUTPUTS,
+        mean, std, finite = self._step(
             {
                 "mean": self._padded(self._mean[batch.source]),
                 "std": self._padded(self._std[batch.source]),
@@ -162,59 +220,10 @@ class OnnxDevice:
 
     def _run_classify(self, batch: Batch) -> NDArray[np.int64]:
         n = len(batch.source)
-        (logits,) = self._classify.run(CLASSIFY_OUTPUTS, {"mean": self._padded(self._mean[batch.source])})
+        (logits,) = self._classify({"mean": self._padded(self._mean[batch.source])})
         finite = self._finite[batch.source] & np.isfinite(logits[:n]).all(axis=1)
         return np.where(finite, logits[:n].argmax(axis=1), NOT_FINITE)
 
     def _padded(self, values: Floats) -> Floats:
         """`values` filled up to a whole batch with copies of the first item: a batch always has the same shape."""
         return np.concatenate([values, np.repeat(values[:1], self.batch - len(values), axis=0)])
-
-    def _probe(self, bundle: Bundle) -> None:
-        """Raise CheckFailed when the engines give NaN on ordinary input, or when an item's result depends on its mates.
-
-        A batch of mixed timesteps and spreads is run twice; the second time in reverse order and with every other item
-        exchanged. The items that were kept must come out bit for bit the same.
-        """
-        schedule, draw = bundle.unet.schedule, np.random.Generator(np.random.Philox(0))
-        quarter = schedule.steps // PROBE_DEPTH
-        sigma = math.sqrt(1 / schedule.alpha_bar()[quarter] - 1) / 2
-        chain = make_chain(schedule, bundle.unet.variance, sigma, max(1, min(PROBE_STEPS, quarter)))
-        step = np.arange(self.batch) % len(chain)
-
-        def items() -> dict[str, Floats]:
-            mean, noise = draw.standard_normal((2, self.batch, *self.image_shape), np.float32)
-            std = np.zeros_like(mean) + (step > 0)[:, None, None, None].astype(np.float32) / 4
-            return {"mean": mean, "std": std, "noise": noise, "t": chain.t[step], "coef": chain.coef[step]}
-
-        def run(feed: dict[str, Floats]) -> list[Floats]:
-            return [*self._step.run(STEP_OUTPUTS, feed), *self._classify.run(CLASSIFY_OUTPUTS, {"mean": feed["mean"]})]
-
-        kept = np.arange(self.batch) % 2 == 0
-        some, others = items(), items()
-        exchanged = {name: np.where(kept[(...,) + (None,) * (x.ndim - 1)], x, others[name]) for name, x in some.items()}
-        try:
-            first, second = run(some), run({name: x[::-1] for name, x in exchanged.items()})
-        except MemoryError:
-            raise
-        except Exception as error:  # ONNX Runtime's errors have no common base but this
-            raise CheckFailed(
-                f"{bundle.unet_path.name} or {bundle.classifier_path.name} cannot run batches of {self.batch} images "
-                f"{list(self.image_shape)}, as its sidecar says ({error}): export the bundle again, or use a smaller "
-                f"--batch if the memory is short"
-            ) from error
-        if first[3].shape != (self.batch, len(bundle.classifier.class_names)):
-            raise CheckFailed(
-                f"{bundle.classifier_path.name} gives logits of {list(first[3].shape[1:])} for the "
-                f"{len(bundle.classifier.class_names)} classes that its sidecar names: export the bundle again"
-            )
-        if not (np.isfinite(first[0]).all() and (first[2] > 0).all() and np.isfinite(first[3]).all()):
-            raise CheckFailed(
-                f"{bundle.unet_path.name} or {bundle.classifier_path.name} gives NaN or Inf on ordinary input: "
-                f"its weights are damaged; export it again from a sound checkpoint"
-            )
-        if any(not np.array_equal(a[kept], b[::-1][kept]) for a, b in zip(first, second, strict=True)):
-            raise CheckFailed(
-                f"on this machine an item's result depends on the others in its batch of {self.batch}, which would "
-                f"void the certificates: use --batch 1"
-            )

@@ -257,8 +257,8 @@ def main(
     with Progress(TextColumn("{task.description}"), BarColumn(), counter, TimeRemainingColumn()) as progress:
         for kind, (steps, peak) in RECIPE.items():
             fit(kind, data, out, steps, peak, seed, progress)
-        ends = (out / f"{kind}-classifier.safetensors" for kind in ("clean", "purified"))
-        blend(*ends, BLEND, out / "classifier.safetensors")
+        clean, purified = (out / f"{kind}-classifier.safetensors" for kind in ("clean", "purified"))
+        blend(clean, purified, BLEND, out / "classifier.safetensors")
         for kind in ("clean-classifier", "purified-classifier", "classifier"):
             share = accuracy(out / f"{kind}.safetensors", data)
             progress.console.print(f"{kind}: {100 * share:.2f} % of 10,000 test images")

@@ -22,14 +22,8 @@ from densepure_rt.export.to_onnx import Exported, classifier_onnx, export_bundle
 from densepure_rt.export.unets import DiffusionModel, zoo_unet
 from densepure_rt.export.zoo.models import ZOO
 from densepure_rt.runtime.bundle import open_bundle
-from densepure_rt.runtime.onnx_device import (
-    CLASSIFY_INPUTS,
-    CLASSIFY_OUTPUTS,
-    STEP_INPUTS,
-    STEP_OUTPUTS,
-    Floats,
-    open_session,
-)
+from densepure_rt.runtime.device import CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, STEP_INPUTS, STEP_OUTPUTS, Floats
+from densepure_rt.runtime.onnx_device import open_session
 from densepure_rt.runtime.schedule import Schedule, Variance, make_chain
 from densepure_rt.smoothing import shipped_engine
 

@@ -1,0 +1,52 @@
+"""The NVIDIA GPU of this machine, asked of the driver itself (libcuda), without any CUDA package."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+from densepure_rt.errors import EnvironmentFault
+
+LIBCUDA = "libcuda.so.1"
+NAME_BYTES = 256
+MAJOR, MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR, cuda.h
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """name: such as "NVIDIA H100". compute_capability: such as "9.0". driver: the newest CUDA that it runs: "12.6"."""
+
+    name: str
+    compute_capability: str
+    driver: str
+
+
+def find() -> Gpu:
+    """The first GPU that this process sees. Raises EnvironmentFault when there is no driver or no GPU."""
+    try:
+        cuda = ctypes.CDLL(LIBCUDA)
+    except OSError as error:
+        raise EnvironmentFault(
+            f"no NVIDIA GPU here: the driver library {LIBCUDA} is not found ({error}); run on the CPU with an .onnx "
+            f'engine, or see "densepure-rt doctor" on the machine that has the GPU'
+        ) from error
+    device, version, value = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    name = ctypes.create_string_buffer(NAME_BYTES)
+
+    def ask(function: str, *arguments: object) -> None:
+        if code := getattr(cuda, function)(*arguments):
+            raise EnvironmentFault(
+                f"the NVIDIA driver is here but gives no GPU ({function}: CUDA error {code}): check nvidia-smi and "
+                f"CUDA_VISIBLE_DEVICES"
+            )
+
+    ask("cuInit", 0)
+    ask("cuDriverGetVersion", ctypes.byref(version))
+    ask("cuDeviceGet", ctypes.byref(device), 0)
+    ask("cuDeviceGetName", name, NAME_BYTES, device)
+    capability = []
+    for attribute in (MAJOR, MINOR):
+        ask("cuDeviceGetAttribute", ctypes.byref(value), attribute, device)
+        capability.append(str(value.value))
+    driver = f"{version.value // 1000}.{version.value % 1000 // 10}"
+    return Gpu(name.value.decode(errors="replace"), ".".join(capability), driver)

@@ -1,0 +1,518 @@
+"""The TensorRT device: slots, noise and both engines on the GPU; only labels, counters and coefficients cross.
+
+A batch is one copy of its index arrays to the GPU and one CUDA graph: gather, noise, step, scatter; or gather,
+classify, argmax. Batches run one after another on one stream, so they share the engines' buffers; what the host writes
+is staged in pinned memory that is used again only after its batch is done.
+
+Not run on a GPU yet: `make test-gpu` runs its checks and writes a report to send back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
+from densepure_rt.runtime import gpu
+from densepure_rt.runtime.bundle import (
+    UNKNOWN,
+    Bundle,
+    Plan,
+    Sidecar,
+    rebuild_command,
+    verified_bytes,
+)
+from densepure_rt.runtime.device import (
+    CLASSIFY_INPUTS,
+    CLASSIFY_OUTPUTS,
+    STEP_INPUTS,
+    STEP_OUTPUTS,
+    Batch,
+    Floats,
+    Kind,
+    installed_versions,
+    probe,
+)
+from densepure_rt.runtime.noise import Key, RoundedNormal, smoothing_law, vote_law
+from densepure_rt.runtime.tensorrt_api import first_line, import_flavour, new_logger
+
+IN_FLIGHT = 2  # one batch runs while the host prepares the next
+THREADS_PER_BLOCK = 256
+ALIGNMENT = 256  # bytes; what TensorRT asks of a tensor's address
+MAX_IMAGES = 4096  # open at a time
+KERNELS = ("smooth", "gather", "scatter", "gather_means", "argmax")
+PADDING = -1  # a target slot that nothing is written to
+# What `close` lets go of, which frees it: contexts before the runtime, all before the stream.
+HELD = "_step _classify _mean _std _finite _control _labels _table _vote_law _runtime _stream".split()
+
+# These mirror the structs of kernels.cu; a test compares their sizes with the compiler's.
+ITEM = np.dtype([(name, np.int64) for name in ("image", "sample", "vote", "step", "source", "target")])
+IMAGE = np.dtype(
+    [
+        ("pixels", np.uint64),
+        ("thresholds", np.uint64),
+        ("key", np.uint64, 2),
+        ("count", np.int32),
+        ("lowest", np.int32),
+        ("scale", np.float32),
+        ("pad", np.int32),
+    ]
+)
+
+
+def refuse_misfit(bundle: Bundle, batch: int | None) -> int:
+    """The batch to run at: the one that was asked for, or the largest. Raises UsageError when the plans hold it not."""
+    sidecars = [sidecar for sidecar in (bundle.unet, bundle.classifier) if sidecar.plan and sidecar.plan.batches]
+    common = (
+        set.intersection(*(set(sidecar.plan.batches) for sidecar in sidecars if sidecar.plan)) if sidecars else set()
+    )
+    if not sidecars:
+        if batch is None:
+            raise UsageError("a plan without a sidecar does not say its batch: give it with --batch")
+        return batch
+    if not common:
+        raise UsageError(
+            f"{bundle.unet_path.name} and {bundle.classifier_path.name} were built for different batches: run "
+            f'"{rebuild_command(bundle.unet_path, bundle.unet)}"'
+        )
+    if batch is not None and batch not in common:
+        raise UsageError(
+            f"--batch {batch}: {bundle.unet_path.name} was built for {', '.join(map(str, sorted(common)))}; use one of "
+            f"these, or build it again with --batch {batch}"
+        )
+    return max(common) if batch is None else batch
+
+
+def refuse_other_machine(engine_name: str, plan: Plan, library: str, here: gpu.Gpu, rebuild: str) -> None:
+    """Raise EnvironmentFault when a plan was built by another version of the library, or for other GPUs."""
+    compatible = plan.recipe.get("version_compatible") == "true" and plan.version.split(".")[0] == library.split(".")[0]
+    if plan.version not in (library, UNKNOWN) and not compatible:
+        raise EnvironmentFault(
+            f'{engine_name} was built by {plan.flavour} {plan.version}, here is {library}: run "{rebuild}"'
+        )
+    # A plan of tensorrt-rtx runs on what it was built for and on all later GPUs; one of tensorrt on its own kind.
+    portable = plan.flavour == "tensorrt-rtx" or "hw_compat" in plan.recipe
+    ours = tuple(map(int, here.compute_capability.split(".")))
+    built = [tuple(map(int, capability.split("."))) for capability in plan.compute_capabilities]
+    if built and not (ours in built or (portable and ours > min(built))):
+        raise EnvironmentFault(
+            f"{engine_name} was built for compute capability {', '.join(plan.compute_capabilities)}, this GPU "
+            f'({here.name}) has {here.compute_capability}: run "{rebuild}"'
+        )
+
+
+@dataclass
+class Engine:
+    """A deserialised plan with its context and one device buffer for each tensor, all of a fixed shape."""
+
+    engine: Any
+    context: Any
+    buffers: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+
+
+@dataclass
+class Staging:
+    """Pinned memory of one batch in flight: what goes to the GPU and the labels that come back."""
+
+    control: Any
+    labels: Any
+    event: Any
+
+
+@dataclass(frozen=True)
+class OpenImage:
+    index: int
+    pixels: Any
+
+
+class TensorRTDevice:
+    """See `densepure_rt.runtime.device.Device`."""
+
+    in_flight = IN_FLIGHT
+
+    def __init__(self, bundle: Bundle, batch: int | None) -> None:
+        plan = bundle.unet.plan
+        assert plan is not None
+        self.batch = refuse_misfit(bundle, batch)
+        contents = [  # hashed before anything native is loaded
+            (path, sidecar, verified_bytes(path, sidecar.file.sha256))
+            for path, sidecar in ((bundle.unet_path, bundle.unet), (bundle.classifier_path, bundle.classifier))
+        ]
+        self._trt = import_flavour(plan.flavour)
+        self.gpu = gpu.find()
+        for path, sidecar, _ in contents:
+            assert sidecar.plan is not None
+            refuse_other_machine(
+                path.name, sidecar.plan, self._trt.__version__, self.gpu, rebuild_command(path, sidecar)
+            )
+        self.flavour = plan.flavour
+        self.image_shape = bundle.unet.image
+        self.size = int(np.prod(self.image_shape))
+        self._cuda = import_cuda(self.gpu)
+        self._device = self._cuda.Device(0)
+        self._device.set_current()
+        self._stream = self._device.create_stream()
+        self._pinned = self._cuda.LegacyPinnedMemoryResource()  # needs no memory pools: a Jetson has none
+        self._kernels = compile_kernels(self._cuda, self._device.arch)
+        self._logger = new_logger(self._trt)  # TensorRT's objects do not keep it alive
+        self._runtime = self._trt.Runtime(self._logger)
+        self._runtime.engine_host_code_allowed = False
+        # One copy fills it: the items, then t and coef, which are the step engine's own inputs.
+        self._offsets, self._control_bytes = layout(ITEM.itemsize * self.batch, 4 * self.batch, 24 * self.batch)
+        self._control = self._allocate(self._control_bytes)
+        control = int(self._control.handle)
+        self._step = self._load(
+            *contents[0],
+            STEP_INPUTS,
+            STEP_OUTPUTS,
+            {"t": control + self._offsets[1], "coef": control + self._offsets[2]},
+        )
+        self._classify = self._load(*contents[1], CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, {})
+        self.classes = self._classify.shapes["logits"][1]
+        self._labels = self._allocate(4 * self.batch)
+        self._laws: dict[Fraction, Any] = {}
+        self._vote_law = self._law(vote_law())
+        self._table = self._allocate(IMAGE.itemsize * MAX_IMAGES)
+        self._images: dict[int, OpenImage] = {}
+        self._free_images = list(range(MAX_IMAGES))
+        self._handles, self._tickets = itertools.count(), itertools.count()
+        self._idle = [self._new_staging() for _ in range(IN_FLIGHT)]
+        self._outstanding: deque[tuple[int, Kind, int, Staging]] = deque()
+        self._slots = 0
+        self._graphs: dict[Kind, Any] = {}
+        probe(bundle, self.batch, self._run_engines)
+
+    # The contract of Device
+
+    def open_image(self, pixels: NDArray[np.uint8], key: Key, sigma: float, scale: float) -> int:
+        if not self._free_images:
+            raise UsageError(f"{MAX_IMAGES} images are open on the GPU, and there is room for no more")
+        law, index = smoothing_law(sigma), self._free_images[-1]
+        on_gpu = self._upload(np.ascontiguousarray(pixels))
+        entry = np.zeros((), IMAGE)
+        entry["pixels"], entry["thresholds"] = int(on_gpu.handle), int(self._law(law).handle)
+        entry["key"], entry["count"], entry["lowest"], entry["scale"] = key, len(law.thresholds), law.lowest, scale
+        self._copy_in(np.frombuffer(entry.tobytes(), np.uint8), self._table, index * IMAGE.itemsize)
+        handle = next(self._handles)
+        self._images[handle] = OpenImage(self._free_images.pop(), on_gpu)
+        return handle
+
+    def close_image(self, handle: int) -> None:
+        if image := self._images.pop(handle, None):
+            image.pixels.close(self._stream)
+            self._free_images.append(image.index)
+
+    def reserve(self, slots: int) -> None:
+        if slots > self._slots:
+            self._graphs.clear()  # they hold the old addresses
+            self._mean, self._std = (self._allocate(4 * self.size * slots) for _ in range(2))
+            self._finite = self._allocate(slots)
+            self._slots = slots
+
+    def submit(self, batch: Batch) -> int:
+        staging = self._idle[-1]  # taken at the end, so that an error on the way does not lose it
+        self._fill(staging, batch)
+        self._control.copy_from(staging.control, stream=self._stream)
+        self._launch(batch.kind)
+        if batch.kind == "classify":
+            self._labels.copy_to(staging.labels, stream=self._stream)
+        self._stream.record(staging.event)
+        ticket = next(self._tickets)
+        self._outstanding.append((ticket, batch.kind, len(batch.image), self._idle.pop()))
+        return ticket
+
+    def collect(self) -> tuple[int, NDArray[np.int64] | None]:
+        ticket, kind, n, staging = self._outstanding.popleft()  # one stream: the oldest is done first
+        staging.event.sync()
+        labels = as_array(staging.labels, np.int32)[:n].astype(np.int64) if kind == "classify" else None
+        self._idle.append(staging)
+        return ticket, labels
+
+    def drain(self) -> None:
+        with contextlib.suppress(Exception):  # a GPU that failed has said so where it did, and will again
+            self._stream.sync()
+        self._idle += [staging for *_, staging in self._outstanding]
+        self._outstanding.clear()
+
+    def read(self, slots: Sequence[int]) -> tuple[Floats, Floats]:
+        shape = (self._slots, *self.image_shape)
+        mean, std = (
+            self._download(buffer, np.float32).reshape(shape)[list(slots)] for buffer in (self._mean, self._std)
+        )
+        return mean, std
+
+    def describe(self) -> Mapping[str, str | int | bool]:
+        return {
+            "provider": self.flavour,
+            "tensorrt": self._trt.__version__,
+            "gpu": self.gpu.name,
+            "compute_capability": self.gpu.compute_capability,
+            "driver": self.gpu.driver,
+            "batch": self.batch,
+            "independent_of_batch_mates": True,  # or `probe` would have raised
+        } | installed_versions("cuda-core", "cuda-bindings")
+
+    def close(self) -> None:
+        if self._stream is None:
+            return
+        self.drain()
+        for held in (self._graphs, self._images, self._laws, self._idle):
+            held.clear()
+        for name in HELD:
+            setattr(self, name, None)
+
+    # What runs on the GPU
+
+    def _launch(self, kind: Kind) -> None:
+        """Run one batch of this kind from the control buffer: a captured graph, or RTX's own capture of its engine."""
+        if self.flavour == "tensorrt-rtx":
+            self._issue(kind, self._stream, int(self._stream.handle))
+            return
+        if kind in self._graphs:
+            self._graphs[kind].launch(self._stream)
+            return
+        self._issue(kind, self._stream, int(self._stream.handle))  # this batch; an engine's first run may allocate
+        self._stream.sync()
+        with contextlib.closing(self._stream.create_graph_builder()) as builder:
+            builder.begin_building()
+            self._issue(kind, builder, int(builder.stream.handle))  # recorded, not run
+            self._graphs[kind] = builder.end_building().complete()
+
+    def _issue(self, kind: Kind, stream: Any, handle: int) -> None:
+        size, items = np.int32(self.size), self._control
+        slots = (self._mean, self._std, self._finite)
+        elements = self._grid(self.size)
+        if kind == "smooth":
+            self._call("smooth", stream, elements, items, self._table, *slots, size)
+        elif kind == "step":
+            buffers, law = self._step.buffers, vote_law()
+            votes = (self._vote_law, np.int32(len(law.thresholds)), np.int32(law.lowest))
+            inputs = (buffers["mean"], buffers["std"], buffers["noise"])
+            self._call("gather", stream, elements, items, self._table, *slots[:2], *votes, *inputs, size)
+            self._execute(self._step, handle)
+            outputs = tuple(buffers[name] for name in STEP_OUTPUTS)
+            self._call("scatter", stream, elements, items, *outputs, *slots, size)
+        else:
+            buffers = self._classify.buffers
+            self._call("gather_means", stream, elements, items, self._mean, buffers["mean"], size)
+            self._execute(self._classify, handle)
+            counts = (np.int32(self.classes), np.int32(self.batch))
+            self._call(
+                "argmax",
+                stream,
+                self._grid(self.batch, 1),
+                items,
+                buffers["logits"],
+                self._finite,
+                self._labels,
+                *counts,
+            )
+
+    def _grid(self, elements: int, items: int | None = None) -> Any:
+        blocks = -(-elements // THREADS_PER_BLOCK)
+        grid = (blocks, self.batch if items is None else items, 1)
+        return self._cuda.LaunchConfig(grid=grid, block=THREADS_PER_BLOCK)
+
+    def _call(self, name: str, stream: Any, config: Any, *arguments: Any) -> None:
+        self._cuda.launch(stream, config, self._kernels[name], *arguments)
+
+    def _execute(self, engine: Engine, stream: int) -> None:
+        if not engine.context.execute_async_v3(stream):
+            raise CheckFailed(
+                f"{self.flavour} {self._trt.__version__} failed to run an engine: {self._logger.summary()}"
+            )
+
+    def _fill(self, staging: Staging, batch: Batch) -> None:
+        """Write a batch's index arrays, t and coef into pinned memory; padding repeats the first item."""
+        content, n = as_array(staging.control, np.uint8), len(batch.image)
+        items = content[: ITEM.itemsize * self.batch].view(ITEM)
+        index = {handle: self._images[handle].index for handle in set(batch.image.tolist())}
+        items["image"][:n] = [index[handle] for handle in batch.image.tolist()]
+        for name in ("sample", "vote", "step", "source", "target"):
+            items[name][:n] = getattr(batch, name)
+        items[n:] = items[0]
+        items["target"][n:] = PADDING
+        if batch.kind == "step":
+            for values, offset in ((batch.t, self._offsets[1]), (batch.coef, self._offsets[2])):
+                size = self.batch * values[:1].nbytes
+                rows = content[offset : offset + size].view(np.float32).reshape(self.batch, *values.shape[1:])
+                rows[:n], rows[n:] = values, values[0]
+
+    def _run_engines(self, feed: dict[str, Floats]) -> list[Floats]:
+        """Both engines on host arrays, for the probe."""
+        for name, value in feed.items():
+            if name in ("t", "coef"):
+                self._copy_in(np.ascontiguousarray(value), self._control, self._offsets[1 if name == "t" else 2])
+            else:
+                self._copy_in(np.ascontiguousarray(value), self._step.buffers[name])
+        self._copy_in(np.ascontiguousarray(feed["mean"]), self._classify.buffers["mean"])
+        for engine in (self._step, self._classify):
+            self._execute(engine, int(self._stream.handle))
+        outputs = [(self._step, name) for name in STEP_OUTPUTS] + [(self._classify, name) for name in CLASSIFY_OUTPUTS]
+        return [
+            self._download(engine.buffers[name], np.float32).reshape(engine.shapes[name]) for engine, name in outputs
+        ]
+
+    # Loading
+
+    def _load(
+        self,
+        path: Any,
+        sidecar: Sidecar,
+        content: bytes,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        addresses: Mapping[str, int],
+    ) -> Engine:
+        """Deserialise a plan and bind every tensor to an address, at the profile of this batch."""
+        trt = self._trt
+        engine = self._runtime.deserialize_cuda_engine(content)
+        if engine is None:
+            built = sidecar.plan.version if sidecar.plan else UNKNOWN
+            raise EnvironmentFault(
+                f"{self.flavour} {trt.__version__} refuses {path.name}, built by {built} ({self._logger.summary()}): "
+                f'run "{rebuild_command(path, sidecar)}"'
+            )
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        if sorted(names) != sorted([*inputs, *outputs]):
+            raise CheckFailed(
+                f"{path.name} has the tensors {', '.join(names)}; expected {', '.join([*inputs, *outputs])}"
+            )
+        context = self._new_context(engine)
+        if context is None:
+            raise EnvironmentFault(
+                f"{self.flavour} {trt.__version__} has no room to run {path.name} in batches of {self.batch} "
+                f"({self._logger.summary()}): use a smaller --batch, or close what else holds the GPU's memory"
+            )
+        profiles = [
+            tuple(engine.get_tensor_profile_shape(inputs[0], i)[1])[0] for i in range(engine.num_optimization_profiles)
+        ]
+        if self.batch not in profiles:
+            raise UsageError(
+                f"{path.name} holds profiles for batches {profiles}, not {self.batch}: choose with --batch"
+            )
+        if not context.set_optimization_profile_async(profiles.index(self.batch), int(self._stream.handle)):
+            raise CheckFailed(f"{path.name}: profile of batch {self.batch} refused: {self._logger.summary()}")
+        buffers, shapes = {}, {}
+        for name in inputs:
+            shape = (self.batch, *tuple(engine.get_tensor_shape(name))[1:])
+            if not context.set_input_shape(name, shape):
+                raise CheckFailed(f"{path.name}: input {name} refuses shape {list(shape)}: {self._logger.summary()}")
+        for name in (*inputs, *outputs):
+            if engine.get_tensor_dtype(name) != trt.DataType.FLOAT:
+                raise CheckFailed(f"{path.name}: tensor {name} is not float32: export the bundle again")
+            shapes[name] = tuple(context.get_tensor_shape(name))
+            if name not in addresses:
+                buffers[name] = self._allocate(4 * int(np.prod(shapes[name])))
+            address = addresses[name] if name in addresses else int(buffers[name].handle)
+            if not context.set_tensor_address(name, address):
+                raise CheckFailed(f"{path.name}: tensor {name} refuses its address: {self._logger.summary()}")
+        expected = (self.batch, *self.image_shape)
+        if shapes["mean"] != expected:
+            raise CheckFailed(
+                f"{path.name} takes {list(shapes['mean'])}, its sidecar says {list(expected)}: build it again"
+            )
+        return Engine(engine, context, buffers, shapes)
+
+    def _new_context(self, engine: Any) -> Any:
+        if self.flavour == "tensorrt-rtx":
+            config = engine.create_runtime_config()
+            config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            return engine.create_execution_context(config)
+        return engine.create_execution_context()
+
+    # Memory
+
+    def _allocate(self, size: int) -> Any:
+        return self._device.allocate(max(1, size), stream=self._stream)
+
+    def _new_staging(self) -> Staging:
+        control, labels = (
+            self._pinned.allocate(size, stream=self._stream) for size in (self._control_bytes, 4 * self.batch)
+        )
+        options = self._cuda.EventOptions(blocking_sync=True)  # waiting must not spin: an edge device has few cores
+        return Staging(control, labels, self._device.create_event(options))
+
+    def _law(self, law: RoundedNormal) -> Any:
+        if law.std not in self._laws:
+            self._laws[law.std] = self._upload(law.thresholds)
+        return self._laws[law.std]
+
+    def _upload(self, values: NDArray[Any]) -> Any:
+        buffer = self._allocate(values.nbytes)
+        self._copy_in(values, buffer)
+        return buffer
+
+    def _copy_in(self, values: NDArray[Any], buffer: Any, offset: int = 0) -> None:
+        """Copy an array to the GPU and wait; for what is rare."""
+        staging = self._pinned.allocate(values.nbytes, stream=self._stream)
+        self._stream.sync()
+        as_array(staging, np.uint8)[:] = values.reshape(-1).view(np.uint8)
+        window = self._cuda.Buffer.from_handle(int(buffer.handle) + offset, values.nbytes, owner=buffer)
+        window.copy_from(staging, stream=self._stream)
+        self._stream.sync()
+        staging.close(self._stream)
+
+    def _download(self, buffer: Any, dtype: type[Any]) -> NDArray[Any]:
+        staging = self._pinned.allocate(buffer.size, stream=self._stream)
+        buffer.copy_to(staging, stream=self._stream)
+        self._stream.sync()
+        values: NDArray[Any] = as_array(staging, dtype).copy()
+        staging.close(self._stream)
+        return values
+
+
+def layout(*sizes: int) -> tuple[list[int], int]:
+    """Where regions of these sizes start when each is aligned, and how long they are together."""
+    padded = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
+    return [0, *itertools.accumulate(padded)][:-1], sum(padded)
+
+
+def as_array(buffer: Any, dtype: type[Any]) -> NDArray[Any]:
+    """Pinned memory as a numpy array, without a copy; it lives as long as the buffer."""
+    content = (ctypes.c_ubyte * buffer.size).from_address(int(buffer.handle))
+    return np.frombuffer(content, np.uint8).view(dtype)
+
+
+def import_cuda(here: gpu.Gpu) -> Any:
+    """cuda.core. Raises EnvironmentFault when it is missing, or newer than the driver."""
+    try:
+        import cuda.core
+        from cuda.bindings import runtime
+    except ImportError as error:
+        raise EnvironmentFault(
+            f"cuda-core, which drives the GPU, cannot be imported ({first_line(error)}): run "
+            f"\"pip install 'densepure-rt[tensorrt]'\""
+        ) from error
+    needed = runtime.cudaRuntimeGetVersion()[1]
+    if int(here.driver.split(".")[0]) < needed // 1000:
+        raise EnvironmentFault(
+            f"the NVIDIA driver is too old: it runs CUDA {here.driver} at most, cuda-bindings needs {needed // 1000}: "
+            f"update the driver, or run \"pip install 'cuda-bindings<{needed // 1000}'\""
+        )
+    return cuda.core
+
+
+def compile_kernels(cuda: Any, arch: str) -> dict[str, Any]:
+    """kernels.cu for this GPU, by NVRTC, without fused multiply-add: bit for bit what numpy computes."""
+    source = (files("densepure_rt.runtime") / "kernels.cu").read_text(encoding="utf-8")
+    options = cuda.ProgramOptions(arch=f"sm_{arch}", fma=False)
+    try:
+        module = cuda.Program(source, "c++", options).compile("cubin")
+    except Exception as error:  # NVRTC's errors have no common base but this
+        raise EnvironmentFault(
+            f"the GPU's kernels do not compile ({first_line(error)}): run \"pip install 'densepure-rt[tensorrt]'\", "
+            f"which brings NVRTC"
+        ) from error
+    return {name: module.get_kernel(name) for name in KERNELS}

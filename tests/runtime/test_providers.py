@@ -1,0 +1,81 @@
+"""ONNX Runtime falls back to the CPU without raising. Here, where it has no GPU, that must be an error."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from densepure_rt.errors import EnvironmentFault, UsageError
+from densepure_rt.runtime.bundle import open_bundle
+from densepure_rt.runtime.device import open_device
+from densepure_rt.smoothing import load, shipped_engine
+
+BUILT_FOR_GPUS = (
+    Path(sys.prefix) / "onnxruntime-gpu"
+)  # an ONNX Runtime with the GPU providers; `make test` puts it there
+OPEN = """
+import json, sys
+import onnxruntime
+from densepure_rt.errors import DensePureError
+from densepure_rt.runtime.device import CLASSIFY_INPUTS, CLASSIFY_OUTPUTS
+from densepure_rt.runtime.onnx_device import open_session
+from densepure_rt.smoothing import shipped_engine
+path = shipped_engine().with_name("classifier.onnx")
+try:
+    session = open_session(path.read_bytes(), path.name, CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, sys.argv[1])
+    found = {"used": session.get_providers()}
+except DensePureError as error:
+    found = {"error": str(error), "exit_code": error.exit_code}
+print(json.dumps(found | {"built with": onnxruntime.get_available_providers()}))
+"""
+
+needs_gpu_build = pytest.mark.skipif(not BUILT_FOR_GPUS.is_dir(), reason="no ONNX Runtime with GPU providers here")
+
+
+def opened_with(provider: str) -> dict[str, object]:
+    """What opening the shipped classifier with this provider ends in, under an ONNX Runtime that was built for GPUs."""
+    environment = os.environ | {"PYTHONPATH": str(BUILT_FOR_GPUS), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", OPEN, provider], env=environment, capture_output=True, text=True, check=True, timeout=120
+    )
+    found: dict[str, object] = json.loads(done.stdout)
+    return found
+
+
+@needs_gpu_build
+@pytest.mark.parametrize(("provider", "name"), [("cuda", "CUDA"), ("tensorrt", "Tensorrt")])
+def test_a_gpu_provider_that_cannot_start_is_an_error_though_the_wheel_was_built_with_it(
+    provider: str, name: str
+) -> None:
+    found = opened_with(provider)
+    assert f"{name}ExecutionProvider" in str(found["built with"])
+    assert found["exit_code"] == 3
+    assert f"--provider {provider}" in str(found["error"])
+    assert "densepure-rt doctor" in str(found["error"])
+
+
+@needs_gpu_build
+def test_the_same_wheel_serves_the_cpu_when_the_cpu_is_asked_for() -> None:
+    assert opened_with("cpu")["used"] == ["CPUExecutionProvider"]
+
+
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_an_onnx_runtime_built_without_gpus_says_which_one_to_install(provider: str) -> None:
+    with pytest.raises(EnvironmentFault, match=rf"--provider {provider}.*densepure-rt\[gpu\]"):
+        load(provider=provider)
+
+
+def test_an_unknown_provider_is_a_usage_error_that_lists_the_known() -> None:
+    with pytest.raises(UsageError, match="--provider rocm is not known: cpu, cuda, tensorrt"):
+        load(provider="rocm")
+
+
+def test_the_cpu_device_says_that_it_is_one() -> None:
+    device = open_device(open_bundle(shipped_engine()), 1, 1)
+    assert device.describe()["provider"] == "onnxruntime CPU"
+    device.close()
