@@ -389,12 +389,13 @@ def flavour_of(sidecar: Sidecar) -> str:
 
 
 def missing_engine(engine: Path) -> str:
-    onnx, flavour = onnx_path(engine)
-    if engine.name.endswith(PLAN_SUFFIXES["tensorrt"]) and os.path.isfile(onnx):
-        try:
-            sidecar = read_sidecar(onnx)
-        except (CheckFailed, UsageError):
-            sidecar = None
-        command = build_command(engine, flavour, sidecar, {})
-        return f'no plan at {engine}, but {onnx.name} is there to build it from: run "{command}"'
+    if engine.name.endswith(PLAN_SUFFIXES["tensorrt"]):
+        onnx, flavour = onnx_path(engine)
+        if os.path.isfile(onnx):
+            try:
+                sidecar = read_sidecar(onnx)
+            except (CheckFailed, UsageError):
+                sidecar = None
+            command = build_command(engine, flavour, sidecar, {})
+            return f'no plan at {engine}, but {onnx.name} is there to build it from: run "{command}"'
     return f'no engine at {engine}: make one with "densepure-rt export", or leave --engine out'
