@@ -244,6 +244,8 @@ def export(
     targets = words(target, "--target", ("onnx", *sorted(PLAN_SUFFIXES)))
     kinds = [kind.strip() for kind in precision.split(",")]
     report: dict[str, Any] = {}
+    if "onnx" not in targets and (weights or keep_fp32):
+        raise UsageError("--weights and --keep-fp32 change the ONNX engines: add onnx to --target")
     if "onnx" in targets:
         asked = (kinds, keep_fp32 or (), parity_images, parity_samples)
         report["onnx"] = export_onnx(out, weights, force, as_json, *asked)

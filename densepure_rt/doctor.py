@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Literal
 
@@ -54,6 +54,8 @@ def diagnose() -> Diagnosis:
     engines = engines_finding()
     here = gpu_here()
     plans = {flavour: tensorrt_finding(flavour, here) for flavour in MODULES}
+    if isinstance(here, Gpu) and any(finding.state == "ok" for finding in plans.values()):
+        runtime = replace(runtime, needed=False)
     findings = (
         Finding("densepure-rt", "ok", f"{__version__} on Python {platform.python_version()}, {sys.platform}"),
         Finding("processor", "ok", f"{platform.machine()}, {available_cores()} cores to use"),

@@ -22,6 +22,16 @@ RANDOM_OPS = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUnifor
 UNSIGNED = {onnx.TensorProto.UINT32: "uint32", onnx.TensorProto.UINT64: "uint64"}
 
 
+def checked(model: onnx.ModelProto) -> bytes:
+    """A model as bytes, the same for the same model. Raises CheckFailed when onnx.checker finds it unsound."""
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise CheckFailed(f"onnx.checker refuses the graph that was written: {error}") from error
+    content: bytes = model.SerializeToString(deterministic=True)
+    return content
+
+
 def scopes(node: onnx.NodeProto) -> list[str]:
     """The modules that a node comes from, outermost first, named as in the network that was exported."""
     recorded = next((entry.value for entry in node.metadata_props if entry.key == SCOPES), "[]")
@@ -90,12 +100,12 @@ def described(node: onnx.NodeProto) -> str:
     return f"node {node.name} ({node.op_type})" + (f" of module {modules[-1]}" if modules else "")
 
 
-def refuse_for_tensorrt(content: bytes, name: str) -> None:
+def refuse_for_tensorrt(model: onnx.ModelProto, name: str) -> None:
     """Raise CheckFailed for a quantized graph that TensorRT would refuse, or quantize otherwise than it was calibrated.
 
     It takes S8 (or FLOAT8E4M3FN) with zero point 0, weights with a scale for each channel, and float biases.
     """
-    graph = onnx.load_model_from_string(content).graph
+    graph = model.graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     taken = (onnx.TensorProto.INT8, onnx.TensorProto.FLOAT8E4M3FN)
     for node in graph.node:
@@ -118,9 +128,18 @@ def refuse_for_tensorrt(content: bytes, name: str) -> None:
             )
 
 
+def nodes_of(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    """The nodes of a graph and of the graphs within it: the bodies of Loop, If and Scan."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from nodes_of(attribute.g)
+
+
 def refuse_unbuildable(model: onnx.ModelProto, name: str) -> None:
     """Raise CheckFailed for what TensorRT would refuse in worse words, or would take and do wrongly."""
-    for node in model.graph.node:
+    for node in nodes_of(model.graph):
         if node.op_type in RANDOM_OPS:
             raise CheckFailed(
                 f"{name}: {described(node)} draws random numbers, and TensorRT ignores its seed: noise must be "

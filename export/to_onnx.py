@@ -21,7 +21,7 @@ from densepure_rt.datasets import LabelledImage
 from densepure_rt.errors import CheckFailed, UsageError
 from densepure_rt.export import parity, precision
 from densepure_rt.export.classifiers import ClassifierModel
-from densepure_rt.export.onnx_graph import SCOPES, nodes_within, refuse_for_tensorrt, types_of
+from densepure_rt.export.onnx_graph import SCOPES, checked, nodes_within, refuse_for_tensorrt, types_of
 from densepure_rt.export.precision import DTYPES, OPSETS, QUANTIZED, STEPS, TIME_EMBEDDING
 from densepure_rt.export.publish import Publication, refuse_replacement
 from densepure_rt.export.step_graph import ClassifyGraph, StepGraph
@@ -109,12 +109,7 @@ def to_onnx(
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info, *model.graph.initializer):
         del value.metadata_props[:]
     del model.metadata_props[:], model.graph.metadata_props[:], model.functions[:]
-    try:
-        onnx.checker.check_model(model, full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise CheckFailed(f"the exporter wrote a graph that onnx.checker refuses: {error}") from error
-    content: bytes = model.SerializeToString(deterministic=True)
-    return content
+    return checked(model)
 
 
 def step_onnx(model: DiffusionModel, opset: int = OPSETS["fp32"]) -> bytes:
@@ -216,7 +211,7 @@ def export_bundle(
         for content in (step, classify):
             precision.check_types(content, kind, exempt)
             if kind in QUANTIZED and kind not in precision.CPU_ONLY:
-                refuse_for_tensorrt(content, unet_file)
+                refuse_for_tensorrt(onnx.load_model_from_string(content), unet_file)
         classifier_ref = publication.write(
             classifier_file,
             classify,

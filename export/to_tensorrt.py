@@ -111,15 +111,18 @@ class BuildOptions:
         given = {
             "workspace": self.workspace,
             "builder_level": self.level,
-            "timing_cache": self.timing_cache and self.timing_cache.name,
+            "timing_cache": self.timing_cache,
+            "timing_cache_strict": "true" if self.timing_cache_strict else None,
             "hw_compat": self.hardware,
-            "version_compatible": self.version_compatible or None,
+            "version_compatible": "true" if self.version_compatible else None,
         }
-        return {"tf32": str(self.tf32).lower()} | {k: str(v).lower() for k, v in given.items() if v is not None}
+        return {"tf32": "true" if self.tf32 else "false"} | {k: str(v) for k, v in given.items() if v is not None}
 
 
 def source_bundle(out: Path, precision: str = "fp32") -> Bundle:
-    """The ONNX engines to build plans from: those in `out`, else the ones that ship."""
+    """The ONNX engines to build plans from: those in `out`, else the ones that ship. Raises UsageError without any."""
+    if precision not in PRECISION_TYPES:
+        raise UsageError(f"--precision {precision}: plans are built in {', '.join(PRECISION_TYPES)}")
     name = f"unet{'' if precision == 'fp32' else '.' + precision}.onnx"
     for engine in (out / name, shipped_engine().with_name(name)):
         if engine.is_file():
@@ -226,7 +229,7 @@ def build(
     """
     model = parsed_model(content, path)
     refuse_unbuildable(model, path.name)
-    refuse_for_tensorrt(content, path.name)
+    refuse_for_tensorrt(model, path.name)
     # TensorRT's objects hold no references to each other: all of these must live until the end.
     logger = new_logger(trt)
     builder = new_builder(trt, flavour, logger)
@@ -254,7 +257,10 @@ def build(
     if blob is None:
         raise CheckFailed(build_failure(logger, model, path, flavour, trt.__version__))
     if cache is not None and options.timing_cache is not None:
-        options.timing_cache.write_bytes(bytes(config.get_timing_cache().serialize()))
+        try:
+            options.timing_cache.write_bytes(bytes(config.get_timing_cache().serialize()))
+        except OSError as error:  # the plan is worth more than the cache
+            say(f"could not keep the timings in {options.timing_cache} ({error.strerror}); going on")
     return bytes(blob), types
 
 
@@ -296,7 +302,6 @@ def configure(trt: Any, flavour: Flavour, config: Any, options: BuildOptions, ca
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace << 20)
     if options.level is not None:
         config.builder_optimization_level = options.level
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # so that `inspect` can name layers and their types
     if flavour == "tensorrt-rtx":
         config.num_compute_capabilities = len(capabilities)
         for i, capability in enumerate(capabilities):

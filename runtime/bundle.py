@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -47,8 +47,8 @@ class Plan:
 
     flavour, version: the library; a plan runs on that flavour and version alone. batches: the batch sizes that it
     takes, one fixed profile each, in this order. compute_capabilities: such as "8.6". gpu: the one that it was built
-    on, or None. onnx: what it was built from. types: element types of what its convolutions and matrix products give,
-    with their number. recipe: the options of the build.
+    on, or None. onnx: what it was built from. types: element types that its convolutions and matrix products multiply,
+    with their number. recipe: the options of the build, named as those of `densepure-rt export` with underscores.
     """
 
     flavour: Flavour
@@ -279,22 +279,25 @@ def read_sidecar(engine: Path) -> StepSidecar | ClassifierSidecar:
     )
 
 
-def build_command(engine: Path, flavour: Flavour, sidecar: Sidecar | None, options: Mapping[str, str]) -> str:
+def build_command(engine: Path, flavour: Flavour, sidecar: Sidecar | None, options: Iterable[str] = ()) -> str:
     """The command that builds the plan of this bundle on this machine."""
-    words = {"--target": flavour, "--out": str(engine.parent)}
+    words = ["densepure-rt export --target", flavour, "--out", str(engine.parent)]
     if sidecar is not None and sidecar.precision != "fp32":
-        words["--precision"] = sidecar.precision
-    words |= options
-    if flavour == "tensorrt-rtx" and "--compute-capability" not in options:
+        words += ["--precision", sidecar.precision]
+    words += options
+    if flavour == "tensorrt-rtx":
         with contextlib.suppress(EnvironmentFault):  # no GPU: it is built ahead of time, for one elsewhere
-            words["--compute-capability"] = gpu.find().compute_capability
-    return " ".join(["densepure-rt export", *(f"{name} {value}" for name, value in words.items())])
+            words += ["--compute-capability", gpu.find().compute_capability]
+    return " ".join(words)
 
 
 def rebuild_command(engine: Path, sidecar: Sidecar) -> str:
-    """The command that builds a plan again as its sidecar says it was built, on this machine."""
+    """The command that builds a plan again on this machine, with the options of its recipe."""
     assert sidecar.plan is not None
-    options = {"--batch": ",".join(map(str, sidecar.plan.batches))} if sidecar.plan.batches else {}
+    options = ["--batch", ",".join(map(str, sidecar.plan.batches))] if sidecar.plan.batches else []
+    for name, value in sidecar.plan.recipe.items():
+        if value != "false":  # "true" is a flag
+            options += ["--" + name.replace("_", "-")] + ([] if value == "true" else [value])
     return build_command(engine, sidecar.plan.flavour, sidecar, options)
 
 
@@ -396,6 +399,6 @@ def missing_engine(engine: Path) -> str:
                 sidecar = read_sidecar(onnx)
             except (CheckFailed, UsageError):
                 sidecar = None
-            command = build_command(engine, flavour, sidecar, {})
+            command = build_command(engine, flavour, sidecar)
             return f'no plan at {engine}, but {onnx.name} is there to build it from: run "{command}"'
     return f'no engine at {engine}: make one with "densepure-rt export", or leave --engine out'

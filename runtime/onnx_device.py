@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from densepure_rt.errors import CheckFailed, EnvironmentFault
+from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.runtime.bundle import Bundle, verified_bytes
 from densepure_rt.runtime.device import (
     CLASSIFY_INPUTS,
@@ -36,6 +36,9 @@ EXECUTION_PROVIDERS: dict[Provider, str] = {
 }
 PROVIDER_OPTIONS: dict[Provider, dict[str, str]] = {"cpu": {}, "cuda": {"use_tf32": "0"}, "tensorrt": {}}
 GPU, FIRST = "cuda", 0  # where a GPU provider's values live
+# Precisions that ONNX Runtime 1.32 loads and computes wrongly (fp8: its optimiser moves the quantization, and the
+# default classifier is off by twice its norm) or, on a CPU, has no kernels for.
+UNRUNNABLE: dict[Provider, tuple[str, ...]] = {"cpu": ("fp8", "bf16"), "cuda": ("fp8",), "tensorrt": ("fp8",)}
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,15 @@ def open_session(
             f'{", ".join(outputs)}: export it again with "densepure-rt export"'
         )
     return session
+
+
+def refuse_unrunnable(name: str, precision: str, provider: Provider) -> None:
+    """Raise UsageError for an engine in a precision that this provider does not compute rightly."""
+    if precision in UNRUNNABLE[provider]:
+        raise UsageError(
+            f"{name} is {precision}, which ONNX Runtime does not run rightly with --provider {provider}: build a plan "
+            f'from it with "densepure-rt export --target tensorrt --precision {precision}", or use an fp32 engine'
+        )
 
 
 def refuse_absent(provider: Provider) -> None:
@@ -133,6 +145,8 @@ class OnnxDevice:
         self.batch, self.provider = batch, provider
         self.in_flight = self.threads = threads
         self.image_shape = bundle.unet.image
+        for path, sidecar in ((bundle.unet_path, bundle.unet), (bundle.classifier_path, bundle.classifier)):
+            refuse_unrunnable(path.name, sidecar.precision, provider)
         unet, classifier = bundle.unet.file.sha256, bundle.classifier.file.sha256
         self._step = Network(bundle.unet_path, unet, STEP_INPUTS, STEP_OUTPUTS, provider)
         self._classify = Network(bundle.classifier_path, classifier, CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, provider)

@@ -72,14 +72,13 @@ IMAGE = np.dtype(
 
 def refuse_misfit(bundle: Bundle, batch: int | None) -> int:
     """The batch to run at: the one that was asked for, or the largest. Raises UsageError when the plans hold it not."""
-    sidecars = [sidecar for sidecar in (bundle.unet, bundle.classifier) if sidecar.plan and sidecar.plan.batches]
-    common = (
-        set.intersection(*(set(sidecar.plan.batches) for sidecar in sidecars if sidecar.plan)) if sidecars else set()
-    )
-    if not sidecars:
+    held = [set(sidecar.plan.batches) for sidecar in (bundle.unet, bundle.classifier) if sidecar.plan]
+    held = [batches for batches in held if batches]  # a plan without a sidecar does not say
+    if not held:
         if batch is None:
             raise UsageError("a plan without a sidecar does not say its batch: give it with --batch")
         return batch
+    common = set.intersection(*held)
     if not common:
         raise UsageError(
             f"{bundle.unet_path.name} and {bundle.classifier_path.name} were built for different batches: run "
@@ -100,8 +99,9 @@ def refuse_other_machine(engine_name: str, plan: Plan, library: str, here: gpu.G
         raise EnvironmentFault(
             f'{engine_name} was built by {plan.flavour} {plan.version}, here is {library}: run "{rebuild}"'
         )
-    # A plan of tensorrt-rtx runs on what it was built for and on all later GPUs; one of tensorrt on its own kind.
-    portable = plan.flavour == "tensorrt-rtx" or "hw_compat" in plan.recipe
+    # A plan of tensorrt-rtx is documented to run on later GPUs too, as one of tensorrt built for "ampere-plus"; whether
+    # it does, the library says when it is opened.
+    portable = plan.flavour == "tensorrt-rtx" or plan.recipe.get("hw_compat") == "ampere-plus"
     ours = tuple(map(int, here.compute_capability.split(".")))
     built = [tuple(map(int, capability.split("."))) for capability in plan.compute_capabilities]
     if built and not (ours in built or (portable and ours > min(built))):

@@ -465,6 +465,11 @@ def test_without_onnxruntime_the_exit_is_3_with_the_pip_command(command: str) ->
     refused(cli(command, *TINY, without=("onnxruntime",)), 3, "ONNX Runtime", "pip install 'densepure-rt[cpu]'")
 
 
+def test_export_refuses_weights_that_a_plan_alone_would_not_use(tmp_path: Path) -> None:
+    done = cli("export", "--target", "tensorrt-rtx", "--weights", tmp_path, "--out", tmp_path / "engines")
+    refused(done, 2, "--weights", "add onnx to --target")
+
+
 @pytest.mark.parametrize("package", ["torch", "onnx"])
 def test_export_without_its_packages_exits_3_with_the_pip_command(tmp_path: Path, package: str) -> None:
     done = cli("export", "--out", tmp_path / "engines", without=(package,))

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from densepure_rt import __version__
-from densepure_rt.doctor import EXPORT_PACKAGES, diagnose
+from densepure_rt.doctor import EXPORT_PACKAGES, Finding, diagnose
+from densepure_rt.runtime.gpu import Gpu
 
 ROOT = Path(__file__).resolve().parents[2]
 CODE = "from densepure_rt.cli import main; main()"
@@ -91,6 +92,17 @@ def test_without_onnxruntime_the_next_command_installs_it() -> None:
     done = doctor(blocked=("onnxruntime",))
     assert next_command(done) == "pip install 'densepure-rt[cpu]'"
     assert "missing" in done.stdout
+
+
+def test_a_gpu_that_runs_plans_needs_no_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no GPU here, so its answer is put in; tensorrt-rtx is the real one."""
+    absent = Finding("ONNX Runtime", "missing", "not installed", needed=True)
+    monkeypatch.setattr("densepure_rt.doctor.onnxruntime_finding", lambda: absent)
+    assert not diagnose().healthy
+    monkeypatch.setattr("densepure_rt.doctor.gpu_here", lambda: Gpu("NVIDIA RTX 4090", "8.9", "12.6"))
+    diagnosis = diagnose()
+    assert diagnosis.healthy
+    assert "export --target tensorrt" in diagnosis.next_command
 
 
 def test_without_torch_only_export_is_missing() -> None:

@@ -447,12 +447,12 @@ def test_logits_of_a_quantized_classifier_are_not_rounded(toy: Toy, cpu: bool) -
 
 def test_tensorrt_is_given_float_s8_and_fp8_graphs(toy: Toy, int8: bytes, fp8: bytes) -> None:
     for content in (toy.step, int8, fp8):
-        refuse_for_tensorrt(content, "toy.onnx")
+        refuse_for_tensorrt(onnx.load_model_from_string(content), "toy.onnx")
 
 
 def test_tensorrt_is_not_given_unsigned_activations(int8_cpu: bytes) -> None:
     with pytest.raises(CheckFailed, match=r"toy\.onnx: .* has UINT8 values; TensorRT takes S8 .*--precision int8"):
-        refuse_for_tensorrt(int8_cpu, "toy.onnx")
+        refuse_for_tensorrt(onnx.load_model_from_string(int8_cpu), "toy.onnx")
 
 
 def spoiled(content: bytes, change: str) -> bytes:
@@ -487,7 +487,7 @@ def spoiled(content: bytes, change: str) -> bytes:
 )
 def test_tensorrt_is_not_given_anything_else(int8: bytes, change: str, words: str) -> None:
     with pytest.raises(CheckFailed, match=words) as caught:
-        refuse_for_tensorrt(spoiled(int8, change), "toy.onnx")
+        refuse_for_tensorrt(onnx.load_model_from_string(spoiled(int8, change)), "toy.onnx")
     assert caught.value.exit_code == 1
 
 

@@ -21,7 +21,7 @@ from densepure_rt.export.classifiers import zoo_classifier
 from densepure_rt.export.default import CALIBRATION
 from densepure_rt.export.onnx_graph import SCOPES, scopes
 from densepure_rt.export.to_onnx import Images, contents, lowered
-from densepure_rt.export.to_tensorrt import BuildOptions, build, build_plans
+from densepure_rt.export.to_tensorrt import BuildOptions, build, build_plans, source_bundle
 from densepure_rt.export.unets import zoo_unet
 from densepure_rt.runtime.bundle import (
     Bundle,
@@ -135,6 +135,29 @@ def test_a_graph_that_draws_its_own_noise_is_refused_before_tensorrt_sees_it(tmp
         built_from(toy_bundle(tmp_path, node), tmp_path / "out")
 
 
+def test_noise_that_is_drawn_within_a_loop_is_found_too(tmp_path: Path) -> None:
+    body = helper.make_graph(
+        [
+            helper.make_node("RandomNormalLike", ["state"], ["next"], name="node_inner"),
+            helper.make_node("Identity", ["go"], ["go_on"]),
+        ],
+        "body",
+        [
+            helper.make_tensor_value_info("trip", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("state", TensorProto.FLOAT, None),
+        ],
+        [
+            helper.make_tensor_value_info("go_on", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("next", TensorProto.FLOAT, None),
+        ],
+    )
+    trips = helper.make_node("Constant", [], ["trips"], value_int=3)
+    loop = helper.make_node("Loop", ["trips", "", "mean"], ["logits"], body=body)
+    with pytest.raises(CheckFailed, match="node_inner .* random numbers"):
+        built_from(toy_bundle(tmp_path, trips, (loop,)), tmp_path / "out")
+
+
 def test_an_unsigned_tensor_is_refused_by_name(tmp_path: Path) -> None:
     to = helper.make_node("Cast", ["mean"], ["bits"], name="to_bits", to=TensorProto.UINT32)
     back = helper.make_node("Cast", ["bits"], ["logits"], to=TensorProto.FLOAT)
@@ -191,6 +214,12 @@ def test_an_option_that_a_flavour_lacks_is_refused_by_name(
 ) -> None:
     with pytest.raises(UsageError, match=words):
         build_plans(open_bundle(SHIPPED), tmp_path, flavour, options)
+
+
+@pytest.mark.parametrize("kind", ["int8-cpu", "fp12"])
+def test_a_precision_that_no_plan_has_is_refused_by_name(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(UsageError, match=f"--precision {kind}: plans are built in fp32, fp16"):
+        source_bundle(tmp_path, kind)
 
 
 def test_a_failed_step_engine_leaves_no_classifier_plan_behind(tmp_path: Path) -> None:

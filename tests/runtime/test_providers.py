@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -73,6 +74,19 @@ def test_an_onnx_runtime_built_without_gpus_says_which_one_to_install(provider: 
 def test_an_unknown_provider_is_a_usage_error_that_lists_the_known() -> None:
     with pytest.raises(UsageError, match="--provider rocm is not known: cpu, cuda, tensorrt"):
         load(provider="rocm")
+
+
+@pytest.mark.parametrize("precision", ["fp8", "bf16"])
+def test_a_precision_that_onnx_runtime_computes_wrongly_is_refused_and_never_run(
+    tmp_path: Path, precision: str
+) -> None:
+    shipped = open_bundle(shipped_engine())
+    bundle = dataclasses.replace(shipped, unet=dataclasses.replace(shipped.unet, precision=precision))
+    with pytest.raises(UsageError, match=f"unet.onnx is {precision}.*export --target tensorrt --precision {precision}"):
+        open_device(bundle, None, 1)
+    bundle = dataclasses.replace(shipped, classifier=dataclasses.replace(shipped.classifier, precision=precision))
+    with pytest.raises(UsageError, match=f"classifier.onnx is {precision}"):
+        open_device(bundle, None, 1)
 
 
 def test_the_cpu_device_says_that_it_is_one() -> None:

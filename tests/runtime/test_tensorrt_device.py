@@ -20,6 +20,7 @@ from densepure_rt.runtime.bundle import (
     open_bundle,
     plan_path,
     read_sidecar,
+    rebuild_command,
     sha256_of,
     sidecar_path,
     to_json,
@@ -143,6 +144,11 @@ def test_plans_that_share_no_batch_are_refused_with_the_command_that_builds_them
         (a_plan("tensorrt", compute_capabilities=("8.6",)), "1.7.1.116", "built for compute capability"),
         (a_plan("tensorrt", compute_capabilities=("8.9",)), "1.7.1.116", None),
         (a_plan("tensorrt", compute_capabilities=("8.6",), recipe={"hw_compat": "ampere-plus"}), "1.7.1.116", None),
+        (
+            a_plan("tensorrt", compute_capabilities=("8.6",), recipe={"hw_compat": "same-compute-capability"}),
+            "1.7.1.116",
+            r"capability 8\.6",
+        ),
         (a_plan("tensorrt", compute_capabilities=("8.9",), recipe={"version_compatible": "true"}), "1.9.0", None),
         (a_plan("tensorrt", compute_capabilities=("8.9",), recipe={"version_compatible": "true"}), "2.0.0", "built by"),
         (
@@ -173,6 +179,15 @@ def test_a_sidecar_whose_plan_makes_no_sense_is_refused(tmp_path: Path, field: s
     sidecar_path(plan).write_text(json.dumps(sidecar))
     with pytest.raises(CheckFailed, match=field):
         read_sidecar(plan)
+
+
+def test_the_command_that_builds_a_plan_again_has_the_options_of_its_recipe(tmp_path: Path) -> None:
+    recipe = {"tf32": "true", "workspace": "512", "version_compatible": "false", "hw_compat": "ampere-plus"}
+    bundle = open_bundle(put_bundle(tmp_path, a_plan("tensorrt", batches=(8, 64), recipe=recipe)))
+    assert rebuild_command(bundle.unet_path, bundle.unet) == (
+        f"densepure-rt export --target tensorrt --out {tmp_path} --batch 8,64 --hw-compat ampere-plus "
+        f"--tf32 --workspace 512"
+    )
 
 
 def test_regions_start_where_tensorrt_wants_addresses() -> None:
