@@ -28,7 +28,9 @@ from densepure_rt.runtime.schedule import Chain, Coefficients, make_chain
 
 # What a precision may lose, in relative L2 of eps, mean, std and logits. `densepure-rt export` prints what it loses.
 RELATIVE_L2 = {"fp32": 1e-5, "fp16": 3e-3, "bf16": 2e-2}
-LABELS = 0.05  # the share of labels that a quantized engine may change
+# The share of labels that a precision may change; measured on the default model by `densepure-rt export --precision`:
+# int8 295 of 20,000 (100 images x 200 samples), fp8 22 of 400 (20 x 20).
+LABELS = {"fp16": 0.05, "bf16": 0.05, "int8": 0.05, "int8-cpu": 0.05, "fp8": 0.1}
 ALPHA = 0.001  # of the bounds on that share
 KEY = (0, 0)
 SECRET = b"densepure-rt parity"  # public: nothing is certified with it
@@ -253,12 +255,12 @@ def compare_labels(
 
 
 def check_labels(found: LabelParity, precision: str) -> None:
-    """Raise CheckFailed when it is all but certain that more than LABELS of all labels change."""
-    lower = clopper_pearson_lower(found.disagreements, found.total, ALPHA)
-    if lower > LABELS:
+    """Raise CheckFailed when it is all but certain that more labels change than LABELS allows."""
+    lower, allowed = clopper_pearson_lower(found.disagreements, found.total, ALPHA), LABELS[precision]
+    if lower > allowed:
         raise CheckFailed(
             f"the {precision} engine is not the float32 one: {found.disagreements} of {found.total} labels differ on "
-            f"equal noise, so at least {100 * lower:.1f} % do; {100 * LABELS:g} % are allowed. Nothing was published"
+            f"equal noise, so at least {100 * lower:.1f} % do; {100 * allowed:g} % are allowed. Nothing was published"
         )
 
 

@@ -13,7 +13,7 @@ import contextlib
 import ctypes
 import itertools
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from importlib.resources import files
@@ -136,11 +136,26 @@ class OpenImage:
     pixels: Any
 
 
+@contextlib.contextmanager
+def said_plainly() -> Iterator[None]:
+    """Raise what CUDA complains of as one EnvironmentFault; it comes from the GPU's state, not from the request."""
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith("cuda."):
+            raise
+        move = 'look with "nvidia-smi" and "densepure-rt doctor"'
+        if "OUT_OF_MEMORY" in str(error):
+            move = "use a smaller --batch, or close what else holds the GPU's memory"
+        raise EnvironmentFault(f"the GPU failed ({first_line(error)}): {move}; what is done is kept") from error
+
+
 class TensorRTDevice:
     """See `densepure_rt.runtime.device.Device`."""
 
     in_flight = IN_FLIGHT
 
+    @said_plainly()
     def __init__(self, bundle: Bundle, batch: int | None) -> None:
         plan = bundle.unet.plan
         assert plan is not None
@@ -195,6 +210,7 @@ class TensorRTDevice:
 
     # The contract of Device
 
+    @said_plainly()
     def open_image(self, pixels: NDArray[np.uint8], key: Key, sigma: float, scale: float) -> int:
         if not self._free_images:
             raise UsageError(f"{MAX_IMAGES} images are open on the GPU, and there is room for no more")
@@ -208,11 +224,13 @@ class TensorRTDevice:
         self._images[handle] = OpenImage(self._free_images.pop(), on_gpu)
         return handle
 
+    @said_plainly()
     def close_image(self, handle: int) -> None:
         if image := self._images.pop(handle, None):
             image.pixels.close(self._stream)
             self._free_images.append(image.index)
 
+    @said_plainly()
     def reserve(self, slots: int) -> None:
         if slots > self._slots:
             self._graphs.clear()  # they hold the old addresses
@@ -220,6 +238,7 @@ class TensorRTDevice:
             self._finite = self._allocate(slots)
             self._slots = slots
 
+    @said_plainly()
     def submit(self, batch: Batch) -> int:
         staging = self._idle[-1]  # taken at the end, so that an error on the way does not lose it
         self._fill(staging, batch)
@@ -232,6 +251,7 @@ class TensorRTDevice:
         self._outstanding.append((ticket, batch.kind, len(batch.image), self._idle.pop()))
         return ticket
 
+    @said_plainly()
     def collect(self) -> tuple[int, NDArray[np.int64] | None]:
         ticket, kind, n, staging = self._outstanding.popleft()  # one stream: the oldest is done first
         staging.event.sync()
@@ -245,6 +265,7 @@ class TensorRTDevice:
         self._idle += [staging for *_, staging in self._outstanding]
         self._outstanding.clear()
 
+    @said_plainly()
     def read(self, slots: Sequence[int]) -> tuple[Floats, Floats]:
         shape = (self._slots, *self.image_shape)
         mean, std = (

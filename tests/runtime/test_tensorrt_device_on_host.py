@@ -408,6 +408,31 @@ def test_draining_raises_nothing_though_the_gpu_has_failed(
         assert finish(device, items("smooth", chain, handle, [1], [0])) is None
 
 
+@pytest.mark.parametrize(
+    ("complaint", "move"),
+    [("CUDA_ERROR_OUT_OF_MEMORY: no room", "smaller --batch"), ("CUDA_ERROR_ILLEGAL_ADDRESS: bad", "nvidia-smi")],
+)
+def test_what_cuda_complains_of_is_one_plain_error(
+    library: ctypes.CDLL, small: Bundle, monkeypatch: pytest.MonkeyPatch, complaint: str, move: str
+) -> None:
+    cuda_utils = pytest.importorskip("cuda.core._utils.cuda_utils", reason="cuda-core is not installed")
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise cuda_utils.CUDAError(complaint)
+
+    chain = chain_of(small)
+    with opened_on_host(library, as_plans(small, "tensorrt", (4,))) as (device, trt):
+        handle = device.open_image(picture(SHAPE), KEY, SIGMA, chain.scale)
+        with monkeypatch.context() as broken:
+            broken.setattr(HostCuda, "allocate", fail)
+            with pytest.raises(EnvironmentFault, match=f"the GPU failed .*{complaint}.*{move}"):
+                device.reserve(4)
+            with pytest.raises(EnvironmentFault, match="the GPU failed"):
+                device.open_image(picture(SHAPE), KEY, SIGMA, chain.scale)
+        device.reserve(4)
+        assert finish(device, items("smooth", chain, handle, [1], [0])) is None
+
+
 def test_slots_are_kept_when_fewer_are_asked_for(library: ctypes.CDLL, small: Bundle) -> None:
     chain = chain_of(small)
     with opened_on_host(library, as_plans(small, "tensorrt", (4,))) as (device, _):
