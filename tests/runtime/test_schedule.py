@@ -18,6 +18,7 @@ from densepure_rt.errors import UsageError
 from densepure_rt.runtime.schedule import (
     Coefficients,
     Schedule,
+    TimestepRule,
     Variance,
     make_chain,
     nearest_timestep,
@@ -26,6 +27,7 @@ from densepure_rt.runtime.schedule import (
 )
 
 LINEAR, COSINE = Schedule("linear", 1000), Schedule("cosine", 4000)
+CONTINUOUS = Schedule("continuous", 1)
 VARIANCES: tuple[Variance, ...] = ("fixed_small", "fixed_large", "learned_range")
 QUICK = settings(deadline=None, max_examples=50)
 MAKE: dict[str, Schedule] = {"linear": LINEAR, "cosine": COSINE}
@@ -54,7 +56,7 @@ def level_of(row: NDArray[np.float32]) -> float:
         (COSINE, 1.0, 2809),
     ],
 )
-def test_timesteps_of_the_papers_noise_levels(schedule: Schedule, sigma: float, expected: int) -> None:
+def test_nearest_timesteps_of_the_papers_noise_levels(schedule: Schedule, sigma: float, expected: int) -> None:
     assert nearest_timestep(schedule.alpha_bar(), sigma) == expected
     assert make_chain(schedule, "fixed_small", sigma, 1).timesteps == (expected,)
 
@@ -279,3 +281,76 @@ def test_every_chain_that_is_made_is_finite_and_descends(
     assert levels == sorted(levels)
     assert (chain.coef[:, SIGNAL] > 0).all()
     assert (np.diff(chain.t) < 0).all()
+
+
+@pytest.mark.parametrize(
+    ("rule", "schedule", "expected"),
+    [
+        ("densepure", COSINE, (1159, 1984, 2810)),
+        ("densepure", LINEAR, (144, 258, 396)),
+        ("carlini", COSINE, (1158, 1984, 2809)),
+        ("carlini", LINEAR, (145, 259, 396)),
+    ],
+)
+def test_published_timesteps_are_reproduced(rule: TimestepRule, schedule: Schedule, expected: tuple[int, ...]) -> None:
+    found = [make_chain(schedule, "learned_range", sigma, 1, rule).timesteps[0] for sigma in (0.25, 0.5, 1.0)]
+    assert tuple(found) == expected
+
+
+def test_densepures_published_chains_are_reproduced() -> None:
+    cifar = make_chain(COSINE, "learned_range", 0.25, 10, "densepure")
+    assert cifar.timesteps == (1159, 1043, 927, 811, 695, 579, 463, 348, 232, 116)
+    imagenet = make_chain(LINEAR, "learned_range", 0.5, 10, "densepure")
+    assert imagenet.timesteps == (258, 232, 206, 181, 155, 129, 103, 77, 52, 26)
+
+
+def test_a_densepure_chain_is_one_timestep_off_the_table_that_its_network_knows() -> None:
+    """The published chain's top alpha-bars at sigma 0.25, read off the official code's tables."""
+    cifar, imagenet = (make_chain(schedule, "learned_range", 0.25, 10, "densepure") for schedule in (COSINE, LINEAR))
+    assert level_of(cifar.coef[0]) == pytest.approx(0.79985, abs=5e-6)
+    assert level_of(cifar.coef[0]) == pytest.approx(COSINE.alpha_bar()[1158], rel=1e-6)
+    assert cifar.t[0] == 1159
+    assert level_of(imagenet.coef[0]) == pytest.approx(0.8004467, abs=5e-7)
+    assert cifar.scale == imagenet.scale == math.sqrt(0.8)
+
+
+@pytest.mark.parametrize("schedule", [COSINE, LINEAR])
+def test_carlinis_rule_scales_the_image_to_a_timestep_that_is_noisy_enough(schedule: Schedule) -> None:
+    chain, alpha_bar = make_chain(schedule, "learned_range", 0.25, 1, "carlini"), schedule.alpha_bar()
+    (timestep,) = chain.timesteps
+    assert math.sqrt(1 / alpha_bar[timestep] - 1) >= 0.5 > math.sqrt(1 / alpha_bar[timestep - 1] - 1)
+    assert chain.scale == pytest.approx(math.sqrt(alpha_bar[timestep]))
+    assert level_of(chain.coef[0]) == pytest.approx(alpha_bar[timestep], rel=1e-6)
+
+
+def test_a_scaled_linear_schedule_is_diffusers_own() -> None:
+    scheduler: Any = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    found = Schedule("scaled_linear", 1000, 0.00085, 0.012).alpha_bar()
+    np.testing.assert_allclose(found, scheduler.alphas_cumprod.double().numpy(), rtol=2e-5)
+
+
+def test_a_continuous_chain_falls_along_karras_levels_and_tells_no_timestep() -> None:
+    chain = make_chain(CONTINUOUS, "fixed_small", 0.5, 3)
+    assert chain.timesteps == ()
+    assert chain.t.tolist() == [0.0, 0.0, 0.0]
+    noise = chain.coef[:, SIGMA] / chain.coef[:, SIGNAL]  # of pixels in [-1, 1]: 2 sigma at first
+    expected = [(1 + i / 3 * (0.002 ** (1 / 7) - 1)) ** 7 for i in range(3)]  # Karras et al. 2022, eq. 5, rho = 7
+    np.testing.assert_allclose(noise, expected, rtol=1e-6)
+    with pytest.raises(UsageError, match="no timesteps"):
+        CONTINUOUS.alpha_bar()
+    with pytest.raises(UsageError, match="timestep rule carlini"):
+        make_chain(CONTINUOUS, "fixed_small", 0.5, 1, "carlini")
+
+
+def test_a_renoised_step_has_the_law_of_noising_x0_anew() -> None:
+    """Song et al. 2023, algorithm 1: x = x0 + tau z, here times the signal of alpha-bar."""
+    step = posterior(0.5, 0.9, "renoised")
+    assert (step.x0, step.xt) == (pytest.approx(math.sqrt(0.9)), 0.0)
+    assert math.exp(step.logvar_min) == math.exp(step.logvar_max) == pytest.approx(1 - 0.9)
+
+
+def test_a_head_that_learns_its_log_variance_keeps_it() -> None:
+    step = posterior(0.5, 0.9, "learned")
+    for v in (-7.0, 0.0, 0.3):  # the step graph's interpolation
+        assert step.logvar_min + (v + 1) / 2 * (step.logvar_max - step.logvar_min) == pytest.approx(v)
+    assert (step.x0, step.xt) == posterior(0.5, 0.9, "fixed_small")[2:4]
