@@ -22,7 +22,7 @@ from densepure_rt.run_folder import SCHEMA_VERSION, RunFolder
 from densepure_rt.runtime.bundle import FileRef
 from densepure_rt.runtime.device import installed_versions
 from densepure_rt.runtime.noise import NOISE_LAW, smoothing_law, vote_law
-from densepure_rt.runtime.schedule import Coefficients, signal_variance
+from densepure_rt.runtime.schedule import Coefficients
 from densepure_rt.smoothing import Settings, SmoothedClassifier, commitment
 
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the papers' CIFAR-10 tables
@@ -69,10 +69,11 @@ def manifest(classifier: SmoothedClassifier, images: ImageSet, settings: Setting
             "sigma": settings.sigma,
             "sigma_in_network_units": 2 * settings.sigma,
             "steps": settings.steps,
+            "timestep_rule": settings.timestep_rule or bundle.unet.timestep_rule,
             "timesteps": list(chain.timesteps),
             "conditioning": chain.t.tolist(),
             "coefficients": [Coefficients(*row)._asdict() for row in chain.coef.tolist()],
-            "alpha_bar": signal_variance(settings.sigma) if settings.steps else 1.0,
+            "alpha_bar": chain.scale**2,
             "votes": settings.effective.votes,
             "tie_rule": "the label seen first",
             "method": "fixed",

@@ -33,7 +33,7 @@ from densepure_rt.runtime.device import (
 )
 from densepure_rt.runtime.noise import Purpose, image_key, smoothing_law
 from densepure_rt.runtime.reverse import Outcome, decide
-from densepure_rt.runtime.schedule import Chain, make_chain
+from densepure_rt.runtime.schedule import Chain, TimestepRule, make_chain
 from densepure_rt.voting import Ballot
 
 SECRET_BYTES = 32
@@ -42,7 +42,11 @@ MAX_VOTES = 1000  # published work uses up to 40
 
 @dataclass(frozen=True)
 class Settings:
-    """What is certified, apart from the engines. sigma: std of the smoothing noise in [0, 1] pixel units."""
+    """What is certified, apart from the engines.
+
+    sigma: std of the smoothing noise in [0, 1] pixel units. timestep_rule: see `make_chain`; None for the one that the
+    engine's sidecar names.
+    """
 
     sigma: float = 0.5
     steps: int = 2
@@ -50,6 +54,7 @@ class Settings:
     n0: int = 100
     n: int = 1000
     alpha: float = 0.001
+    timestep_rule: TimestepRule | None = None
 
     def __post_init__(self) -> None:
         check_sampling(self.n0, self.n, self.alpha)
@@ -57,6 +62,8 @@ class Settings:
             raise UsageError(f"votes is a count from 1 to {MAX_VOTES}, got {self.votes}")
         if self.steps < 0:
             raise UsageError(f"steps is a count of reverse steps, got {self.steps}")
+        if self.timestep_rule not in (None, *get_args(TimestepRule)):
+            raise UsageError(f"--timestep-rule {self.timestep_rule} is not known: {', '.join(get_args(TimestepRule))}")
 
     @property
     def effective(self) -> Settings:
@@ -144,7 +151,13 @@ class SmoothedClassifier:
 
     def chain(self, settings: Settings) -> Chain:
         unet = self.bundle.unet
-        return make_chain(unet.schedule, unet.variance, settings.sigma, settings.steps)
+        if unet.prediction == "none" and settings.steps:
+            raise UsageError(
+                f"{self.bundle.unet_path.name} holds no diffusion network, so there is nothing to take "
+                f"{settings.steps} steps with: ask for --steps 0, plain randomized smoothing"
+            )
+        rule = settings.timestep_rule or unet.timestep_rule
+        return make_chain(unet.schedule, unet.variance, settings.sigma, settings.steps, rule)
 
     def certify(
         self,

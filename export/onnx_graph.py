@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -22,10 +23,17 @@ RANDOM_OPS = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUnifor
 UNSIGNED = {onnx.TensorProto.UINT32: "uint32", onnx.TensorProto.UINT64: "uint64"}
 
 
-def checked(model: onnx.ModelProto) -> bytes:
-    """A model as bytes, the same for the same model. Raises CheckFailed when onnx.checker finds it unsound."""
+def checked(model: onnx.ModelProto, path: Path | None = None) -> bytes:
+    """A model as bytes, the same for the same model. Raises CheckFailed when onnx.checker finds it unsound.
+
+    path: where it is to lie, if its weights are in a file beside it.
+    """
     try:
-        onnx.checker.check_model(model, full_check=True)
+        if path is None:
+            onnx.checker.check_model(model, full_check=True)
+        else:
+            path.write_bytes(model.SerializeToString(deterministic=True))
+            onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise CheckFailed(f"onnx.checker refuses the graph that was written: {error}") from error
     content: bytes = model.SerializeToString(deterministic=True)

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
 from numpy.typing import NDArray
@@ -49,21 +50,36 @@ def evaluator(precision: str) -> str:
     return EVALUATORS.get(precision, "ONNX Runtime on the CPU")
 
 
-def runner(content: bytes, name: str, inputs: Sequence[str], outputs: Sequence[str], precision: str) -> Run:
-    """A function that evaluates an ONNX file in its own precision; see EVALUATORS."""
+def runner(
+    content: bytes,
+    name: str,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    precision: str,
+    folder: Path | None = None,
+) -> Run:
+    """A function that evaluates an ONNX graph in its own precision; see EVALUATORS.
+
+    folder: where the weights lie that a large graph names.
+    """
     if precision == "bf16":
         from onnx.reference import ReferenceEvaluator
 
-        by_the_standard = ReferenceEvaluator(content)
+        model = onnx.load_model_from_string(content)
+        if folder is not None:
+            onnx.load_external_data_for_model(model, str(folder))
+        by_the_standard = ReferenceEvaluator(model)
         return lambda feed: list(by_the_standard.run(list(outputs), dict(feed)))
-    if precision == "fp8":
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    else:
-        session = open_session(content, name, inputs, outputs)
+    session = open_session(content, name, inputs, outputs, folder=folder, optimised=precision != "fp8")
     return partial(session.run, list(outputs))
+
+
+def step_runner(engine: Path, precision: str) -> Run:
+    return runner(engine.read_bytes(), engine.name, STEP_INPUTS, STEP_OUTPUTS, precision, engine.parent)
+
+
+def classify_runner(engine: Path, precision: str) -> Run:
+    return runner(engine.read_bytes(), engine.name, CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, precision, engine.parent)
 
 
 @dataclass(frozen=True)
@@ -100,13 +116,13 @@ def step_differences(
     model: in float32. counts: the numbers of steps of the chains. Compared are mean and std, and eps itself, read
     through the step graph.
     """
-    run = runner(engine.read_bytes(), engine.name, STEP_INPUTS, STEP_OUTPUTS, precision)
+    run = step_runner(engine, precision)
     for sigma in SIGMAS:
         for steps in counts:
-            chain = make_chain(model.schedule, model.variance, sigma, steps)
+            chain = make_chain(model.schedule, model.variance, sigma, steps, model.timestep_rule)
             mean = noisy_states(pixels, sigma, chain.scale)
             std = np.zeros_like(mean)
-            for step, (timestep, t, coef) in enumerate(zip(chain.timesteps, chain.t, chain.coef, strict=True)):
+            for step, (t, coef) in enumerate(zip(chain.t, chain.coef, strict=True)):
                 noise = np.stack([vote_noise(KEY, i, 0, step, image.shape) for i, image in enumerate(pixels)])
                 noise *= step > 0
                 x = mean + std * noise
@@ -116,14 +132,16 @@ def step_differences(
                 feed = {"mean": mean, "std": std, "noise": noise}
                 feed |= {"t": np.repeat(t, len(x)), "coef": np.repeat(coef[None], len(x), axis=0)}
                 mean, std, finite = run(feed)
+                at = f"t = {chain.timesteps[step]}" if chain.timesteps else f"noise {coef[0] / coef[1]:.3g}"
                 if not (finite > 0).all():
-                    raise CheckFailed(f"{engine.name} gives NaN or Inf at timestep {timestep}: the weights are damaged")
-                where = f"step at t = {timestep} (sigma {sigma:g}, {steps} steps)"
+                    raise CheckFailed(f"{engine.name} gives NaN or Inf at {at}: the weights are damaged")
+                where = f"step at {at} (sigma {sigma:g}, {steps} steps)"
                 yield difference(f"mean, {where}", len(x), mean, wanted[0].numpy())
                 if step + 1 < steps:
                     yield difference(f"std, {where}", len(x), std, wanted[1].numpy())
-                (alone, *_) = run({name: value[:1] for name, value in feed.items()})
-                yield difference(f"mean, {where}", 1, alone, wanted[0][:1].numpy())
+                if len(x) > 1:
+                    (alone, *_) = run({name: value[:1] for name, value in feed.items()})
+                    yield difference(f"mean, {where}", 1, alone, wanted[0][:1].numpy())
                 if model.prediction == "epsilon":
                     yield difference(f"eps, {where}", len(x), eps_of(run, x, t), torch_eps(model, x, t))
 
@@ -145,11 +163,11 @@ def torch_eps(model: DiffusionModel, x: Floats, t: np.float32) -> Floats:
 def classifier_differences(
     engine: Path, model: ClassifierModel, pixels: NDArray[np.uint8], precision: str = "fp32"
 ) -> Iterator[Difference]:
-    run = runner(engine.read_bytes(), engine.name, CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, precision)
+    run = classify_runner(engine, precision)
     x = first_state(pixels.astype(np.int32), 1.0)
     with torch.inference_mode():
         expected = model.network(torch.from_numpy(x)).numpy()
-    for batch in (len(x), 1):
+    for batch in sorted({len(x), 1}, reverse=True):
         (logits,) = run({"mean": x[:batch]})
         yield difference("logits", batch, logits, expected[:batch])
 
@@ -179,8 +197,7 @@ class LabelParity:
 
 def file_labels(unet: Path, classifier: Path, precision: str) -> Labeller:
     """What a bundle's files label. Not for bf16, which nothing here evaluates fast enough."""
-    step = runner(unet.read_bytes(), unet.name, STEP_INPUTS, STEP_OUTPUTS, precision)
-    classify = runner(classifier.read_bytes(), classifier.name, CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, precision)
+    step, classify = step_runner(unet, precision), classify_runner(classifier, precision)
 
     def labels(mean: Floats, chain: Chain) -> NDArray[np.int64]:
         zeros, n = np.zeros_like(mean), len(mean)
@@ -230,7 +247,7 @@ def compare_labels(
     sigma: float = 0.5,
 ) -> LabelParity:
     """Both engines on the same noise. images: uint8 [C, H, W] each, with the labels `truth`. samples: of each image."""
-    chain = make_chain(model.schedule, model.variance, sigma, 1)
+    chain = make_chain(model.schedule, model.variance, sigma, 1, model.timestep_rule)
     labels = [noisy_labels(label, chain, images, samples) for label in (first, second)]
     wrong, total = int((labels[0] != labels[1]).sum()), labels[0].size
     selecting = max(1, samples // 10)

@@ -1,10 +1,9 @@
-"""Files and their sidecars, written beside a folder's own and moved into it together at the end."""
+"""Engines and their sidecars, written beside a folder's own and moved into it together at the end."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -13,9 +12,9 @@ from densepure_rt.runtime.bundle import FileRef, Sidecar, read_sidecar, sha256_o
 
 
 class Publication:
-    """`with Publication(out) as p: p.write(...)`: when the block ends well its files appear in `out`, else none does.
+    """Write files into `folder` and `add` each: when the `with` block ends well they appear in `out`, else none does.
 
-    Files appear in the order in which they were written: write what others name first.
+    They appear in the order in which they were added: add what others name first.
 
     Raises EnvironmentFault when `out` cannot be written.
     """
@@ -33,16 +32,23 @@ class Publication:
         self.folder = Path(self._temporary.name)
         return self
 
-    def write(self, name: str, content: bytes, sidecar: Callable[[FileRef], Sidecar]) -> FileRef:
-        """Write a file and the sidecar that is made for it."""
+    def write(self, name: str, content: bytes) -> FileRef:
+        """Write a file into `folder`, not yet to appear."""
         try:
             (self.folder / name).write_bytes(content)
-            ref = FileRef(name, sha256_of(self.folder / name))
-            sidecar_path(self.folder / name).write_text(to_json(sidecar(ref)), encoding="utf-8")
+            return FileRef(name, sha256_of(self.folder / name))
         except OSError as error:
             raise self._fault(error) from error
-        self.names.append(name)
-        return ref
+
+    def add(self, sidecar: Sidecar) -> None:
+        """Let the file that `sidecar` is about appear, with its weights and with the sidecar itself."""
+        path = sidecar_path(self.folder / sidecar.file.name)
+        try:
+            path.write_text(to_json(sidecar), encoding="utf-8")
+        except OSError as error:
+            raise self._fault(error) from error
+        weights = [] if sidecar.data is None else [sidecar.data.name]
+        self.names += [*weights, sidecar.file.name, path.name]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -51,7 +57,6 @@ class Publication:
             if kind is None:
                 for name in self.names:
                     os.replace(self.folder / name, self.out / name)
-                    os.replace(sidecar_path(self.folder / name), sidecar_path(self.out / name))
         except OSError as fault:
             raise self._fault(fault) from fault
         finally:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir
 import torch
 from numpy.typing import NDArray
 from torch import nn
@@ -26,7 +27,15 @@ from densepure_rt.export.precision import DTYPES, OPSETS, QUANTIZED, STEPS, TIME
 from densepure_rt.export.publish import Publication, refuse_replacement
 from densepure_rt.export.step_graph import ClassifyGraph, StepGraph
 from densepure_rt.export.unets import DiffusionModel
-from densepure_rt.runtime.bundle import PIXEL_RANGE, ClassifierSidecar, StepSidecar
+from densepure_rt.runtime.bundle import (
+    DATA_KEY,
+    PIXEL_RANGE,
+    Accuracy,
+    ClassifierSidecar,
+    FileRef,
+    StepSidecar,
+    sha256_of,
+)
 from densepure_rt.runtime.device import (
     CLASSIFY_INPUTS,
     CLASSIFY_OUTPUTS,
@@ -37,6 +46,8 @@ from densepure_rt.runtime.device import (
 )
 
 TRACE_BATCH = 2  # 1 would be taken for a constant
+LARGE_IMAGE = 3 * 128 * 128  # values from which a UNet call takes many seconds on a CPU
+LARGE = 3 << 29  # bytes of weights from which they lie in a file beside the graph; protobuf ends at 2 GiB
 
 
 @dataclass(frozen=True)
@@ -84,8 +95,13 @@ def to_onnx(
     inputs: Sequence[str],
     outputs: Sequence[str],
     opset: int = OPSETS["fp32"],
+    path: Path | None = None,
 ) -> bytes:
-    """`graph` as a checked ONNX model with a free batch dimension."""
+    """`graph` as a checked ONNX model with a free batch dimension.
+
+    path: where it is to lie. Weights of more than LARGE bytes are written into a file beside it, whose hash the model
+    names; nothing but they is written there.
+    """
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports that torchvision is not there
     with torch.no_grad(), warnings.catch_warnings():
@@ -101,7 +117,17 @@ def to_onnx(
             verbose=False,
         )
     assert program is not None  # it is None only for the TorchScript exporter
-    model = program.model_proto
+    if path is None or weight_bytes(graph) <= LARGE:
+        return checked(without_traces(program.model_proto))
+    data = data_path(path)
+    onnx_ir.save(program.model, path, external_data=data.name)
+    model = without_traces(onnx.load(str(path), load_external_data=False))
+    onnx.helper.set_model_props(model, {DATA_KEY: sha256_of(data)})
+    return checked(model, path)
+
+
+def without_traces(model: onnx.ModelProto) -> onnx.ModelProto:
+    """`model` without what the exporter notes of the machine that it ran on; the modules behind nodes stay."""
     for node in model.graph.node:
         kept = [entry for entry in node.metadata_props if entry.key == SCOPES]  # the rest holds source paths
         del node.metadata_props[:]
@@ -109,20 +135,31 @@ def to_onnx(
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info, *model.graph.initializer):
         del value.metadata_props[:]
     del model.metadata_props[:], model.graph.metadata_props[:], model.functions[:]
-    return checked(model)
+    return model
 
 
-def step_onnx(model: DiffusionModel, opset: int = OPSETS["fp32"]) -> bytes:
-    graph = StepGraph(model.network, model.clip, model.variance == "learned_range")
+def weight_bytes(module: nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
+
+
+def data_path(path: Path) -> Path:
+    """Where the weights of a graph lie that is too large to hold them: unet.onnx.data beside unet.onnx."""
+    return path.with_name(path.name + ".data")
+
+
+def step_onnx(model: DiffusionModel, opset: int = OPSETS["fp32"], path: Path | None = None) -> bytes:
+    """The step graph of a diffusion network; see `to_onnx`."""
+    graph = StepGraph(model.network, model.clip, model.learned_variance, model.prediction)
     # Three tensors, not one three times: the exporter would take them for a single input.
     mean, std, noise = (torch.zeros(TRACE_BATCH, *model.image) for _ in range(3))
     example = (mean, std, noise, torch.zeros(TRACE_BATCH), torch.ones(TRACE_BATCH, 6))
-    return to_onnx(graph, example, STEP_INPUTS, STEP_OUTPUTS, opset)
+    return to_onnx(graph, example, STEP_INPUTS, STEP_OUTPUTS, opset, path)
 
 
-def classifier_onnx(model: ClassifierModel, opset: int = OPSETS["fp32"]) -> bytes:
+def classifier_onnx(model: ClassifierModel, opset: int = OPSETS["fp32"], path: Path | None = None) -> bytes:
+    """The graph of a classifier; see `to_onnx`."""
     x = torch.zeros(TRACE_BATCH, *model.image)
-    return to_onnx(ClassifyGraph(model.network), (x,), CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, opset)
+    return to_onnx(ClassifyGraph(model.network), (x,), CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, opset, path)
 
 
 def lowered(
@@ -148,14 +185,28 @@ def lowered(
 
 
 def contents(
-    unet: DiffusionModel, classifier: ClassifierModel, kind: str, keep: Sequence[str], images: Images
+    unet: DiffusionModel,
+    classifier: ClassifierModel,
+    kind: str,
+    keep: Sequence[str],
+    images: Images,
+    paths: tuple[Path | None, Path | None] = (None, None),
 ) -> tuple[bytes, bytes]:
-    """The step graph and the classifier of an already lowered pair of models; quantized here where `kind` asks it."""
-    step, classify = step_onnx(unet, OPSETS[kind]), classifier_onnx(classifier, OPSETS[kind])
+    """The step graph and the classifier of an already lowered pair of models; quantized here where `kind` asks it.
+
+    paths: where they are to lie; large weights are written beside them.
+    """
     if kind not in QUANTIZED:
-        return step, classify
+        return step_onnx(unet, OPSETS[kind], paths[0]), classifier_onnx(classifier, OPSETS[kind], paths[1])
     if images.calibration is None:
-        raise UsageError(f"--precision {kind} is calibrated on images, and none were given")
+        raise UsageError(f"--precision {kind} is calibrated on training images: give them with --calibration-images")
+    for module in (unet.network, classifier.network):
+        if weight_bytes(module) > LARGE:
+            raise UsageError(
+                f"--precision {kind}: the weights are {weight_bytes(module) / 2**30:.1f} GiB, and only graphs of up to "
+                f"{LARGE / 2**30:.1f} GiB are quantized here: use fp16"
+            )
+    step, classify = step_onnx(unet, OPSETS[kind]), classifier_onnx(classifier, OPSETS[kind])
     feeds = precision.calibration_feeds(step, unet, images.calibration)
     quantize = precision.to_fp8 if kind == "fp8" else partial(precision.quantize_int8, cpu=kind == "int8-cpu")
     pairs = ((step, feeds.step), (classify, feeds.classify))
@@ -206,31 +257,42 @@ def export_bundle(
     smaller = lowered(unet, classifier, kind, keep)
     with Publication(out) as publication:
         say(f"exporting {unet_file} and {classifier_file}")
-        step, classify = contents(*smaller, kind, keep, images)
+        files = publication.folder / unet_file, publication.folder / classifier_file
+        step, classify = contents(*smaller, kind, keep, images, files)
         exempt = (*TIME_EMBEDDING, *keep) if kind in DTYPES else keep
         for content in (step, classify):
             precision.check_types(content, kind, exempt)
             if kind in QUANTIZED and kind not in precision.CPU_ONLY:
                 refuse_for_tensorrt(onnx.load_model_from_string(content), unet_file)
-        classifier_ref = publication.write(
-            classifier_file,
-            classify,
-            lambda ref: ClassifierSidecar(
+        classifier_ref, unet_ref = (
+            publication.write(name, content) for name, content in ((classifier_file, classify), (unet_file, step))
+        )
+        say("comparing numbers with PyTorch")
+        pixels, counts = comparable(images.parity, kind)
+        steps = list(parity.step_differences(files[0], unet, pixels, kind, counts))
+        logits = list(parity.classifier_differences(files[1], classifier, pixels, kind))
+        worst_step, worst_logits = parity.check(steps, kind), parity.check(logits, kind)
+        if kind != "fp32":
+            say("comparing labels with PyTorch")
+        labels = _compared_labels((unet, classifier), smaller, files, kind, images)
+        by, compared = parity.evaluator(kind), (labels.total, labels.disagreements) if labels else (0, 0)
+        publication.add(
+            ClassifierSidecar(
                 "classify",
-                ref,
+                classifier_ref,
                 classifier.image,
                 *common,
                 classifier.weights_sha256,
                 versions,
                 classifier.class_names,
-            ),
+                data=data_ref(files[1]),
+                accuracy=Accuracy(by, len(logits), worst_logits.relative_l2, *compared),
+            )
         )
-        publication.write(
-            unet_file,
-            step,
-            lambda ref: StepSidecar(
+        publication.add(
+            StepSidecar(
                 "step",
-                ref,
+                unet_ref,
                 unet.image,
                 *common,
                 unet.weights_sha256,
@@ -240,27 +302,38 @@ def export_bundle(
                 unet.prediction,
                 unet.clip,
                 classifier_ref,
-            ),
+                data=data_ref(files[0]),
+                accuracy=Accuracy(by, len(steps), worst_step.relative_l2, *compared),
+                timestep_rule=unet.timestep_rule,
+            )
         )
-        say("comparing numbers with PyTorch")
-        files = publication.folder / unet_file, publication.folder / classifier_file
-        few = kind in parity.EVALUATORS  # a slow evaluator: fewer images, shorter chains
-        pixels, counts = (images.parity[:2], (1, 2)) if few else (images.parity, STEPS)
-        steps = list(parity.step_differences(files[0], unet, pixels, kind, counts))
-        logits = list(parity.classifier_differences(files[1], classifier, pixels, kind))
-        worst_step, worst_logits = parity.check(steps, kind), parity.check(logits, kind)
-        say("comparing labels with PyTorch" if kind != "fp32" else "publishing")
+        say("publishing")
         return Exported(
             out / unet_file,
             out / classifier_file,
             kind,
-            parity.evaluator(kind),
+            by,
             worst_step,
             worst_logits,
             len(steps) + len(logits),
             {"unet": types_of(step), "classifier": types_of(classify)},
-            _compared_labels((unet, classifier), smaller, files, kind, images),
+            labels,
         )
+
+
+def comparable(pixels: NDArray[np.uint8], kind: str) -> tuple[NDArray[np.uint8], tuple[int, ...]]:
+    """The images and the numbers of steps that numbers are compared on: fewer where a call takes long."""
+    if pixels[0].size > LARGE_IMAGE:
+        return pixels[:1], STEPS[:1]
+    if kind in parity.EVALUATORS:
+        return pixels[:2], STEPS[:2]
+    return pixels, STEPS
+
+
+def data_ref(path: Path) -> FileRef | None:
+    """The file of weights beside a graph, if it has one."""
+    data = data_path(path)
+    return FileRef(data.name, sha256_of(data)) if data.exists() else None
 
 
 def _compared_labels(

@@ -31,7 +31,7 @@ from densepure_rt.runtime.bundle import (
     Sidecar,
     open_bundle,
     plan_path,
-    verified_bytes,
+    verified_engine,
 )
 from densepure_rt.runtime.device import MAX_BATCH
 from densepure_rt.runtime.tensorrt_api import import_flavour, new_logger
@@ -196,7 +196,7 @@ def _build_one(
     capabilities: tuple[str, ...],
     say: Callable[[str], None],
 ) -> FileRef:
-    content = verified_bytes(path, sidecar.file.sha256)
+    content = verified_engine(path, sidecar)
     plan, types = build(trt, flavour, content, path, sidecar.precision, options, capabilities, say)
     name = plan_path(path, flavour).name
     facts = Plan(
@@ -209,7 +209,9 @@ def _build_one(
         types=types,
         recipe=options.recipe(),
     )
-    return publication.write(name, plan, lambda ref: dataclasses.replace(sidecar, file=ref, plan=facts))
+    ref = publication.write(name, plan)
+    publication.add(dataclasses.replace(sidecar, file=ref, plan=facts, data=None))
+    return ref
 
 
 def build(

@@ -1,28 +1,64 @@
-"""Any supported diffusion network in PyTorch -> a `DiffusionModel`, all that the step graph and its sidecar need."""
+"""Any supported diffusion network in PyTorch -> a `DiffusionModel`, all that the step graph and its sidecar need.
+
+OpenAI's checkpoints are read in openai_unet.py.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from densepure_rt.errors import CheckFailed, UsageError
+from densepure_rt.export.step_graph import LEARNED
 from densepure_rt.export.zoo.models import ZOO, load_weights, new_unet
-from densepure_rt.runtime.bundle import sha256_of
-from densepure_rt.runtime.schedule import Schedule, Variance
+from densepure_rt.runtime.bundle import Prediction, sha256_of
+from densepure_rt.runtime.schedule import Schedule, ScheduleName, TimestepRule, Variance
+
+# What diffusers' scheduler_config.json calls them (diffusers 0.42, schedulers/scheduling_ddpm.py). Its "learned"
+# variance is a variance and not a logarithm, and no published model has it.
+DIFFUSERS_SCHEDULES: dict[str, ScheduleName] = {
+    "linear": "linear",
+    "scaled_linear": "scaled_linear",
+    "squaredcos_cap_v2": "cosine",
+}
+DIFFUSERS_PREDICTIONS: dict[str, Prediction] = {"epsilon": "epsilon", "v_prediction": "v", "sample": "x0"}
+DIFFUSERS_VARIANCES: dict[str, Variance] = {
+    "fixed_small": "fixed_small",
+    "fixed_small_log": "fixed_small",
+    "fixed_large": "fixed_large",
+    "fixed_large_log": "fixed_large",
+    "learned_range": "learned_range",
+}
 
 
 @dataclass(frozen=True)
 class DiffusionModel:
-    """network: (x [B, C, H, W] in [-1, 1] and beyond, t [B]) -> what it predicts. image: [C, H, W]."""
+    """A diffusion network and how it was trained.
+
+    network: (x [B, C, H, W] in [-1, 1] and beyond, t [B]) -> what it predicts, see `StepGraph`. image: [C, H, W].
+    timestep_rule: which timestep belongs to a sigma, see `make_chain`.
+    """
 
     network: nn.Module
     image: tuple[int, int, int]
     schedule: Schedule
     variance: Variance
-    prediction: str
+    prediction: Prediction
     clip: tuple[float, float] | None
     weights_sha256: str
+    timestep_rule: TimestepRule = "nearest"
+
+    @property
+    def learned_variance(self) -> bool:
+        return self.variance in LEARNED
 
 
 class DiffusersNetwork(nn.Module):
@@ -37,6 +73,13 @@ class DiffusersNetwork(nn.Module):
         return output
 
 
+class NoNetwork(nn.Module):
+    """What stands where there is no diffusion network: pixels pass as they are."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return x
+
+
 def zoo_unet(weights: Path = ZOO / "unet.safetensors") -> DiffusionModel:
     """The default UNet, with the weights that ship with it or others that were trained by the same script."""
     return DiffusionModel(
@@ -48,3 +91,193 @@ def zoo_unet(weights: Path = ZOO / "unet.safetensors") -> DiffusionModel:
         clip=(-1.0, 1.0),
         weights_sha256=sha256_of(weights),
     )
+
+
+def no_unet(image: tuple[int, int, int]) -> DiffusionModel:
+    """No diffusion network: a bundle for `--steps 0`, plain randomized smoothing (Cohen et al. 2019)."""
+    return DiffusionModel(
+        network=NoNetwork(),
+        image=image,
+        schedule=Schedule("continuous", 1),
+        variance="fixed_small",
+        prediction="none",
+        clip=None,
+        weights_sha256=hashlib.sha256(b"").hexdigest(),
+    )
+
+
+def declared_unet(
+    network: nn.Module,
+    image: tuple[int, int, int],
+    schedule: Schedule,
+    prediction: Prediction,
+    variance: Variance,
+    clip: tuple[float, float] | None,
+    weights_sha256: str | None = None,
+) -> DiffusionModel:
+    """A network that says nothing of itself, with what its user says of it, found to take and give what that means.
+
+    weights_sha256: None for the hash of its state dict. Raises UsageError when its output has another shape.
+    """
+    model = DiffusionModel(
+        network=network.eval(),
+        image=image,
+        schedule=schedule,
+        variance=variance,
+        prediction=prediction,
+        clip=clip,
+        weights_sha256=weights_sha256 or state_sha256(network),
+    )
+    x, t = torch.zeros(2, *image), torch.ones(2)
+    try:
+        with torch.inference_mode():
+            output = network(x, t)
+    except Exception as error:  # the user's own code may raise anything
+        raise UsageError(
+            f"the UNet does not take x {list(x.shape)} and t {list(t.shape)} ({first_line(error)}): it must be a "
+            f"function of these two; check --image-size"
+        ) from error
+    wanted = [2, image[0] * (2 if model.learned_variance else 1), *image[1:]]
+    if not isinstance(output, Tensor) or list(output.shape) != wanted:
+        found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise UsageError(
+            f"the UNet gives {found} for x {list(x.shape)}, but --variance {variance} means {wanted}: "
+            f"learned variances come as a second set of channels"
+        )
+    return model
+
+
+def diffusers_unet(folder: Path, image: tuple[int, int, int] | None = None) -> DiffusionModel:
+    """A UNet2DModel in the folder that diffusers saves: alone with its scheduler's config, or as a pipeline.
+
+    image: where the config does not say. Raises UsageError for what is not there or not supported, CheckFailed for
+    weights that do not fit the config.
+    """
+    home = folder / "unet" if (folder / "unet").is_dir() else folder
+    config = _config(home / "config.json", "a diffusers UNet")
+    if (kind := config.get("_class_name")) != "UNet2DModel":
+        raise UsageError(f"{home} holds a {kind}: only UNet2DModel, which needs no prompt and no class, is supported")
+    for name in ("num_class_embeds", "class_embed_type"):
+        if config.get(name) is not None:
+            raise UsageError(f"{home / 'config.json'}: {name} is {config[name]}: only unconditional networks will do")
+    if (embedding := config.get("time_embedding_type", "positional")) != "positional":
+        raise UsageError(
+            f"{home / 'config.json'}: time_embedding_type is {embedding!r}, so it is not told a timestep: wrap it as a "
+            f"module:callable and declare it with --prediction denoiser"
+        )
+    image = image or _image(config, home / "config.json")
+    halvings = len(config["down_block_types"]) - 1
+    refuse_odd(image, halvings)
+    network = _diffusers_network(home)
+    places = (folder / "scheduler" / "scheduler_config.json", home / "scheduler_config.json")
+    scheduler_path = next((path for path in places if path.is_file()), None)
+    if scheduler_path is None:
+        raise UsageError(
+            f"no {places[0]} and none beside the UNet's config: without it nothing says how the network was noised; "
+            f"copy it from the pipeline that the network belongs to"
+        )
+    model = DiffusionModel(
+        network=DiffusersNetwork(network).eval(),
+        image=image,
+        weights_sha256=state_sha256(network),
+        **diffusers_training(_config(scheduler_path, "a diffusers scheduler"), scheduler_path),
+    )
+    channels = config["out_channels"]
+    if channels != image[0] * (2 if model.learned_variance else 1):
+        raise CheckFailed(
+            f"{home}: out_channels is {channels} for images of {image[0]}, but the scheduler's variance_type is "
+            f"{model.variance}: learned_range, and it alone, means twice as many"
+        )
+    return model
+
+
+def diffusers_training(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """schedule, variance, prediction and clip of a DiffusionModel, from a diffusers scheduler's config."""
+
+    def known(name: str, table: Mapping[str, Any], default: str) -> Any:
+        value = config.get(name, default)
+        if value not in table:
+            raise UsageError(f"{path}: {name} {value!r} is not supported: {', '.join(table)}")
+        return table[value]
+
+    for name in ("trained_betas", "thresholding", "rescale_betas_zero_snr"):
+        if config.get(name):
+            raise UsageError(f"{path}: {name} is set, which is not supported: export it as a module:callable")
+    clip = float(config.get("clip_sample_range", 1.0))
+    return {
+        "schedule": Schedule(
+            name=known("beta_schedule", DIFFUSERS_SCHEDULES, "linear"),
+            steps=int(config.get("num_train_timesteps", 1000)),
+            beta_start=float(config.get("beta_start", 1e-4)),
+            beta_end=float(config.get("beta_end", 0.02)),
+        ),
+        "variance": known("variance_type", DIFFUSERS_VARIANCES, "fixed_small"),
+        "prediction": known("prediction_type", DIFFUSERS_PREDICTIONS, "epsilon"),
+        "clip": (-clip, clip) if config.get("clip_sample", True) else None,
+    }
+
+
+def refuse_odd(image: tuple[int, int, int], halvings: int) -> None:
+    """Raise UsageError for an image that cannot be halved so many times."""
+    if any(size % 2**halvings for size in image[1:]):
+        raise UsageError(
+            f"this UNet halves its images {halvings} times, and {image[1]} x {image[2]} cannot be: give --image-size a "
+            f"multiple of {2**halvings}"
+        )
+
+
+def state_sha256(module: nn.Module) -> str:
+    """The hash of a module's parameters and buffers, whatever file they came from: names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _config(path: Path, what: str) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read {path} ({error.strerror}): {what} is a folder that holds it") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckFailed(f"{path} is not valid JSON ({error}): copy the folder again") from error
+    if not isinstance(found, dict):
+        raise CheckFailed(f"{path} should hold a JSON object, found {type(found).__name__}: copy the folder again")
+    return found
+
+
+def _image(config: Mapping[str, Any], path: Path) -> tuple[int, int, int]:
+    size, channels = config.get("sample_size"), config.get("in_channels")
+    sides = size if isinstance(size, list) else [size, size]
+    height, width = sides if len(sides) == 2 else (None, None)
+    if not (isinstance(channels, int) and isinstance(height, int) and isinstance(width, int)):
+        raise UsageError(f"{path} does not say the size of its images (sample_size {size}): give it with --image-size")
+    return channels, height, width
+
+
+def _diffusers_network(home: Path) -> nn.Module:
+    from diffusers import UNet2DModel
+    from diffusers.utils import logging as diffusers_logging
+
+    diffusers_logging.set_verbosity(logging.CRITICAL)  # it warns of what is raised below
+    safe = any(home.glob("*.safetensors"))
+    try:
+        network, loading = UNet2DModel.from_pretrained(
+            str(home), local_files_only=True, use_safetensors=safe, low_cpu_mem_usage=False, output_loading_info=True
+        )
+    except Exception as error:  # diffusers raises OSError, ValueError, RuntimeError and its readers' own
+        raise CheckFailed(f"diffusers cannot load {home} ({first_line(error)}): copy the folder again") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if loading[kind]:
+            raise CheckFailed(
+                f"the weights in {home} do not fit its config: {kind.replace('_', ' ')}, "
+                f"first {sorted(loading[kind])[0]}"
+            )
+    result: nn.Module = network
+    return result

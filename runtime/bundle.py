@@ -12,24 +12,29 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.runtime import gpu
-from densepure_rt.runtime.schedule import Schedule, Variance
+from densepure_rt.runtime.schedule import Schedule, ScheduleName, TimestepRule, Variance
 
 SCHEMA_VERSION = 1
 PIXEL_RANGE = (-1.0, 1.0)  # what the runtime feeds
 MAX_STEPS = 1_000_000  # of a schedule; published ones have 1000 or 4000
 Kind = Literal["step", "classify"]
+# What a network gives: the noise (Ho et al. 2020), v (Salimans & Ho 2022) or the clean image; the clean image, but from
+# x / signal and sigma / signal (Karras et al. 2022; Song et al. 2023); or there is no network: pixels pass as they are.
+Prediction = Literal["epsilon", "v", "x0", "denoiser", "none"]
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 ONNX_SUFFIX = ".onnx"
 PLAN_SUFFIXES: dict[Flavour, str] = {"tensorrt-rtx": ".rtx.plan", "tensorrt": ".plan"}  # the longer first
+DATA_KEY = "densepure_rt.data_sha256"  # under which a graph's own metadata names the hash of its file of weights
 RTX_MAGIC = b"vtrt"  # the first bytes of every plan of tensorrt-rtx 1.7
 UNKNOWN = "unknown"  # the version of a plan that has no sidecar
+OPTIONAL = ("plan", "data", "accuracy", "preprocessing")  # fields of a sidecar that may be absent
 T = TypeVar("T")
 
 
@@ -62,10 +67,27 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Accuracy:
+    """How far an ONNX file was from float32 PyTorch when it was exported.
+
+    by: what evaluated it. relative_l2: the worst of so many comparisons of its outputs. labels: how many labels of its
+    bundle were compared, on equal noise, and labels_differ: how many were not PyTorch's; both 0 where none were.
+    """
+
+    by: str
+    comparisons: int
+    relative_l2: float
+    labels: int
+    labels_differ: int
+
+
+@dataclass(frozen=True)
 class Sidecar:
     """What an engine file is.
 
     image: [channels, height, width]. pixel_range: of the pixels that the engine works on. plan: None for an ONNX file.
+    data: the file of weights beside a graph that is too large to hold them; the graph names its hash too, so that the
+    graph's own hash binds both. accuracy: of the ONNX file, which a plan was built from.
     """
 
     kind: Kind
@@ -77,25 +99,32 @@ class Sidecar:
     weights_sha256: str
     versions: Mapping[str, str]
     plan: Plan | None = field(default=None, kw_only=True)
+    data: FileRef | None = field(default=None, kw_only=True)
+    accuracy: Accuracy | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
 class StepSidecar(Sidecar):
     """A step graph: how its network was noised, what it predicts, and the classifier that belongs to it.
 
-    prediction: what the network's output is; the graph turns it into x0 itself. clip: of x0, or None.
+    prediction: what the network's output is; the graph turns it into x0 itself. clip: of x0, or None. timestep_rule:
+    how a run finds the timestep of its sigma, unless it is told otherwise.
     """
 
     schedule: Schedule
     variance: Variance
-    prediction: str
+    prediction: Prediction
     clip: tuple[float, float] | None
     classifier: FileRef
+    timestep_rule: TimestepRule = field(default="nearest", kw_only=True)
 
 
 @dataclass(frozen=True)
 class ClassifierSidecar(Sidecar):
+    """A classifier. preprocessing: what its graph does to pixels before its network sees them, for who reads it."""
+
     class_names: tuple[str, ...]
+    preprocessing: Mapping[str, Any] | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -133,8 +162,9 @@ def sha256_of(path: Path) -> str:
 
 def to_json(sidecar: Sidecar) -> str:
     fields = {"schema_version": SCHEMA_VERSION} | dataclasses.asdict(sidecar)
-    if sidecar.plan is None:
-        del fields["plan"]
+    for name in OPTIONAL:
+        if name in fields and fields[name] is None:
+            del fields[name]
     return json.dumps(fields, indent=2, sort_keys=True) + "\n"
 
 
@@ -183,6 +213,9 @@ class _Fields:
     def object(self, name: str) -> _Fields:
         return _Fields(self.values.get(name), f"{self.where}: {name!r}")
 
+    def optional(self, name: str, read: Callable[[_Fields], T]) -> T | None:
+        return None if self.values.get(name) is None else read(self.object(name))
+
 
 def _file_ref(fields: _Fields) -> FileRef:
     name, digest = fields("name", str), fields("sha256", str)
@@ -193,7 +226,7 @@ def _file_ref(fields: _Fields) -> FileRef:
 
 def _schedule(fields: _Fields) -> Schedule:
     schedule = Schedule(
-        name=fields.choice("name", ("linear", "cosine")),
+        name=fields.choice("name", get_args(ScheduleName)),
         steps=fields("steps", int),
         beta_start=fields("beta_start", float),
         beta_end=fields("beta_end", float),
@@ -222,6 +255,16 @@ def _plan(fields: _Fields) -> Plan:
     if not plan.batches or min(plan.batches) < 1:
         raise CheckFailed(f"{fields.where}: 'batches' is {list(plan.batches)}: build the plan again")
     return plan
+
+
+def _accuracy(fields: _Fields) -> Accuracy:
+    return Accuracy(
+        by=fields("by", str),
+        comparisons=fields("comparisons", int),
+        relative_l2=fields("relative_l2", float),
+        labels=fields("labels", int),
+        labels_differ=fields("labels_differ", int),
+    )
 
 
 def read_sidecar(engine: Path) -> StepSidecar | ClassifierSidecar:
@@ -256,7 +299,9 @@ def read_sidecar(engine: Path) -> StepSidecar | ClassifierSidecar:
         "opset": fields("opset", int),
         "weights_sha256": fields("weights_sha256", str),
         "versions": fields.mapping("versions", str),
-        "plan": None if fields.values.get("plan") is None else _plan(fields.object("plan")),
+        "plan": fields.optional("plan", _plan),
+        "data": fields.optional("data", _file_ref),
+        "accuracy": fields.optional("accuracy", _accuracy),
     }
     if common["pixel_range"] != PIXEL_RANGE:
         raise CheckFailed(
@@ -268,14 +313,19 @@ def read_sidecar(engine: Path) -> StepSidecar | ClassifierSidecar:
         names = fields("class_names", list)
         if len(names) < 2 or not all(isinstance(name, str) for name in names):
             raise CheckFailed(f"{path}: 'class_names' should be two names or more: export the bundle again")
-        return ClassifierSidecar(**common, class_names=tuple(names))
+        return ClassifierSidecar(
+            **common,
+            class_names=tuple(names),
+            preprocessing=fields.optional("preprocessing", lambda found: found.values),
+        )
     return StepSidecar(
         **common,
         schedule=_schedule(fields.object("schedule")),
         variance=fields.choice("variance", get_args(Variance)),
-        prediction=fields("prediction", str),
+        prediction=fields.choice("prediction", get_args(Prediction)),
         clip=None if fields.values.get("clip") is None else fields.numbers("clip", float, 2),
         classifier=_file_ref(fields.object("classifier")),
+        timestep_rule=fields.choice("timestep_rule", get_args(TimestepRule)),
     )
 
 
@@ -337,6 +387,27 @@ def verified_bytes(path: Path, expected_sha256: str) -> bytes:
             f"the file is damaged or is another engine; copy it again, or export the bundle again"
         )
     return content
+
+
+def verified_engine(path: Path, sidecar: Sidecar) -> bytes:
+    """The bytes of an engine file, found to be what its sidecar promises, as is the file of weights beside it.
+
+    Raises UsageError when one cannot be read, CheckFailed when one is another.
+    """
+    if sidecar.data is not None:
+        data = path.with_name(sidecar.data.name)
+        try:
+            found = sha256_of(data)
+        except OSError as error:
+            raise UsageError(
+                f"cannot read {data}, the weights of {path.name} ({error.strerror}): copy it along with the engine"
+            ) from error
+        if found != sidecar.data.sha256:
+            raise CheckFailed(
+                f"{data} has SHA-256 {found[:16]}..., its sidecar says {sidecar.data.sha256[:16]}...: the file is "
+                f"damaged or belongs to another engine; copy it again, or export the bundle again"
+            )
+    return verified_bytes(path, sidecar.file.sha256)
 
 
 def open_bundle(

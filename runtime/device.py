@@ -25,6 +25,7 @@ NOT_FINITE = -1  # in place of a label: the network gave NaN or Inf somewhere on
 Kind = Literal["smooth", "step", "classify"]
 Provider = Literal["cpu", "cuda", "tensorrt"]  # of ONNX Runtime
 DEFAULT_BATCH = 32  # of ONNX Runtime; fastest on a CPU between 8 and 32
+DEFAULT_VALUES = 2**18  # a default batch holds no more: the networks' own tensors are hundreds of times as large
 MAX_BATCH = 65_535  # items; CUDA takes no more in the y of a grid
 MAX_THREADS = 1024
 ONNXRUNTIME_WHEELS = ("onnxruntime", "onnxruntime-gpu")
@@ -33,6 +34,7 @@ STEP_OUTPUTS = ("mean_next", "std_next", "finite")
 CLASSIFY_INPUTS = ("mean",)
 CLASSIFY_OUTPUTS = ("logits",)
 PROBE_DEPTH, PROBE_STEPS = 4, 3  # the probe starts at a quarter of the schedule and takes up to three steps
+PROBE_SIGMA = 0.5  # where a continuous schedule's begins
 
 Floats = NDArray[np.float32]
 
@@ -158,7 +160,7 @@ def onnxruntime_providers() -> list[str]:
 def open_device(bundle: Bundle, batch: int | None, threads: int, provider: Provider = "cpu") -> Device:
     """The device that runs this bundle's engines, its results checked not to depend on who shares a batch.
 
-    batch: None for what suits the device: DEFAULT_BATCH, or the largest that a plan was built for. threads, provider:
+    batch: None for what suits the device: `default_batch`, or the largest that a plan was built for. threads, provider:
     of ONNX Runtime; a plan needs neither. Nothing falls back to the CPU: what was asked for and cannot be had raises
     EnvironmentFault. CheckFailed when an engine is not what it should be, UsageError for options that do not fit it.
     """
@@ -173,7 +175,12 @@ def open_device(bundle: Bundle, batch: int | None, threads: int, provider: Provi
     onnxruntime_version()
     from densepure_rt.runtime.onnx_device import OnnxDevice
 
-    return OnnxDevice(bundle, DEFAULT_BATCH if batch is None else batch, threads, provider)
+    return OnnxDevice(bundle, default_batch(bundle.unet.image) if batch is None else batch, threads, provider)
+
+
+def default_batch(image: tuple[int, int, int]) -> int:
+    """32 images up to 64 x 64, fewer of larger ones, one at a time from 256 x 256."""
+    return max(1, min(DEFAULT_BATCH, DEFAULT_VALUES // math.prod(image)))
 
 
 def probe(bundle: Bundle, batch: int, run: Callable[[dict[str, Floats]], Sequence[Floats]]) -> None:
@@ -184,9 +191,12 @@ def probe(bundle: Bundle, batch: int, run: Callable[[dict[str, Floats]], Sequenc
     kept must come out bit for bit the same.
     """
     schedule, draw, image = bundle.unet.schedule, np.random.Generator(np.random.Philox(0)), bundle.unet.image
-    quarter = schedule.steps // PROBE_DEPTH
-    sigma = math.sqrt(1 / schedule.alpha_bar()[quarter] - 1) / 2
-    chain = make_chain(schedule, bundle.unet.variance, sigma, max(1, min(PROBE_STEPS, quarter)))
+    if schedule.continuous:
+        chain = make_chain(schedule, bundle.unet.variance, PROBE_SIGMA, PROBE_STEPS)
+    else:
+        quarter = schedule.steps // PROBE_DEPTH
+        sigma = math.sqrt(1 / schedule.alpha_bar()[quarter] - 1) / 2
+        chain = make_chain(schedule, bundle.unet.variance, sigma, max(1, min(PROBE_STEPS, quarter)))
     step = np.arange(batch) % len(chain)
 
     def items() -> dict[str, Floats]:

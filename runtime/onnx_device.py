@@ -14,7 +14,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
-from densepure_rt.runtime.bundle import Bundle, verified_bytes
+from densepure_rt.runtime.bundle import DATA_KEY, Bundle, Sidecar, verified_engine
 from densepure_rt.runtime.device import (
     CLASSIFY_INPUTS,
     CLASSIFY_OUTPUTS,
@@ -50,9 +50,17 @@ class OpenImage:
 
 
 def open_session(
-    content: bytes, name: str, inputs: Sequence[str], outputs: Sequence[str], provider: Provider = "cpu"
+    content: bytes,
+    name: str,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    provider: Provider = "cpu",
+    folder: Path | None = None,
+    optimised: bool = True,
 ) -> onnxruntime.InferenceSession:
     """A session of one thread: parallel work is one caller a core on the same session, which shares the weights.
+
+    content: of a graph. folder: where the file of weights lies that the graph names, if it names one.
 
     ONNX Runtime on the CPU is bitwise independent of the batch size in every case tried, and this is its fastest
     setting there: batches of 8 to 32, one thread an operator.
@@ -60,6 +68,10 @@ def open_session(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = SILENT
+    if folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    if not optimised:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     wanted = EXECUTION_PROVIDERS[provider]
     if provider != "cpu":
         refuse_absent(provider)
@@ -114,10 +126,17 @@ class Network:
     """One engine, loaded: feed -> outputs, whole batches. On a GPU both are bound there, and copied once each way."""
 
     def __init__(
-        self, path: Path, sha256: str, inputs: Sequence[str], outputs: Sequence[str], provider: Provider
+        self, path: Path, sidecar: Sidecar, inputs: Sequence[str], outputs: Sequence[str], provider: Provider
     ) -> None:
         self.outputs, self.provider = outputs, provider
-        self.session = open_session(verified_bytes(path, sha256), path.name, inputs, outputs, provider)
+        self.session = open_session(
+            verified_engine(path, sidecar), path.name, inputs, outputs, provider, path.parent if sidecar.data else None
+        )
+        promised = self.session.get_modelmeta().custom_metadata_map.get(DATA_KEY)
+        if promised != (sidecar.data.sha256 if sidecar.data else None):
+            raise CheckFailed(
+                f"{path.name} names other weights than its sidecar does: copy both again, or export the bundle again"
+            )
 
     def __call__(self, feed: Mapping[str, Floats]) -> list[Floats]:
         if self.provider == "cpu":
@@ -147,9 +166,8 @@ class OnnxDevice:
         self.image_shape = bundle.unet.image
         for path, sidecar in ((bundle.unet_path, bundle.unet), (bundle.classifier_path, bundle.classifier)):
             refuse_unrunnable(path.name, sidecar.precision, provider)
-        unet, classifier = bundle.unet.file.sha256, bundle.classifier.file.sha256
-        self._step = Network(bundle.unet_path, unet, STEP_INPUTS, STEP_OUTPUTS, provider)
-        self._classify = Network(bundle.classifier_path, classifier, CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, provider)
+        self._step = Network(bundle.unet_path, bundle.unet, STEP_INPUTS, STEP_OUTPUTS, provider)
+        self._classify = Network(bundle.classifier_path, bundle.classifier, CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, provider)
         self._images: dict[int, OpenImage] = {}
         self._handles, self._tickets = itertools.count(), itertools.count()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="densepure-rt")

@@ -30,7 +30,7 @@ from densepure_rt.runtime.bundle import (
     Plan,
     Sidecar,
     rebuild_command,
-    verified_bytes,
+    verified_engine,
 )
 from densepure_rt.runtime.device import (
     CLASSIFY_INPUTS,
@@ -161,7 +161,7 @@ class TensorRTDevice:
         assert plan is not None
         self.batch = refuse_misfit(bundle, batch)
         contents = [  # hashed before anything native is loaded
-            (path, sidecar, verified_bytes(path, sidecar.file.sha256))
+            (path, sidecar, verified_engine(path, sidecar))
             for path, sidecar in ((bundle.unet_path, bundle.unet), (bundle.classifier_path, bundle.classifier))
         ]
         self._trt = import_flavour(plan.flavour)

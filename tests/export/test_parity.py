@@ -118,7 +118,7 @@ def test_engine_that_gives_nan_is_found(tmp_path: Path, pixels: NDArray[np.uint8
         network.eps.weight[0, 0, 1, 1] = math.nan
     path = tmp_path / "nan.onnx"
     path.write_bytes(step_onnx(diffusion(network)))
-    with pytest.raises(CheckFailed, match=r"nan\.onnx gives NaN or Inf at timestep 144"):
+    with pytest.raises(CheckFailed, match=r"nan\.onnx gives NaN or Inf at t = 144"):
         list(parity.step_differences(path, diffusion(network), pixels))
 
 

@@ -646,6 +646,6 @@ def test_precision_that_is_not_known_is_refused(toy: Toy, tmp_path: Path) -> Non
         export_bundle(diffusion(), classifier(), tmp_path / "out", toy.pixels, keep=["conv_in"])
     with pytest.raises(UsageError, match="--keep-fp32 nope matches no module"):
         export_bundle(diffusion(), classifier(), tmp_path / "out", toy.pixels, kind="fp16", keep=["nope"])
-    with pytest.raises(UsageError, match="--precision int8 is calibrated on images"):
+    with pytest.raises(UsageError, match="--precision int8 is calibrated on training images"):
         export_bundle(diffusion(), classifier(), tmp_path / "out", toy.pixels, kind="int8")
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 
 from densepure_rt.errors import CheckFailed, UsageError
 from densepure_rt.runtime.bundle import (
+    Accuracy,
     Bundle,
     ClassifierSidecar,
     FileRef,
+    Prediction,
     Sidecar,
     StepSidecar,
     open_bundle,
@@ -31,7 +33,7 @@ from densepure_rt.runtime.bundle import (
     verified_bytes,
 )
 from densepure_rt.runtime.device import open_device
-from densepure_rt.runtime.schedule import Schedule
+from densepure_rt.runtime.schedule import Schedule, ScheduleName, TimestepRule, Variance
 from densepure_rt.smoothing import shipped_engine
 
 QUICK = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -49,18 +51,26 @@ COMMON: dict[str, st.SearchStrategy[Any]] = {
     "opset": st.integers(1, 99),
     "weights_sha256": WORDS,
     "versions": st.dictionaries(WORDS, WORDS, max_size=4),
+    "data": st.none() | REFS,
+    "accuracy": st.none() | st.builds(Accuracy, WORDS, *[st.integers(0, 10**6), NUMBERS, *[st.integers(0, 10**6)] * 2]),
 }
 BETA_STARTS, BETA_ENDS = st.floats(1e-9, 0.5), st.floats(0.5, 0.999)
 SCHEDULES = st.builds(
-    Schedule, st.sampled_from(["linear", "cosine"]), st.integers(1, 10**6), BETA_STARTS, BETA_ENDS, st.floats(1e-3, 1e3)
+    Schedule,
+    st.sampled_from(get_args(ScheduleName)),
+    st.integers(1, 10**6),
+    BETA_STARTS,
+    BETA_ENDS,
+    st.floats(1e-3, 1e3),
 )
 SIDECARS: st.SearchStrategy[Sidecar] = st.one_of(
     st.builds(
         StepSidecar,
         kind=st.just("step"),
         schedule=SCHEDULES,
-        variance=st.sampled_from(["fixed_small", "fixed_large", "learned_range"]),
-        prediction=WORDS,
+        variance=st.sampled_from(get_args(Variance)),
+        prediction=st.sampled_from(get_args(Prediction)),
+        timestep_rule=st.sampled_from(get_args(TimestepRule)),
         clip=st.none() | st.tuples(NUMBERS, NUMBERS),
         classifier=REFS,
         **COMMON,
@@ -69,6 +79,7 @@ SIDECARS: st.SearchStrategy[Sidecar] = st.one_of(
         ClassifierSidecar,
         kind=st.just("classify"),
         class_names=st.lists(WORDS, min_size=2, max_size=5).map(tuple),
+        preprocessing=st.none() | st.dictionaries(WORDS, st.none() | st.booleans() | WORDS | st.lists(NUMBERS)),
         **COMMON,
     ),
 )
@@ -152,7 +163,12 @@ def test_shipped_bundle_fits_together() -> None:
 
 STEP_PLACES = sorted(places(shipped_json(ENGINE)), key=str)
 CLASSIFIER_PLACES = sorted(places(shipped_json(CLASSIFIER)), key=str)
-REQUIRED = [path for path in STEP_PLACES if path[0] not in ("versions", "clip") or path == ("versions",)]
+MAY_BE_ABSENT = [("clip",), ("accuracy",)]
+REQUIRED = [
+    path
+    for path in STEP_PLACES
+    if path not in MAY_BE_ABSENT and (path[0] not in ("versions", "clip") or path == ("versions",))
+]
 
 
 @pytest.mark.parametrize("path", [path for path in REQUIRED if isinstance(path[-1], str)], ids=str)
