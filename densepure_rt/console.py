@@ -6,14 +6,16 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 PLAIN_EVERY = 10.0  # seconds between plain lines
 stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 stdout = Console(highlight=False, markup=False, soft_wrap=True)
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]  # of every command
 T = TypeVar("T")
 
 

@@ -1,26 +1,488 @@
-"""Any supported classifier in PyTorch -> a `ClassifierModel` on pixels in [-1, 1]."""
+"""Any supported classifier -> a `ClassifierModel` on pixels in [-1, 1], its preprocessing declared and inside.
+
+    timm:NAME                  a model of timm, preprocessing as timm declares it
+    FOLDER                     of transformers: config.json, model.safetensors, preprocessor_config.json
+    package.module:function    a function that returns a torch.nn.Module
+    FILE.pt2                   a program of torch.export.save
+    FILE.onnx                  one image in, logits out
+
+The last three say nothing of the pixels they want: that must be declared, and without it nothing is exported.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, get_args
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
 
+from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
+from densepure_rt.export.checkpoints import load_into, read_state_dict
+from densepure_rt.export.onnx_classifiers import (
+    OnnxNetwork,
+    free_batch,
+    only_input,
+    onnx_sha256,
+    read_onnx,
+    refuse_fixed_batch,
+)
+from densepure_rt.export.preprocessing import ChannelOrder, Interpolation, Preprocess, Preprocessing
+from densepure_rt.export.programs import built, exported_program, first_line
+from densepure_rt.export.unets import state_sha256
 from densepure_rt.export.zoo.models import CLASS_NAMES, ZOO, Classifier, load_weights
 from densepure_rt.runtime.bundle import sha256_of
+
+DRY_BATCH = 2  # what the exporter traces with: 1 would be taken for a constant
+PREFIX_OPTION = "--classifier-prefix"
+# transformers' image processors that were found to do what `transformers_preprocessing` says, but for rounding: see
+# tests/export/test_classifiers.py. LevitImageProcessor, for one, means another resize by the same words.
+PROCESSORS = (
+    "ViT DeiT Beit ConvNext EfficientNet MobileNetV1 MobileNetV2 MobileViT PoolFormer Bit CLIP Siglip Pvt".split()
+)
+IMAGENET = "--pixel-range 0,1 --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225"  # torchvision's and most of timm's
 
 
 @dataclass(frozen=True)
 class ClassifierModel:
-    """network: pixels [B, C, H, W] in [-1, 1] -> logits [B, K]. image: [C, H, W]."""
+    """network: pixels [B, C, H, W] in [-1, 1] -> logits [B, K]. image: [C, H, W].
+
+    preprocessing: what `network` does to pixels first, None where it takes them as they are. onnx: the file that its
+    rest is, which PyTorch cannot trace; see `merged_onnx`.
+    """
 
     network: nn.Module
     image: tuple[int, int, int]
     class_names: tuple[str, ...]
     weights_sha256: str
+    preprocessing: Preprocessing | None = None
+    onnx: Path | None = None
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What somebody says that a classifier wants of pixels; None where nothing was said. Fields as in Preprocessing."""
+
+    scale: tuple[float, float] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    channels: ChannelOrder | None = None
+    resize: tuple[int, int] | None = None
+    interpolation: Interpolation | None = None
+    antialias: bool | None = None
+    crop: tuple[int, int] | None = None
+
+    def over(self, known: Preprocessing) -> Preprocessing:
+        """`known` with what was said instead. A resize that was said ends the crop that was known."""
+        said = {name: value for name, value in vars(self).items() if value is not None}
+        if "resize" in said:
+            said.setdefault("crop", None)
+        return dataclasses.replace(known, **said)
+
+    def alone(self, what: str, image: tuple[int, int, int]) -> Preprocessing:
+        """What was said, for a classifier that says nothing itself. Raises UsageError where that is not enough."""
+        if (self.mean is None) != (self.std is None):
+            raise UsageError(f"{what}: --mean and --std belong together; give both, or neither where it normalises")
+        if self.scale is None:
+            raise UsageError(
+                f"{what} does not say what pixels it was trained on: declare it with --pixel-range, --mean and --std, "
+                f"and --resize HEIGHTxWIDTH where it takes other than {image[1]}x{image[2]}. Usual are "
+                f"{IMAGENET} (ImageNet), --pixel-range 0,1 or 0,255 alone where the network normalises itself, and "
+                f"--pixel-range=-1,1 for pixels as the runtime has them"
+            )
+        return self.over(Preprocessing(self.scale, channels="grey" if image[0] == 1 else "RGB"))
+
+
+def declare(
+    pixel_range: str | None = None,
+    mean: str | None = None,
+    std: str | None = None,
+    channel_order: str | None = None,
+    resize: str | None = None,
+    interpolation: str | None = None,
+    antialias: bool | None = None,
+    crop: str | None = None,
+) -> Declared:
+    """The command line's options as they were written: "0,1", "0.5,0.5,0.5", "BGR", "224" or "224x224"."""
+    scale = _numbers("--pixel-range", pixel_range, "0,1 or 0,255 or -1,1")
+    if scale is not None and len(scale) != 2:
+        raise UsageError(f"--pixel-range {pixel_range}: two numbers, 0,1 or 0,255 or -1,1")
+    orders: dict[str, ChannelOrder] = {"rgb": "RGB", "bgr": "BGR", "grey": "grey", "gray": "grey"}
+    if channel_order is not None and channel_order.lower() not in orders:
+        raise UsageError(f"--channel-order {channel_order} is not known: RGB, BGR or grey")
+    filters: dict[str, Interpolation] = {name: name for name in get_args(Interpolation)}
+    if interpolation is not None and interpolation not in filters:
+        raise UsageError(f"--interpolation {interpolation} is not known: {', '.join(filters)}")
+    return Declared(
+        scale=None if scale is None else (scale[0], scale[1]),
+        mean=_numbers("--mean", mean, "one for each channel, such as 0.485,0.456,0.406"),
+        std=_numbers("--std", std, "one for each channel, such as 0.229,0.224,0.225"),
+        channels=None if channel_order is None else orders[channel_order.lower()],
+        resize=_size("--resize", resize),
+        interpolation=None if interpolation is None else filters[interpolation],
+        antialias=antialias,
+        crop=_size("--crop", crop),
+    )
+
+
+def _numbers(option: str, text: str | None, like: str) -> tuple[float, ...] | None:
+    try:
+        return None if text is None else tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"{option} {text}: numbers with commas between, {like}") from None
+
+
+def _size(option: str, text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
+    if found is None:
+        raise UsageError(f"{option} {text}: HEIGHTxWIDTH in pixels, such as 224x224, or one number for a square")
+    return int(found[1]), int(found[2] or found[1])
+
+
+class Preprocessed(nn.Module):
+    """Pixels [B, C, H, W] in [-1, 1] -> logits [B, K]: a classifier behind its preprocessing."""
+
+    def __init__(self, preprocess: Preprocess, classifier: nn.Module) -> None:
+        super().__init__()
+        self.preprocess = preprocess
+        self.classifier = classifier
+
+    def forward(self, x: Tensor) -> Tensor:
+        return logits_of(self.classifier(self.preprocess(x)))
+
+
+def logits_of(output: Any) -> Tensor:
+    """A network's logits: its output, the output's `logits`, or the first tensor of a tuple, list or dictionary."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(logits := getattr(output, "logits", None), Tensor):
+        return logits
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
+    named = [output["logits"]] if isinstance(output, Mapping) and "logits" in output else []
+    for value in (*named, *values):
+        if isinstance(value, Tensor):
+            return value
+    raise UsageError(f"the classifier gives a {type(output).__name__} without a tensor: it should return logits [B, K]")
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A classifier as its source gives it. class_names: None where the source has none."""
+
+    network: nn.Module
+    preprocessing: Preprocessing
+    weights_sha256: str
+    class_names: tuple[str, ...] | None = None
+    onnx: Path | None = None
 
 
 def zoo_classifier(weights: Path = ZOO / "classifier.safetensors") -> ClassifierModel:
     """The default classifier, with the weights that ship with it or others that were trained by the same script."""
     return ClassifierModel(load_weights(Classifier(), weights), (1, 28, 28), CLASS_NAMES, sha256_of(weights))
+
+
+def open_classifier(
+    spec: str,
+    image: tuple[int, int, int],
+    *,
+    labels: Path | None = None,
+    weights: Path | None = None,
+    prefix: str = "",
+    declared: Declared | None = None,
+) -> ClassifierModel:
+    """The classifier that `spec` names (see the module), in evaluation mode and float32, for images [C, H, W].
+
+    labels: a file of class names, one a line. weights: a checkpoint for timm:NAME or package.module:function; prefix:
+    of the names in it. declared: what it wants of pixels, over what the source itself says.
+
+    Raises UsageError or CheckFailed for what cannot be used, EnvironmentFault where a package is missing.
+    """
+    load = _loader(spec)
+    if weights is not None and load not in (_timm, _callable):
+        raise UsageError(f"--classifier-weights {weights}: {spec} has its own; leave one of them out")
+    if prefix and weights is None:
+        raise UsageError(f"{PREFIX_OPTION} {prefix} is of the names in --classifier-weights: give both, or neither")
+    loaded = load(spec, image, weights, prefix, declared or Declared())
+    loaded.network.requires_grad_(False)
+    network = Preprocessed(Preprocess(loaded.preprocessing, image), loaded.network.float()).eval()
+    names = _class_names(labels, loaded.class_names, class_count(network, image, spec))
+    return ClassifierModel(network, image, names, loaded.weights_sha256, loaded.preprocessing, loaded.onnx)
+
+
+_Loader = Callable[[str, tuple[int, int, int], Path | None, str, Declared], _Loaded]
+
+
+def _loader(spec: str) -> _Loader:
+    if spec.startswith("timm:"):
+        return _timm
+    path = Path(spec)
+    if path.is_dir():
+        return _transformers
+    if path.suffix in (".onnx", ".pt2"):
+        if not path.is_file():
+            raise UsageError(f"no classifier at {path}: give --classifier a file that is there")
+        return _onnx if path.suffix == ".onnx" else _program
+    if re.fullmatch(r"[\w.]+:[\w.]+", spec):
+        return _callable
+    raise UsageError(
+        f"--classifier {spec} is none of timm:NAME, a transformers folder, package.module:function, a .pt2 or an .onnx "
+        f"file: check its spelling"
+    )
+
+
+def class_count(network: nn.Module, image: tuple[int, int, int], spec: str) -> int:
+    """K, from the logits of DRY_BATCH images of mid-grey. Raises UsageError when there are none of shape [B, K]."""
+    fed = [DRY_BATCH, *getattr(getattr(network, "preprocess", None), "shape", image)]
+    try:
+        with torch.inference_mode():
+            logits = network(torch.zeros(DRY_BATCH, *image))
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(
+            f"{spec} does not take what preprocessing makes of {list(image)}, float32 {fed} ({first_line(error)}): "
+            f"see --resize and --channel-order, and let it take any batch"
+        ) from error
+    if logits.ndim != 2 or logits.shape[0] != DRY_BATCH or logits.shape[1] < 2:
+        raise UsageError(
+            f"{spec} gives {list(logits.shape)} for a batch of {DRY_BATCH}: a classifier gives logits [{DRY_BATCH}, K] "
+            f"of two classes or more"
+        )
+    return int(logits.shape[1])
+
+
+def _class_names(labels: Path | None, known: tuple[str, ...] | None, count: int) -> tuple[str, ...]:
+    """A file's lines, else what the model says, else "0" to "K-1"."""
+    if labels is None:
+        names = known if known is not None and len(known) == count else tuple(map(str, range(count)))
+        return names
+    try:
+        lines = labels.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the class names in {labels} ({first_line(error)})") from error
+    names = tuple(line.strip() for line in lines if line.strip())
+    if len(names) != count:
+        raise UsageError(f"{labels} names {len(names)} classes, the classifier has {count}: one name a line, in order")
+    return names
+
+
+def _callable(spec: str, image: tuple[int, int, int], weights: Path | None, prefix: str, declared: Declared) -> _Loaded:
+    preprocessing = declared.alone(spec, image)
+    network = built(spec)
+    if weights is not None:
+        state = read_state_dict(weights, prefix, PREFIX_OPTION)
+        network = load_into(network, state, str(weights), PREFIX_OPTION, prefix)
+    return _Loaded(network, preprocessing, sha256_of(weights) if weights else state_sha256(network))
+
+
+def _program(spec: str, image: tuple[int, int, int], weights: Path | None, prefix: str, declared: Declared) -> _Loaded:
+    preprocessing = declared.alone(spec, image)
+    return _Loaded(exported_program(Path(spec)), preprocessing, sha256_of(Path(spec)))
+
+
+@contextmanager
+def _needs(package: str, spec: str) -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise EnvironmentFault(f"{spec} needs {package} ({first_line(error)}): pip install {package}") from error
+
+
+def _timm(spec: str, image: tuple[int, int, int], weights: Path | None, prefix: str, declared: Declared) -> _Loaded:
+    """A model of timm with its own pretrained weights, downloaded by timm, or with those of a file."""
+    with _needs("timm", spec):
+        import timm  # type: ignore[import-not-found, unused-ignore]
+        from timm.data import resolve_model_data_config  # type: ignore[import-not-found, unused-ignore]
+    name = spec.removeprefix("timm:")
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), 4)
+        raise UsageError(f"timm {timm.__version__} has no model {name}; it has {', '.join(near) or 'nothing alike'}")
+    if weights is None:
+        try:
+            network = timm.create_model(name, pretrained=True)
+        except Exception as error:
+            raise EnvironmentFault(
+                f"timm did not get the weights of {name} ({first_line(error)}): download them elsewhere and give "
+                f"--classifier-weights FILE"
+            ) from error
+        digest = state_sha256(network)
+    else:
+        state = read_state_dict(weights, prefix, PREFIX_OPTION)
+        network = timm.create_model(name, pretrained=False)
+        head = network.pretrained_cfg.get("classifier")
+        found = state.get(f"{head}.weight") if isinstance(head, str) else None
+        if found is not None and found.shape[0] != network.num_classes:  # a model tuned on other classes
+            network = timm.create_model(name, pretrained=False, num_classes=found.shape[0])
+        network, digest = load_into(network, state, str(weights), PREFIX_OPTION, prefix), sha256_of(weights)
+    return _Loaded(network, declared.over(timm_preprocessing(resolve_model_data_config(network), image)), digest)
+
+
+def timm_preprocessing(config: Mapping[str, Any], image: tuple[int, int, int]) -> Preprocessing:
+    """What timm's data configuration asks for, but for its crop: the whole image is resized to the input size.
+
+    That is DensePure's way; timm's own evaluation resizes to the input size / crop_pct and crops.
+    """
+    channels, height, width = config["input_size"]
+    interpolation = config["interpolation"]
+    return Preprocessing(
+        scale=(0.0, 1.0),
+        mean=tuple(map(float, config["mean"])),
+        std=tuple(map(float, config["std"])),
+        channels="grey" if channels == 1 else "RGB",
+        resize=None if (height, width) == image[1:] else (height, width),
+        interpolation=interpolation if interpolation in ("bilinear", "nearest") else "bicubic",
+    )
+
+
+def _transformers(
+    spec: str, image: tuple[int, int, int], weights: Path | None, prefix: str, declared: Declared
+) -> _Loaded:
+    folder = Path(spec)
+    config, wanted = (_json(folder / name) for name in ("config.json", "preprocessor_config.json"))
+    if not (file := folder / "model.safetensors").is_file():
+        raise UsageError(f"{folder} holds no model.safetensors: save it with model.save_pretrained({spec!r})")
+    if "auto_map" in config:
+        raise CheckFailed(f"{folder / 'config.json'} brings code of its own (auto_map): it is not run here")
+    known = declared.scale is not None and declared.mean is not None and declared.std is not None
+    preprocessing = (
+        declared.alone(spec, image)
+        if known
+        else declared.over(transformers_preprocessing(wanted, image, config.get("num_channels", 3)))
+    )
+    with _needs("transformers", spec):
+        from transformers import AutoModelForImageClassification  # type: ignore[import-not-found, unused-ignore]
+        from transformers.utils import logging  # type: ignore[import-not-found, unused-ignore]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call, unused-ignore]
+    try:
+        network, info = AutoModelForImageClassification.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    except Exception as error:
+        raise UsageError(f"transformers cannot load {folder} as an image classifier ({first_line(error)})") from error
+    for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):  # it makes up what it does not find
+        if info.get(what):
+            first = sorted(map(str, info[what]))[0]
+            raise UsageError(
+                f"{file} is not a {type(network).__name__}: {what.replace('_', ' ')}, first {first}: save the "
+                f"classifier itself, with its head"
+            )
+    ids = {int(key): str(value) for key, value in network.config.id2label.items()}
+    names = tuple(ids[key] for key in sorted(ids))
+    return _Loaded(network, preprocessing, sha256_of(file), names)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(
+            f"cannot read {path} ({error.strerror}): a transformers folder has config.json, model.safetensors and "
+            f"preprocessor_config.json"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise CheckFailed(f"{path} is not valid JSON ({first_line(error)})") from error
+    if not isinstance(document, dict):
+        raise CheckFailed(f"{path} should be a JSON object, found {type(document).__name__}")
+    return document
+
+
+def transformers_preprocessing(
+    config: Mapping[str, Any], image: tuple[int, int, int], channels: int = 3
+) -> Preprocessing:
+    """What a preprocessor_config.json asks for. Raises UsageError for what this cannot express.
+
+    Files from before do_rescale mean true by leaving it out. The resize is antialiased as Pillow's, on floats:
+    transformers resizes uint8, which rounds and clips to whole levels.
+    """
+    kind = str(config.get("image_processor_type") or config.get("feature_extractor_type"))
+    if re.sub("(ImageProcessor(Fast|Pil)?|FeatureExtractor)$", "", kind) not in PROCESSORS or config.get("do_pad"):
+        raise UsageError(
+            f"preprocessor_config.json is of a {kind}; known are {', '.join(PROCESSORS)}, without padding: declare "
+            f"--pixel-range, --mean, --std, --resize and --channel-order instead"
+        )
+    for step, setting in (("do_resize", "size"), ("do_center_crop", "crop_size"), ("do_normalize", "image_mean")):
+        if setting in config and step not in config:  # the default depends on the kind
+            raise UsageError(f"preprocessor_config.json has {setting} but no {step}: write true or false into it")
+    resize: tuple[int, int] | None = None
+    crop: tuple[int, int] | None = None
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    filters: dict[int, Interpolation] = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL.Image.Resampling
+    resample = config.get("resample", 2)
+    try:
+        if config.get("do_resize"):
+            if resample not in filters:
+                raise UsageError(f"preprocessor_config.json has resample {resample}: 0, 2 and 3 are known")
+            resize = _resized(config["size"], image, config.get("crop_pct"))
+            if "crop_pct" in config and (target := config["size"].get("shortest_edge", 0)) < 384:
+                crop = (target, target)  # transformers' ConvNextImageProcessor
+        if config.get("do_center_crop"):
+            crop = _resized(config["crop_size"], (channels, 1, 1))
+        low, high = 0.0, 255.0
+        if config.get("do_rescale", True):
+            offset = 1.0 if config.get("rescale_offset") else 0.0
+            low, high = (level * float(config.get("rescale_factor", 1 / 255)) - offset for level in (low, high))
+        if config.get("do_normalize"):
+            mean, std = (tuple(map(float, np.ravel(config[key]))) for key in ("image_mean", "image_std"))
+            if config.get("include_top"):
+                std = tuple(value**2 for value in std)  # EfficientNetImageProcessor divides once more
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"preprocessor_config.json is not understood ({first_line(error)})") from error
+    colour: ChannelOrder = "BGR" if config.get("do_flip_channel_order") else "RGB"
+    return Preprocessing(
+        scale=(low, round(high, 9)),
+        mean=mean,
+        std=std,
+        channels="grey" if channels == 1 else colour,
+        resize=None if resize == image[1:] else resize,
+        interpolation=filters[resample],
+        crop=None if crop == (resize or image[1:]) else crop,
+    )
+
+
+def _resized(size: Any, image: tuple[int, int, int], crop_pct: float | None = None) -> tuple[int, int]:
+    """[height, width] of transformers' sizes for an image: {height, width}, {shortest_edge}, or a number for a square.
+
+    crop_pct: of ConvNextImageProcessor, which below 384 resizes to more and crops.
+    """
+    if isinstance(size, int):
+        if image[1] != image[2]:
+            raise UsageError(f"preprocessor_config.json has the size {size}, the images are {image[1]}x{image[2]}")
+        return size, size
+    if "shortest_edge" not in size:
+        return int(size["height"]), int(size["width"])
+    target = int(size["shortest_edge"])
+    if crop_pct is not None and target >= 384:
+        return target, target
+    short = target if crop_pct is None else int(target / crop_pct)
+    height, width = (int(short * side / min(image[1:])) for side in image[1:])
+    return height, width
+
+
+def _onnx(spec: str, image: tuple[int, int, int], weights: Path | None, prefix: str, declared: Declared) -> _Loaded:
+    path = Path(spec)
+    preprocessing = declared.alone(spec, image)
+    shape = Preprocess(preprocessing, image).shape
+    model = read_onnx(path)
+    value = only_input(model, path.name)
+    dims = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+    if len(dims) != 4 or any(found and found != fed for found, fed in zip(dims[1:], shape, strict=True)):
+        wanted = [found or "any" for found in dims]
+        raise UsageError(
+            f"{path} takes {wanted} as {value.name!r}, preprocessing makes {['any', *shape]}: declare --resize "
+            f"HEIGHTxWIDTH and --channel-order, channels come first"
+        )
+    if dims[0]:
+        refuse_fixed_batch(model, (dims[0], *shape), path.name)
+    digest = onnx_sha256(path)
+    return _Loaded(OnnxNetwork(free_batch(model)), preprocessing, digest, onnx=path)

@@ -178,7 +178,8 @@ class LabelParity:
 
     by: what gave the second engine's labels. sigma: of the noise, in [0, 1] pixel units. upper: the disagreeing share
     is below it with probability 1 - ALPHA over the noise, for these images. radii: l2. accuracy: certified at each of
-    them, a tenth of the samples selecting, of the two engines; None where so few samples certify nothing.
+    them, a tenth of the samples selecting, of the two engines; None where so few samples certify nothing, or where no
+    image has a label.
     """
 
     by: str
@@ -255,6 +256,8 @@ def compare_labels(
     radii = tuple(sigma * quarter / 2 for quarter in range(4))
 
     def accuracy(rows: NDArray[np.int64]) -> tuple[float | None, ...]:
+        if all(label is None for label in truth):
+            return (None,) * len(radii)
         counts = [[np.bincount(part, minlength=classes) for part in np.split(row, [selecting])] for row in rows]
         certificates = [rule.certify(selection, estimation, sigma) for selection, estimation in counts]
         return tuple(certified_accuracy(list(zip(truth, certificates, strict=True)), radii, rule.largest_radius(sigma)))

@@ -22,6 +22,7 @@ from densepure_rt.datasets import LabelledImage
 from densepure_rt.errors import CheckFailed, UsageError
 from densepure_rt.export import parity, precision
 from densepure_rt.export.classifiers import ClassifierModel
+from densepure_rt.export.onnx_classifiers import merged_onnx
 from densepure_rt.export.onnx_graph import SCOPES, checked, nodes_within, refuse_for_tensorrt, types_of
 from densepure_rt.export.precision import DTYPES, OPSETS, QUANTIZED, STEPS, TIME_EMBEDDING
 from densepure_rt.export.publish import Publication, refuse_replacement
@@ -45,8 +46,10 @@ from densepure_rt.runtime.device import (
     installed_versions,
 )
 
+PREPROCESSING = "preprocess"  # the module of a classifier that prepares its pixels
 TRACE_BATCH = 2  # 1 would be taken for a constant
 LARGE_IMAGE = 3 * 128 * 128  # values from which a UNet call takes many seconds on a CPU
+LARGE_NETWORK = 40 << 20  # bytes of weights from which a call of it for one image takes a tenth of a second
 LARGE = 3 << 29  # bytes of weights from which they lie in a file beside the graph; protobuf ends at 2 GiB
 
 
@@ -157,9 +160,14 @@ def step_onnx(model: DiffusionModel, opset: int = OPSETS["fp32"], path: Path | N
 
 
 def classifier_onnx(model: ClassifierModel, opset: int = OPSETS["fp32"], path: Path | None = None) -> bytes:
-    """The graph of a classifier; see `to_onnx`."""
+    """The graph of a classifier; see `to_onnx`. One that is an ONNX file itself is put behind its preprocessing."""
     x = torch.zeros(TRACE_BATCH, *model.image)
-    return to_onnx(ClassifyGraph(model.network), (x,), CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, opset, path)
+    if model.onnx is None:
+        return to_onnx(ClassifyGraph(model.network), (x,), CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, opset, path)
+    preprocess = to_onnx(
+        ClassifyGraph(model.network.get_submodule("preprocess")), (x,), CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, opset
+    )
+    return checked(merged_onnx(onnx.load_model_from_string(preprocess), onnx.load(str(model.onnx))))
 
 
 def lowered(
@@ -177,6 +185,11 @@ def lowered(
             )
     if kind not in DTYPES:
         return unet, classifier
+    if classifier.onnx is not None:
+        raise UsageError(
+            f"--precision {kind}: {classifier.onnx} is an ONNX file, whose precision is its own: give the classifier "
+            f"in PyTorch, or export fp32 or int8"
+        )
     first, second = (
         precision.cast(part, DTYPES[kind], [pattern for pattern in keep if precision.matching(part, [pattern])])
         for part in parts
@@ -207,6 +220,7 @@ def contents(
                 f"{LARGE / 2**30:.1f} GiB are quantized here: use fp16"
             )
     step, classify = step_onnx(unet, OPSETS[kind]), classifier_onnx(classifier, OPSETS[kind])
+    keep = (*keep, PREPROCESSING)  # a resize is a matrix product, and no part of the network
     feeds = precision.calibration_feeds(step, unet, images.calibration)
     quantize = precision.to_fp8 if kind == "fp8" else partial(precision.quantize_int8, cpu=kind == "int8-cpu")
     pairs = ((step, feeds.step), (classify, feeds.classify))
@@ -244,31 +258,31 @@ def export_bundle(
         raise UsageError(f"--precision {kind} is not known: {', '.join(OPSETS)}")
     if keep and kind == "fp32":
         raise UsageError("--keep-fp32 does nothing with --precision fp32: leave it out, or ask for another precision")
-    refuse_bad_weights(unet.network, "UNet")
-    refuse_bad_weights(classifier.network, "classifier")
+    for module, what in ((unet.network, "UNet"), (classifier.network, "classifier")):
+        refuse_bad_weights(module.eval(), what)
     unet_file, classifier_file = file_names(kind)
     if not force:
         refuse_replacement(out, {unet_file: unet.weights_sha256, classifier_file: classifier.weights_sha256})
     versions = installed_versions("torch", "onnx", "onnxscript", "diffusers", "onnxruntime")
     if kind not in QUANTIZED:
         versions.pop("onnxruntime", None)  # it had no part in the file
-    common = (PIXEL_RANGE, kind, OPSETS[kind])
     versions = {"densepure-rt": __version__} | versions
     smaller = lowered(unet, classifier, kind, keep)
     with Publication(out) as publication:
         say(f"exporting {unet_file} and {classifier_file}")
         files = publication.folder / unet_file, publication.folder / classifier_file
         step, classify = contents(*smaller, kind, keep, images, files)
-        exempt = (*TIME_EMBEDDING, *keep) if kind in DTYPES else keep
+        exempt = (*TIME_EMBEDDING, *keep) if kind in DTYPES else (*keep, PREPROCESSING)
         for content in (step, classify):
-            precision.check_types(content, kind, exempt)
+            if content is step or classifier.onnx is None:  # an ONNX file's precision is its own
+                precision.check_types(content, kind, exempt)
             if kind in QUANTIZED and kind not in precision.CPU_ONLY:
                 refuse_for_tensorrt(onnx.load_model_from_string(content), unet_file)
         classifier_ref, unet_ref = (
             publication.write(name, content) for name, content in ((classifier_file, classify), (unet_file, step))
         )
         say("comparing numbers with PyTorch")
-        pixels, counts = comparable(images.parity, kind)
+        pixels, counts = comparable(images.parity, kind, weight_bytes(unet.network))
         steps = list(parity.step_differences(files[0], unet, pixels, kind, counts))
         logits = list(parity.classifier_differences(files[1], classifier, pixels, kind))
         worst_step, worst_logits = parity.check(steps, kind), parity.check(logits, kind)
@@ -281,10 +295,13 @@ def export_bundle(
                 "classify",
                 classifier_ref,
                 classifier.image,
-                *common,
+                PIXEL_RANGE,
+                kind,
+                opset_of(classify),
                 classifier.weights_sha256,
                 versions,
                 classifier.class_names,
+                preprocessing=dataclasses.asdict(classifier.preprocessing) if classifier.preprocessing else None,
                 data=data_ref(files[1]),
                 accuracy=Accuracy(by, len(logits), worst_logits.relative_l2, *compared),
             )
@@ -294,7 +311,9 @@ def export_bundle(
                 "step",
                 unet_ref,
                 unet.image,
-                *common,
+                PIXEL_RANGE,
+                kind,
+                OPSETS[kind],
                 unet.weights_sha256,
                 versions,
                 unet.schedule,
@@ -321,13 +340,20 @@ def export_bundle(
         )
 
 
-def comparable(pixels: NDArray[np.uint8], kind: str) -> tuple[NDArray[np.uint8], tuple[int, ...]]:
-    """The images and the numbers of steps that numbers are compared on: fewer where a call takes long."""
+def comparable(pixels: NDArray[np.uint8], kind: str, weights: int) -> tuple[NDArray[np.uint8], tuple[int, ...]]:
+    """The images and the numbers of steps that numbers are compared on: fewer where a call takes long.
+
+    weights: bytes of the network's.
+    """
     if pixels[0].size > LARGE_IMAGE:
         return pixels[:1], STEPS[:1]
     if kind in parity.EVALUATORS:
         return pixels[:2], STEPS[:2]
-    return pixels, STEPS
+    return (pixels[:2] if weights > LARGE_NETWORK else pixels), STEPS
+
+
+def opset_of(content: bytes) -> int:
+    return int(onnx.load_model_from_string(content).opset_import[0].version)
 
 
 def data_ref(path: Path) -> FileRef | None:

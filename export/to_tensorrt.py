@@ -24,6 +24,7 @@ from densepure_rt.export.onnx_graph import described, refuse_for_tensorrt, refus
 from densepure_rt.export.publish import Publication, refuse_replacement
 from densepure_rt.runtime import gpu
 from densepure_rt.runtime.bundle import (
+    DATA_KEY,
     Bundle,
     FileRef,
     Flavour,
@@ -31,6 +32,7 @@ from densepure_rt.runtime.bundle import (
     Sidecar,
     open_bundle,
     plan_path,
+    sha256_of,
     verified_engine,
 )
 from densepure_rt.runtime.device import MAX_BATCH
@@ -230,6 +232,7 @@ def build(
     ONNX node, the PyTorch module behind it, the likely cause and the next move.
     """
     model = parsed_model(content, path)
+    refuse_other_weights(model, path)
     refuse_unbuildable(model, path.name)
     refuse_for_tensorrt(model, path.name)
     # TensorRT's objects hold no references to each other: all of these must live until the end.
@@ -271,6 +274,27 @@ def parsed_model(content: bytes, path: Path) -> onnx.ModelProto:
         return onnx.load_model_from_string(content)
     except Exception as error:  # protobuf's errors, whichever protobuf is installed
         raise CheckFailed(f"{path} is not an ONNX model ({error}): export it again") from error
+
+
+def refuse_other_weights(model: onnx.ModelProto, path: Path) -> None:
+    """Raise CheckFailed unless the files that a graph's weights lie in are those whose hash it names."""
+    promised = next((entry.value for entry in model.metadata_props if entry.key == DATA_KEY), None)
+    for name in {
+        entry.value
+        for tensor in model.graph.initializer
+        for entry in tensor.external_data
+        if tensor.data_location == onnx.TensorProto.EXTERNAL and entry.key == "location"
+    }:
+        try:
+            found = sha256_of(path.parent / name)
+        except OSError as error:
+            raise UsageError(
+                f"cannot read {name}, the weights of {path.name} ({error.strerror}): copy it along with the graph"
+            ) from error
+        if found != promised:
+            raise CheckFailed(
+                f"{path.name} names other weights than {name} beside it: copy both again, or export the bundle again"
+            )
 
 
 def new_builder(trt: Any, flavour: Flavour, logger: Any) -> Any:

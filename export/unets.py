@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from densepure_rt.errors import CheckFailed, UsageError
+from densepure_rt.export.programs import first_line
 from densepure_rt.export.step_graph import LEARNED
 from densepure_rt.export.zoo.models import ZOO, load_weights, new_unet
-from densepure_rt.runtime.bundle import Prediction, sha256_of
+from densepure_rt.runtime.bundle import MAX_STEPS, Prediction, sha256_of
 from densepure_rt.runtime.schedule import Schedule, ScheduleName, TimestepRule, Variance
 
 # What diffusers' scheduler_config.json calls them (diffusers 0.42, schedulers/scheduling_ddpm.py). Its "learned"
@@ -37,6 +40,7 @@ DIFFUSERS_VARIANCES: dict[str, Variance] = {
     "fixed_large_log": "fixed_large",
     "learned_range": "learned_range",
 }
+BELOW_ONE = math.nextafter(1.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -128,10 +132,9 @@ def declared_unet(
         clip=clip,
         weights_sha256=weights_sha256 or state_sha256(network),
     )
-    x, t = torch.zeros(2, *image), torch.ones(2)
+    x, t = _example(image)
     try:
-        with torch.inference_mode():
-            output = network(x, t)
+        output = _called(network, x, t)
     except Exception as error:  # the user's own code may raise anything
         raise UsageError(
             f"the UNet does not take x {list(x.shape)} and t {list(t.shape)} ({first_line(error)}): it must be a "
@@ -165,10 +168,12 @@ def diffusers_unet(folder: Path, image: tuple[int, int, int] | None = None) -> D
             f"{home / 'config.json'}: time_embedding_type is {embedding!r}, so it is not told a timestep: wrap it as a "
             f"module:callable and declare it with --prediction denoiser"
         )
-    image = image or _image(config, home / "config.json")
-    halvings = len(config["down_block_types"]) - 1
-    refuse_odd(image, halvings)
+    for name in ("vqvae", "vae"):
+        if (folder / name).is_dir():
+            raise UsageError(f"{folder} has a {name}: its UNet works on latents, and only one of pixels is supported")
+    image = _image(config, home / "config.json", image)
     network = _diffusers_network(home)
+    refuse_odd(image, len(list(network.get_submodule("down_blocks").children())) - 1)
     places = (folder / "scheduler" / "scheduler_config.json", home / "scheduler_config.json")
     scheduler_path = next((path for path in places if path.is_file()), None)
     if scheduler_path is None:
@@ -182,7 +187,10 @@ def diffusers_unet(folder: Path, image: tuple[int, int, int] | None = None) -> D
         weights_sha256=state_sha256(network),
         **diffusers_training(_config(scheduler_path, "a diffusers scheduler"), scheduler_path),
     )
-    channels = config["out_channels"]
+    try:
+        channels = _called(model.network, *_example(image)).shape[1]
+    except Exception as error:  # a config that builds a network may still say nonsense of it
+        raise CheckFailed(f"{home} holds a network that cannot run ({first_line(error)}): copy it again") from error
     if channels != image[0] * (2 if model.learned_variance else 1):
         raise CheckFailed(
             f"{home}: out_channels is {channels} for images of {image[0]}, but the scheduler's variance_type is "
@@ -196,23 +204,39 @@ def diffusers_training(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
 
     def known(name: str, table: Mapping[str, Any], default: str) -> Any:
         value = config.get(name, default)
-        if value not in table:
+        if not isinstance(value, str) or value not in table:
             raise UsageError(f"{path}: {name} {value!r} is not supported: {', '.join(table)}")
         return table[value]
 
+    def number(name: str, default: float, low: float, high: float) -> float:
+        value = config.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise CheckFailed(f"{path}: {name} is {value!r}, not a number from {low:g} to {high:g}: copy it again")
+        return value
+
+    if "beta_schedule" not in config:  # those that sample by the noise level itself, and know no timesteps
+        raise UsageError(
+            f"{path} is of a {config.get('_class_name')}, which has no beta_schedule: wrap the UNet as a "
+            f"module:callable and declare it"
+        )
     for name in ("trained_betas", "thresholding", "rescale_betas_zero_snr"):
         if config.get(name):
             raise UsageError(f"{path}: {name} is set, which is not supported: export it as a module:callable")
-    clip = float(config.get("clip_sample_range", 1.0))
+    steps = number("num_train_timesteps", 1000, 1, MAX_STEPS)
+    if not isinstance(steps, int):
+        raise CheckFailed(f"{path}: num_train_timesteps is {steps!r}, not a whole number: copy it again")
+    beta_start = float(number("beta_start", 1e-4, sys.float_info.min, BELOW_ONE))
+    clip = float(number("clip_sample_range", 1.0, sys.float_info.min, sys.float_info.max))
+    predicted = "sample" if config.get("predict_epsilon") is False else "epsilon"  # as diffusers before 0.9 wrote it
     return {
         "schedule": Schedule(
             name=known("beta_schedule", DIFFUSERS_SCHEDULES, "linear"),
-            steps=int(config.get("num_train_timesteps", 1000)),
-            beta_start=float(config.get("beta_start", 1e-4)),
-            beta_end=float(config.get("beta_end", 0.02)),
+            steps=steps,
+            beta_start=beta_start,
+            beta_end=float(number("beta_end", 0.02, beta_start, BELOW_ONE)),
         ),
         "variance": known("variance_type", DIFFUSERS_VARIANCES, "fixed_small"),
-        "prediction": known("prediction_type", DIFFUSERS_PREDICTIONS, "epsilon"),
+        "prediction": known("prediction_type", DIFFUSERS_PREDICTIONS, predicted),
         "clip": (-clip, clip) if config.get("clip_sample", True) else None,
     }
 
@@ -235,11 +259,6 @@ def state_sha256(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
-
-
 def _config(path: Path, what: str) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -252,13 +271,31 @@ def _config(path: Path, what: str) -> dict[str, Any]:
     return found
 
 
-def _image(config: Mapping[str, Any], path: Path) -> tuple[int, int, int]:
+def _image(config: Mapping[str, Any], path: Path, asked: tuple[int, int, int] | None = None) -> tuple[int, int, int]:
+    """[C, H, W] of a UNet's images, of another size where `asked`."""
     size, channels = config.get("sample_size"), config.get("in_channels")
+    if asked is not None:
+        if asked[0] != channels:
+            raise UsageError(
+                f"{path}: in_channels is {channels!r}, not the {asked[0]} of the images asked for: give --image-size "
+                f"{channels}x{asked[1]}x{asked[2]}"
+            )
+        return asked
     sides = size if isinstance(size, list) else [size, size]
-    height, width = sides if len(sides) == 2 else (None, None)
-    if not (isinstance(channels, int) and isinstance(height, int) and isinstance(width, int)):
+    numbers = [channels, *sides]
+    if len(numbers) != 3 or not all(type(number) is int and number > 0 for number in numbers):
         raise UsageError(f"{path} does not say the size of its images (sample_size {size}): give it with --image-size")
-    return channels, height, width
+    return numbers[0], numbers[1], numbers[2]
+
+
+def _example(image: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    """x and t of two blank images."""
+    return torch.zeros(2, *image), torch.ones(2)
+
+
+@torch.inference_mode()
+def _called(network: nn.Module, x: Tensor, t: Tensor) -> Any:
+    return network(x, t)
 
 
 def _diffusers_network(home: Path) -> nn.Module:

@@ -1,0 +1,298 @@
+"""The commands of the build machine, which know the PyTorch models: options in, one call, one printed result."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from densepure_rt.console import Json, Status, plural, stderr, stdout, track
+from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
+from densepure_rt.model_options import ModelOptions, with_models
+
+if TYPE_CHECKING:
+    from densepure_rt.export.agreement import Agreement
+    from densepure_rt.export.to_onnx import Exported
+
+CHECKS, PLANS = "Checks", "Plans"  # the panels of --help
+
+
+@with_models
+def export(
+    models: ModelOptions,
+    out: Annotated[Path, typer.Option(help="Folder for the bundle.")] = Path("engines"),
+    target: Annotated[
+        str,
+        typer.Option(
+            help="onnx, tensorrt, tensorrt-rtx, or several with commas. Plans are built from the ONNX engines in "
+            "--out, else from those that ship."
+        ),
+    ] = "onnx",
+    precision: Annotated[
+        str, typer.Option(help="fp32, fp16, bf16, int8, int8-cpu or fp8; several with commas, a bundle each.")
+    ] = "fp32",
+    keep_fp32: Annotated[
+        list[str] | None,
+        typer.Option("--keep-fp32", help="Keep the modules of these names float32; a shell pattern, repeatable."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a bundle of another model.")] = False,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            help="Images to compare on; default: the shipped ones if they are the model's, else made up.",
+            rich_help_panel=CHECKS,
+        ),
+    ] = None,
+    calibration_images: Annotated[
+        Path | None,
+        typer.Option(help="Training images, which int8 and fp8 are calibrated on.", rich_help_panel=CHECKS),
+    ] = None,
+    parity_images: Annotated[
+        int | None,
+        typer.Option(help="Images whose labels are compared with float32; default: 20.", rich_help_panel=CHECKS),
+    ] = None,
+    parity_samples: Annotated[int, typer.Option(help="Noisy copies of each of them.", rich_help_panel=CHECKS)] = 20,
+    batch: Annotated[
+        str, typer.Option(help="Batch sizes with commas, a fixed profile each.", rich_help_panel=PLANS)
+    ] = "64",
+    compute_capability: Annotated[
+        str | None,
+        typer.Option(help="tensorrt-rtx: the GPUs to build for; default: 8.6,8.9,12.0.", rich_help_panel=PLANS),
+    ] = None,
+    workspace: Annotated[
+        int | None, typer.Option(help="MiB of GPU memory that a layer may use.", rich_help_panel=PLANS)
+    ] = None,
+    builder_level: Annotated[
+        int | None, typer.Option(help="0 builds fast, 5 builds the fastest plan.", rich_help_panel=PLANS)
+    ] = None,
+    tf32: Annotated[
+        bool, typer.Option("--tf32", help="Allow TensorFloat-32 in float32 products.", rich_help_panel=PLANS)
+    ] = False,
+    timing_cache: Annotated[
+        Path | None, typer.Option(help="tensorrt: keep kernel timings in this file.", rich_help_panel=PLANS)
+    ] = None,
+    timing_cache_strict: Annotated[
+        bool,
+        typer.Option(
+            "--timing-cache-strict", help="tensorrt: fail where the cache lacks a timing.", rich_help_panel=PLANS
+        ),
+    ] = False,
+    hw_compat: Annotated[
+        str | None, typer.Option(help="tensorrt: ampere-plus or same-compute-capability.", rich_help_panel=PLANS)
+    ] = None,
+    version_compatible: Annotated[
+        bool,
+        typer.Option(
+            "--version-compatible", help="tensorrt: run on later versions of the same major.", rich_help_panel=PLANS
+        ),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Export a UNet and a classifier from PyTorch to ONNX engines, checked against PyTorch, and build TensorRT plans.
+
+    Without options it is the model that ships. ONNX engines need densepure-rt\\[export], plans densepure-rt\\[tensorrt]
+    or densepure-rt\\[tensorrt-rtx].
+    """
+    from densepure_rt.runtime.bundle import PLAN_SUFFIXES
+
+    targets = words(target, "--target", ("onnx", *sorted(PLAN_SUFFIXES)))
+    kinds = [kind.strip() for kind in precision.split(",")]
+    report: dict[str, Any] = {}
+    checks = {"--keep-fp32": keep_fp32, "--images": images, "--calibration-images": calibration_images}
+    unused = models.given() + [name for name, value in checks.items() if value]
+    if "onnx" not in targets and unused:
+        raise UsageError(f"{', '.join(unused)}: these change the ONNX engines; add onnx to --target")
+    if "onnx" in targets:
+        on = (images, calibration_images, parity_images, parity_samples)
+        report["onnx"] = export_onnx(models, out, force, as_json, kinds, keep_fp32 or (), *on)
+    for flavour in PLAN_SUFFIXES:
+        if flavour in targets:
+            try:
+                from densepure_rt.export.to_tensorrt import BuildOptions, build_plans, source_bundle
+            except ImportError as error:
+                raise EnvironmentFault(
+                    f"building plans needs onnx ({error}): run \"pip install 'densepure-rt[{flavour}]'\""
+                ) from error
+            options = BuildOptions(
+                batches=tuple(number(word, "--batch") for word in batch.split(",")),
+                compute_capabilities=tuple(compute_capability.split(",")) if compute_capability else (),
+                workspace=workspace,
+                level=builder_level,
+                tf32=tf32,
+                timing_cache=timing_cache,
+                timing_cache_strict=timing_cache_strict,
+                hardware=hw_compat,
+                version_compatible=version_compatible,
+            )
+            report[flavour] = []
+            for kind in kinds:
+                bundle = source_bundle(out, kind)
+                plans = build_plans(bundle, out, flavour, options, force, say)
+                report[flavour] += [str(plan) for plan in plans]
+                if not as_json:
+                    stdout.print(f"wrote {plans[0]} and {plans[1]}, each with its sidecar")
+    if as_json:
+        print(json.dumps(report, default=str))
+
+
+def export_onnx(
+    models: ModelOptions,
+    out: Path,
+    force: bool,
+    quiet: bool,
+    precisions: Sequence[str],
+    keep: Sequence[str],
+    images: Path | None,
+    calibration: Path | None,
+    parity_images: int | None,
+    parity_samples: int,
+) -> dict[str, Any]:
+    """Export each precision; what was found, by precision."""
+    try:
+        from densepure_rt.export.precision import OPSETS
+        from densepure_rt.export.sources import check_images, open_models
+        from densepure_rt.export.to_onnx import export_bundle
+    except ImportError as error:
+        raise EnvironmentFault(needs_pytorch("export", error)) from error
+    words(",".join(precisions), "--precision", tuple(OPSETS))
+    unet, classifier = open_models(models)
+    checks = check_images(unet, classifier, images, calibration, parity_images, parity_samples, say)
+    report = {}
+    for kind in dict.fromkeys(precisions):
+        done = export_bundle(unet, classifier, out, checks, force, say, kind, keep)
+        report[kind] = dataclasses.asdict(done)
+        if not quiet:
+            print_exported(done)
+    return report
+
+
+def needs_pytorch(command: str, error: ImportError) -> str:
+    return f"{command} needs PyTorch ({error}): run \"pip install 'densepure-rt[cpu,export]'\""
+
+
+def say(line: str) -> None:
+    stderr.print(f"{line} ...")
+
+
+def print_exported(done: Exported) -> None:
+    stdout.print(f"{done.comparisons} comparisons with float32 PyTorch, worst:")
+    for worst in (done.worst_step, done.worst_logits):
+        stdout.print(
+            f"  {worst.what}, batch {worst.batch}: relative L2 {worst.relative_l2:.1e}, max {worst.max_abs:.1e}"
+        )
+    stdout.print(f"  evaluated by {done.by}")
+    if (labels := done.labels) is not None:
+        stdout.print(
+            f"{labels.disagreements} of {labels.total} labels differ from float32 on equal noise (sigma "
+            f"{labels.sigma:g}, one step, {plural(labels.images, 'image')}): fewer than {100 * labels.upper:.2f} %"
+        )
+        for radius, one, other in zip(labels.radii, *labels.accuracy, strict=True):
+            if one is not None and other is not None:
+                stdout.print(f"  certified at radius {radius:g}: {100 * other:.1f} %, float32 {100 * one:.1f} %")
+        stdout.print(f"  labelled by {labels.by}")
+    stdout.print(f"wrote {done.unet} and {done.classifier}, each with its sidecar")
+
+
+@with_models
+def parity(
+    models: ModelOptions,
+    engine: Annotated[
+        Path | None, typer.Option(help="Step engine, ONNX file or plan; default: the one that ships.")
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Images of the engine's size; default: the shipped ones, or made up.")
+    ] = None,
+    limit: Annotated[int, typer.Option("--max", help="How many images.")] = 5,
+    sigma: Annotated[float, typer.Option(help="Standard deviation of the smoothing noise, in [0, 1] units.")] = 0.5,
+    steps: Annotated[int, typer.Option(help="Reverse steps (b).")] = 2,
+    votes: Annotated[int, typer.Option(help="Votes a noise sample (K).")] = 5,
+    n: Annotated[int, typer.Option(help="Samples of each image.")] = 50,
+    alpha: Annotated[float, typer.Option(help="Probability that a certificate is wrong.")] = 0.001,
+    batch: Annotated[int | None, typer.Option(help="Items a call of the engine.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Callers of the engine; default: one for each core.")] = None,
+    provider: Annotated[str, typer.Option(help="What ONNX Runtime runs on: cpu, cuda or tensorrt.")] = "cpu",
+    trust: Annotated[bool, typer.Option("--trust", help="Take a plan without a sidecar.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for parity.json and parity.png.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare an engine with PyTorch on the same noise: steps, chains, labels, votes and certificates.
+
+    Exit code 1 when they differ by more than the engine's precision may lose. The picture needs densepure-rt\\[report].
+    """
+    try:
+        from densepure_rt.export.agreement import agree, draw, failures
+        from densepure_rt.export.sources import comparison_images, open_models
+    except ImportError as error:
+        raise EnvironmentFault(needs_pytorch("parity", error)) from error
+    from densepure_rt.smoothing import Settings, load
+
+    settings = Settings(sigma, steps, votes, n=n, alpha=alpha)
+    unet, classifier = open_models(models)
+    chosen = comparison_images(unet, classifier, images, limit, say)
+    with load(engine, batch=batch, threads=threads, provider=provider, trust=trust) as smoothed:
+        found = agree(smoothed, unet, classifier, track(chosen, len(chosen), Status()), settings)
+    failed = failures(found)
+    report = {name: value for name, value in dataclasses.asdict(found).items() if name != "shown"}
+    report["failures"] = failed
+    if out is not None:
+        write_report(out, report, lambda path: draw(found, path))
+    if as_json:
+        print(json.dumps(report))
+    else:
+        print_agreement(found)
+    for line in failed:
+        stderr.print(f"error: {line}")
+    if failed:
+        raise typer.Exit(CheckFailed.exit_code)
+
+
+def write_report(out: Path, report: dict[str, Any], draw: Callable[[Path], None]) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "parity.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        draw(out / "parity.png")
+    except OSError as error:
+        raise EnvironmentFault(f"cannot write {out} ({error.strerror}): choose another folder with --out") from error
+
+
+def print_agreement(found: Agreement) -> None:
+    from densepure_rt.certification import floored
+
+    table = Table(title=f"{found.engine} ({found.precision}) against PyTorch", title_justify="left", box=None)
+    for column in ("level", "relative L2", "largest", "differ", "of", "fewer than"):
+        table.add_column(column, justify="left" if column == "level" else "right")
+    for gap in found.steps:
+        at = f"timestep {gap.timestep}" if gap.timestep is not None else f"noise {gap.noise:.3g}"
+        table.add_row(f"step {gap.step + 1}, {at}", f"{gap.relative_l2:.1e}", f"{gap.max_abs:.1e}")
+    table.add_row("whole chain", f"{found.chain_relative_l2:.1e}", f"{found.chain_max_abs:.1e}")
+    for name, share in (("labels", found.labels), ("votes", found.votes)):
+        table.add_row(name, "", "", f"{share.differ:,}", f"{share.total:,}", f"{100 * share.upper:.2f} %")
+    stdout.print(table)
+    table = Table(title="radii on the same samples", title_justify="left", box=None)
+    for column in ("idx", "class", "PyTorch", "engine", "transferred", "eta"):
+        table.add_column(column, justify="right")
+    for row in found.certificates:
+        radii = ("abstains" if r is None else floored(r) for r in (row.torch, row.engine, row.transferred))
+        table.add_row(str(row.idx), str(row.predict), *radii, f"{row.eta:.2g}")
+    stdout.print(table)
+
+
+def words(value: str, option: str, known: Sequence[str]) -> list[str]:
+    """A comma list, each word known."""
+    found = [word.strip() for word in value.split(",")]
+    for word in found:
+        if word not in known:
+            raise UsageError(f"{option} {word} is not known: {', '.join(known)}")
+    return found
+
+
+def number(word: str, option: str) -> int:
+    try:
+        return int(word)
+    except ValueError:
+        raise UsageError(f"{option} takes whole numbers with commas between, found {word!r}") from None

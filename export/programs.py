@@ -1,0 +1,290 @@
+"""PyTorch programs from outside: a function by its name, or a .pt2 file of torch.export.
+
+`package.module:function` runs what it names, as importing always does. A .pt2 file runs nothing that it brings along:
+`torch.export.load` (2.13) unpickles sample inputs and custom objects, loads native libraries, evaluates symbolic
+expressions and executes guards, so an archive is read here first and refused for all of these.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import io
+import json
+import re
+import sys
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from densepure_rt.errors import CheckFailed, UsageError
+
+# What torch.export.save of torch 2.9 and later writes into an archive for one program without custom objects, less the
+# pickles: torch/export/pt2_archive/_package.py and constants.py.
+RECORD = re.compile(
+    r"models/model\.json|data/weights/(weight_\d+|model_weights_config\.json)"
+    r"|data/constants/(tensor_\d+|model_constants_config\.json)|data/sample_inputs/model\.pt"
+    r"|archive_format|archive_version|byteorder|\.data/(version|serialization_id|alignment)|\.format_version|extra/.+"
+)
+SAMPLE_INPUTS = "data/sample_inputs/model.pt"
+NAME = re.compile(r"[\w.+-]*")  # no name of this shape can end or open anything in generated Python
+CONTAINERS = (None, "builtins.tuple", "builtins.list", "builtins.dict")  # of arguments and results
+ATEN = re.compile(r"torch\.ops\.aten\.(\w+)\.(\w+)")
+SYMBOLIC = re.compile(r"torch\.sym_\w+|math\.(ceil|floor|trunc|sqrt|pow)")
+SCOPES = ("wrap_with_set_grad_enabled", "wrap_with_autocast")  # what `with torch.no_grad()` in a forward becomes
+ARITHMETIC = set("add sub mul truediv floordiv mod neg pow eq ne lt le gt ge and_ or_ not_ getitem".split())
+# The functions of symbolic sizes, sympy's and those of torch/utils/_sympy/functions.py.
+EXPRESSIONS = set(
+    "Symbol Integer Float Rational Add Mul Pow Max Min Mod And Or Not Eq Ne Lt Le Gt Ge Equality Unequality LessThan "
+    "GreaterThan StrictLessThan StrictGreaterThan floor ceiling FloorDiv ModularIndexing Where PythonMod CleanDiv "
+    "CeilToInt FloorToInt CeilDiv LShift RShift PowByNatural FloatPow FloatTrueDiv IntTrueDiv "
+    "IsNonOverlappingAndDenseIndicator TruncToFloat TruncToInt RoundToInt RoundDecimal ToFloat Identity".split()
+)
+SYMBOL_OR_NUMBER = re.compile(r"[A-Za-z_]\w*|[\d.]+(e[+-]?\d+)?")
+GRAMMAR = (
+    ast.Expression,
+    ast.Constant,
+    ast.Name,
+    ast.Load,
+    ast.Call,
+    ast.keyword,
+    ast.BinOp,
+    ast.UnaryOp,
+    ast.Compare,
+    ast.BoolOp,
+    ast.operator,
+    ast.unaryop,
+    ast.cmpop,
+    ast.boolop,
+)
+
+
+def first_line(error: BaseException) -> str:
+    """The error's type and the first line of what it says."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def load_callable(name: str) -> Callable[..., Any]:
+    """What `package.module:function` names, imported with the working directory first. Importing runs the module.
+
+    Raises UsageError when there is no such module or name, when importing fails, or when it cannot be called.
+    """
+    module_name, _, path = name.partition(":")
+    if not all(part.isidentifier() for part in (*module_name.split("."), *path.split("."))):
+        raise UsageError(f"{name!r} is not package.module:function")
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        found: Any = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is not None and f"{module_name}.".startswith(f"{missing}."):
+            raise UsageError(
+                f"{name}: no module {missing!r} in {here} or among the installed packages: run in the folder that "
+                f"holds it, or set PYTHONPATH"
+            ) from error
+        raise UsageError(f"{name}: importing {module_name} ended in {first_line(error)}") from error
+    finally:
+        sys.path.remove(here)
+    for part in path.split("."):
+        if not hasattr(found, part):
+            near = [key for key, value in vars(found).items() if callable(value) and not key.startswith("_")][:6]
+            raise UsageError(f"{name}: {module_name} has no {path!r}; it has {', '.join(near) or 'nothing to call'}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise UsageError(f"{name} is a {type(found).__name__}: name a function that returns the network")
+    loaded: Callable[..., Any] = found
+    return loaded
+
+
+def built(name: str) -> nn.Module:
+    """The network that `package.module:function` is, or returns when it is called without arguments."""
+    function = load_callable(name)
+    if isinstance(function, nn.Module):
+        return function
+    try:
+        network = function()
+    except (Exception, SystemExit) as error:
+        raise UsageError(f"{name}() ended in {first_line(error)}") from error
+    if not isinstance(network, nn.Module):
+        raise UsageError(f"{name}() gives a {type(network).__name__}: it should return a torch.nn.Module")
+    return network
+
+
+class Program(nn.Module):
+    """An exported program as a module whose mode is what it was exported in."""
+
+    def __init__(self, program: nn.Module) -> None:
+        super().__init__()
+        self.program = program
+
+    def forward(self, *args: Any) -> Any:
+        return self.program(*args)
+
+    def train(self, mode: bool = True) -> Program:
+        """Nothing: an exported graph has its mode built in, and would raise."""
+        self.training = False
+        return self
+
+
+def exported_program(path: Path) -> nn.Module:
+    """The program in a .pt2 file of `torch.export.save`, in the mode that it was exported in.
+
+    Nothing in the file is run. Raises UsageError when it cannot be read or is no such file, CheckFailed when it holds
+    more than a graph of PyTorch's own operators and plain weights.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"cannot read the program {path} ({error.strerror})") from error
+    refuse_code(content, path.name)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of deprecations inside torch
+            program = torch.export.load(io.BytesIO(content))
+            # The guards are Python source in the file: never executed.
+            known = inspect.signature(program.module).parameters
+            return Program(program.module(**{"check_guards": False} if "check_guards" in known else {}))
+    except Exception as error:
+        raise UsageError(
+            f"torch {torch.__version__} cannot load {path} ({first_line(error)}): export it again with this version"
+        ) from error
+
+
+def refuse_code(content: bytes, name: str) -> None:
+    """Raise CheckFailed for a .pt2 archive from which `torch.export.load` might run anything, UsageError for none."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            entries = archive.namelist()
+    except zipfile.BadZipFile as error:
+        raise UsageError(f"{name} is not a program of torch.export.save ({error})") from error
+    if "serialized_exported_program.json" in entries:
+        raise UsageError(f"{name} has the format of torch 2.8 or older: load it there and save it with a newer one")
+    records = [entry.partition("/")[2] for entry in entries]
+    for entry, record in zip(entries, records, strict=True):
+        if not RECORD.fullmatch(record) or records.count(record) > 1:
+            raise CheckFailed(_refused(name, f"holds {entry!r}"))
+    try:
+        reader = torch._C.PyTorchFileReader(io.BytesIO(content))  # what torch.export.load reads with
+        held = set(reader.get_all_records())
+        texts = {record: reader.get_record(record) for record in sorted(held) if record.endswith(".json")}
+        documents = {record: json.loads(text) for record, text in texts.items() if not record.startswith("extra/")}
+        samples = reader.get_record(SAMPLE_INPUTS) if SAMPLE_INPUTS in held else b""
+    except (RuntimeError, ValueError, RecursionError) as error:
+        raise UsageError(f"{name} is not a program of torch.export.save ({first_line(error)})") from error
+    if not held <= set(records) or "models/model.json" not in held:
+        raise UsageError(f"{name} is not a program of torch.export.save: it holds no models/model.json")
+    if samples:
+        try:
+            torch.load(io.BytesIO(samples), weights_only=True)
+        except Exception as error:  # what a damaged pickle raises is not a closed list
+            raise CheckFailed(_refused(name, "has sample inputs that are a pickle of more than tensors")) from error
+    for document in documents.values():
+        for found in suspicious(document):
+            raise CheckFailed(_refused(name, found))
+
+
+def _refused(name: str, found: str) -> str:
+    return (
+        f"{name} {found}; loading that could run code from the file. It is read only as torch.export.save writes a "
+        f"network of PyTorch's own operators: give package.module:function for any other, if you trust it"
+    )
+
+
+def suspicious(value: Any, key: str = "") -> Iterator[str]:
+    """What is more than data in a JSON document of the archive, in words. key: under which `value` stands."""
+    if isinstance(value, dict):
+        if value.get("use_pickle"):
+            yield f"has a pickled tensor in {value.get('path_name')!r}"
+        if isinstance(value.get("target"), str) and not permitted(value["target"]):
+            yield f"calls {value['target']!r}"
+        for name, inner in value.items():
+            if not NAME.fullmatch(name) and not (key == "range_constraints" and is_expression(name)):
+                yield f"has the name {name[:60]!r}"
+            if not unused(value, name, inner):
+                yield from suspicious(inner, name)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from suspicious(inner, key)
+    elif isinstance(value, str):
+        if key == "expr_str":
+            plain = is_expression(value)
+        elif key in ("in_spec", "out_spec"):
+            plain = not value or is_container(value)
+        else:
+            plain = NAME.fullmatch(value) is not None
+        if not plain:
+            yield f"has {value[:60]!r} as {key}"
+
+
+def unused(parent: dict[str, Any], name: str, value: Any) -> bool:
+    """Whether `value`, under `name` in `parent`, is text that may say anything: it is shown, looked up or passed on.
+
+    These are a node's or a graph's metadata, guards, which are not executed here, and operators' arguments, such as
+    einsum's equation. A tensor may have any name, so a name alone says nothing.
+    """
+    texts = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    place = {
+        "metadata": isinstance(parent.get("target"), str) or {"graph", "signature"} <= set(parent),
+        "guards_code": "graph_module" in parent,
+        "as_string": len(parent) == 1,
+        "as_strings": len(parent) == 1,
+    }
+    return place.get(name, False) and all(isinstance(text, str) for text in texts)
+
+
+def permitted(target: object) -> bool:
+    """Whether a node's target is an operator of PyTorch that computes: none that reads or writes files."""
+    if not isinstance(target, str):
+        return False
+    if aten := ATEN.fullmatch(target):
+        operator = getattr(getattr(torch.ops.aten, aten[1], None), aten[2], None)
+        return isinstance(operator, torch._ops.OpOverload) and not any(
+            argument.name == "filename" for argument in operator._schema.arguments
+        )
+    module, _, name = target.rpartition(".")
+    return (
+        SYMBOLIC.fullmatch(target) is not None
+        or (module == "_operator" and name in ARITHMETIC)
+        or (module == "torch.ops.higher_order" and name in SCOPES)
+    )
+
+
+def is_expression(text: str) -> bool:
+    """Whether a text is arithmetic of symbols: sympy evaluates what it is given."""
+    try:
+        tree = ast.parse(text, mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    for node in ast.walk(tree):
+        if not isinstance(node, GRAMMAR):
+            return False
+        if isinstance(node, ast.Call) and not (isinstance(node.func, ast.Name) and node.func.id in EXPRESSIONS):
+            return False
+        if isinstance(node, ast.Constant) and not SYMBOL_OR_NUMBER.fullmatch(str(node.value)):
+            return False  # sympy evaluates strings within too
+    return True
+
+
+def is_container(text: str) -> bool:
+    """Whether a text is a tree of tuples, lists and dictionaries in torch.utils._pytree's JSON."""
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+
+    def plain(tree: Any) -> bool:
+        if not isinstance(tree, dict) or set(tree) != {"type", "context", "children_spec"}:
+            return False
+        context = tree["context"]
+        known = context is None or (isinstance(context, str) and re.fullmatch(r'null|\[[\w\s.",-]*\]', context))
+        return tree["type"] in CONTAINERS and bool(known) and all(map(plain, tree["children_spec"]))
+
+    return isinstance(document, list) and len(document) == 2 and document[0] == 1 and plain(document[1])

@@ -1,0 +1,342 @@
+"""What a command names -> the two models, and the images that they are checked on."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from densepure_rt.datasets import SHIPPED_SHAPE, ImageSet, LabelledImage, open_images
+from densepure_rt.errors import UsageError
+from densepure_rt.export.checkpoints import PICKLED, SAFETENSORS, load_into, read_state_dict
+from densepure_rt.export.classifiers import ClassifierModel, declare, open_classifier, zoo_classifier
+from densepure_rt.export.openai_unet import openai_schedule, openai_unet
+from densepure_rt.export.programs import built, exported_program
+from densepure_rt.export.to_onnx import LARGE_IMAGE, Images
+from densepure_rt.export.unets import DiffusionModel, declared_unet, diffusers_unet, no_unet, zoo_unet
+from densepure_rt.export.zoo.models import CLASS_NAMES, ZOO
+from densepure_rt.model_options import ModelOptions
+from densepure_rt.runtime.bundle import Prediction, sha256_of
+from densepure_rt.runtime.schedule import Schedule, ScheduleName, TimestepRule, Variance
+
+PARITY_IMAGES = 16  # for numbers
+LABEL_IMAGES = 20  # for labels: seconds; --parity-images and --parity-samples ask for more
+CALIBRATION = "fashion_mnist_calibration.npz"  # training images
+CHECKPOINTS = (*SAFETENSORS, *PICKLED)
+CLIP = (-1.0, 1.0)  # of pixels; what every published sampler does unless told otherwise
+Image = tuple[int, int, int]
+
+
+def open_models(options: ModelOptions) -> tuple[DiffusionModel, ClassifierModel]:
+    """The models that the options name. Raises UsageError, CheckFailed or EnvironmentFault; each says what to do."""
+    if options.weights is not None and (options.unet or options.classifier):
+        raise UsageError("--weights is for the model that ships: leave it out beside --unet and --classifier")
+    unet = open_unet(options)
+    if options.classifier is None:
+        classifier = zoo_classifier(zoo_file(options.weights, "classifier"))
+        if classifier.image != unet.image:
+            raise UsageError(
+                f"the UNet works on images {list(unet.image)}, and the classifier that ships takes "
+                f"{list(classifier.image)}: name one with --classifier"
+            )
+        return unet, classifier
+    classifier = open_classifier(
+        options.classifier,
+        unet.image,
+        labels=options.labels,
+        weights=options.classifier_weights,
+        prefix=options.classifier_prefix,
+        declared=declare(
+            options.pixel_range,
+            options.mean,
+            options.std,
+            options.channel_order,
+            options.resize,
+            options.interpolation,
+            options.antialias,
+            options.crop,
+        ),
+    )
+    return unet, classifier
+
+
+def zoo_file(folder: Path | None, name: str) -> Path:
+    path = (folder or ZOO) / f"{name}.safetensors"
+    if not path.is_file():
+        raise UsageError(f"no weights at {path}: give --weights a folder that training wrote, or leave it out")
+    return path
+
+
+def open_unet(options: ModelOptions) -> DiffusionModel:
+    """The diffusion network that the options name."""
+    if options.timestep_rule not in get_args(TimestepRule):
+        raise UsageError(f"--timestep-rule {options.timestep_rule} is not known: {', '.join(get_args(TimestepRule))}")
+    load = _loader(options.unet)
+    model = load(options)
+    if options.clip is not None and load is not _none:
+        model = dataclasses.replace(model, clip=clip_of(options.clip))
+    rule: TimestepRule = options.timestep_rule  # type: ignore[assignment]  # checked above
+    if rule != "nearest" and model.schedule.continuous:
+        raise UsageError(f"--timestep-rule {rule} is for networks with timesteps: leave it out")
+    return dataclasses.replace(model, timestep_rule=rule)
+
+
+def _loader(spec: str | None) -> Callable[[ModelOptions], DiffusionModel]:
+    if spec is None:
+        return _zoo
+    if spec == "none":
+        return _none
+    path = Path(spec)
+    if path.is_dir():
+        return _diffusers
+    if path.suffix == ".pt2":
+        return _program
+    if path.suffix in CHECKPOINTS:
+        return _openai
+    if re.fullmatch(r"[\w.]+:[\w.]+", spec):
+        return _callable
+    raise UsageError(
+        f"--unet {spec} is none of a checkpoint ({', '.join(CHECKPOINTS)}), a diffusers folder, a .pt2 file, "
+        f"package.module:function or none: check its spelling"
+    )
+
+
+def refuse(options: ModelOptions, why: str, *names: str) -> None:
+    """Raise UsageError for options of these names that were given."""
+    given = [option for option in options.given() if option[2:].replace("-", "_") in names]
+    if given:
+        raise UsageError(f"{why}: leave {', '.join(given)} out")
+
+
+def _zoo(options: ModelOptions) -> DiffusionModel:
+    refuse(options, "the model that ships says these itself", *TRAINING, *LAYOUT, "image_size", "unet_weights")
+    return zoo_unet(zoo_file(options.weights, "unet"))
+
+
+def _none(options: ModelOptions) -> DiffusionModel:
+    refuse(options, "without a UNet they mean nothing", *TRAINING, *LAYOUT, "unet_weights", "clip")
+    return no_unet(whole_image(options, "--unet none"))
+
+
+def _diffusers(options: ModelOptions) -> DiffusionModel:
+    refuse(options, "a diffusers folder says these itself", *TRAINING, *LAYOUT, "unet_weights")
+    channels, height, width = image_of(options.image_size) if options.image_size else (None, 0, 0)
+    return diffusers_unet(Path(options.unet or ""), (channels or 3, height, width) if height else None)
+
+
+def _openai(options: ModelOptions) -> DiffusionModel:
+    refuse(options, "a checkpoint in OpenAI's layout says these itself", "prediction", "variance", "unet_weights")
+    if (options.schedule is None) != (options.diffusion_steps is None):
+        raise UsageError("--schedule and --diffusion-steps belong together: give both, as it was trained")
+    schedule = None
+    if options.schedule is not None and options.diffusion_steps is not None:
+        schedule = openai_schedule(options.schedule, options.diffusion_steps)
+        if options.timestep_scale is not None:
+            schedule = dataclasses.replace(schedule, timestep_scale=options.timestep_scale)
+    elif options.timestep_scale is not None:
+        raise UsageError("--timestep-scale belongs to --schedule and --diffusion-steps: give all three")
+    size = None
+    if options.image_size is not None:
+        channels, height, width = image_of(options.image_size)
+        if height != width or channels not in (None, 1, 3):
+            raise UsageError(
+                f"--image-size {options.image_size}: a network of this layout takes squares; give one number"
+            )
+        size = height
+    return openai_unet(
+        Path(options.unet or ""),
+        prefix=options.unet_prefix,
+        num_heads=options.num_heads,
+        num_head_channels=options.num_head_channels,
+        schedule=schedule,
+        image_size=size,
+    )
+
+
+def _program(options: ModelOptions) -> DiffusionModel:
+    refuse(options, "a program holds its weights and layout", *LAYOUT, "unet_weights")
+    path = Path(options.unet or "")
+    declared = declared_training(options)  # first: it needs no loading
+    return declared_unet(exported_program(path), *declared, weights_sha256=sha256_of(path))
+
+
+def _callable(options: ModelOptions) -> DiffusionModel:
+    refuse(options, "a module:callable builds its own layout", "num_heads", "num_head_channels")
+    if options.unet_prefix and options.unet_weights is None:
+        raise UsageError("--unet-prefix is of the names in --unet-weights: give both, or neither")
+    declared = declared_training(options)
+    network = built(options.unet or "")
+    if options.unet_weights is None:
+        return declared_unet(network, *declared)
+    state = read_state_dict(options.unet_weights, options.unet_prefix)
+    network = load_into(network, state, str(options.unet_weights), prefix=options.unet_prefix)
+    return declared_unet(network, *declared, weights_sha256=sha256_of(options.unet_weights))
+
+
+TRAINING = ("schedule", "diffusion_steps", "timestep_scale", "prediction", "variance")
+LAYOUT = ("num_heads", "num_head_channels", "unet_prefix")
+
+
+def declared_training(
+    options: ModelOptions,
+) -> tuple[Image, Schedule, Prediction, Variance, tuple[float, float] | None]:
+    """How a network was trained that does not say so itself. Raises UsageError that names all that is missing."""
+    continuous = options.schedule == "continuous"
+    needed = ["image_size", "schedule", "prediction"] + ([] if continuous else ["diffusion_steps"])
+    missing = [f"--{name.replace('_', '-')}" for name in needed if getattr(options, name) is None]
+    if missing:
+        raise UsageError(f"{options.unet} does not say how it was trained: give {', '.join(missing)}")
+    predictions: dict[str, Prediction] = {name: name for name in get_args(Prediction) if name != "none"}
+    variances: dict[str, Variance] = {name: name for name in get_args(Variance)}
+    names: dict[str, ScheduleName] = {name: name for name in get_args(ScheduleName)}
+    variance = options.variance or "fixed_small"
+    for option, value, known in (
+        ("--prediction", options.prediction, predictions),
+        ("--variance", variance, variances),
+        ("--schedule", options.schedule, names),
+    ):
+        if value not in known:
+            raise UsageError(f"{option} {value} is not known: {', '.join(known)}")
+    if continuous != (options.prediction == "denoiser"):
+        raise UsageError(
+            "--schedule continuous and --prediction denoiser belong together: a network that is told sigma in place of "
+            "a timestep, and gives the clean image"
+        )
+    schedule = Schedule(
+        names[options.schedule or ""],
+        1 if continuous else steps_of(options.diffusion_steps or 0),
+        timestep_scale=1.0 if options.timestep_scale is None else options.timestep_scale,
+    )
+    image = whole_image(options, str(options.unet))
+    return image, schedule, predictions[options.prediction or ""], variances[variance], clip_of(options.clip)
+
+
+def steps_of(steps: int) -> int:
+    if not 2 <= steps <= 100_000:
+        raise UsageError(f"--diffusion-steps {steps}: networks are trained with 2 to 100,000, mostly 1000")
+    return steps
+
+
+def clip_of(text: str | None) -> tuple[float, float] | None:
+    """The range of --clip: "-1,1", or "none"."""
+    if text is None:
+        return CLIP
+    if text == "none":
+        return None
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"--clip {text}: two numbers with a comma between, such as --clip=-1,1, or none") from None
+    if not low < high:
+        raise UsageError(f"--clip {text}: the first number must be the smaller")
+    return low, high
+
+
+def image_of(text: str) -> tuple[int | None, int, int]:
+    """--image-size: "32" is a square, "32x48" height and width, "3x32x48" has the channels too."""
+    parts = text.split("x")
+    if not 1 <= len(parts) <= 3 or not all(re.fullmatch(r"[1-9]\d{0,4}", part) for part in parts):
+        raise UsageError(f"--image-size {text}: 32, 32x48 (height, width) or 3x32x48 (channels first)")
+    numbers = [int(part) for part in parts]
+    if len(numbers) == 1:
+        return None, numbers[0], numbers[0]
+    return (numbers[0] if len(numbers) == 3 else None), numbers[-2], numbers[-1]
+
+
+def whole_image(options: ModelOptions, what: str) -> Image:
+    """[C, H, W]; three channels unless told."""
+    if options.image_size is None:
+        raise UsageError(f"{what} does not say the size of its images: give --image-size, such as 3x32x32")
+    channels, height, width = image_of(options.image_size)
+    return channels or 3, height, width
+
+
+def check_images(
+    unet: DiffusionModel,
+    classifier: ClassifierModel,
+    images: Path | None,
+    calibration: Path | None,
+    label_images: int | None,
+    label_samples: int,
+    say: Callable[[str], None] = lambda line: None,
+) -> Images:
+    """What an export of these models is checked on, and calibrated on.
+
+    images, label_images: see `comparison_images`. calibration: None for the shipped training images if they are the
+    model's. label_samples: noisy copies of each image that labels are compared on.
+    """
+    if label_samples < 2:
+        raise UsageError(f"--parity-samples {label_samples}: two samples of each image are the least")
+    labelled = comparison_images(unet, classifier, images, label_images, say)
+    return Images(
+        parity=np.stack([image.pixels for image in labelled[:PARITY_IMAGES]]),
+        labelled=labelled if math.prod(unet.image) <= LARGE_IMAGE else (),
+        samples=label_samples,
+        calibration=calibration_pixels(unet, classifier, calibration),
+    )
+
+
+def comparison_images(
+    unet: DiffusionModel,
+    classifier: ClassifierModel,
+    images: Path | None,
+    count: int | None,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[LabelledImage]:
+    """`count` images for these models, evenly spread over those at `images`; None for LABEL_IMAGES, or what there is.
+
+    images: None for the shipped ones if they are the model's, else for pictures that are made up.
+    """
+    if count is not None and count < 1:
+        raise UsageError(f"{count} images are too few to compare on: ask for one or more")
+    if images is None and not is_shipped(unet, classifier):
+        say("no --images: comparing on pictures that are made up")
+        pictures = made_up(unet.image, count or LABEL_IMAGES)
+        return [LabelledImage(i, picture, None) for i, picture in enumerate(pictures)]
+    found = open_images(images, unet.image, classifier.class_names)
+    wanted = count or min(LABEL_IMAGES, len(found))
+    if wanted > len(found):
+        raise UsageError(f"{wanted} images are asked for, and {found.name} holds {len(found)}")
+    return list(found.select(len(found) // wanted, wanted))
+
+
+def is_shipped(unet: DiffusionModel, classifier: ClassifierModel) -> bool:
+    """Whether the shipped images are of these models' size and classes."""
+    return unet.image == SHIPPED_SHAPE and classifier.class_names == CLASS_NAMES
+
+
+def calibration_pixels(
+    unet: DiffusionModel, classifier: ClassifierModel, path: Path | None
+) -> NDArray[np.uint8] | None:
+    """Images [n, C, H, W] that no certificate is about; None where none were given."""
+    if path is not None:
+        return pixels_of(open_images(path, unet.image, classifier.class_names))
+    if not is_shipped(unet, classifier):
+        return None
+    with resources.as_file(resources.files("densepure_rt") / "data" / CALIBRATION) as shipped:
+        return pixels_of(open_images(shipped, unet.image, classifier.class_names))
+
+
+def pixels_of(images: ImageSet) -> NDArray[np.uint8]:
+    return np.stack([image.pixels for image in images])
+
+
+def made_up(image: Image, count: int) -> NDArray[np.uint8]:
+    """Smooth pictures, uint8 [count, C, H, W]: a few waves across each channel, the same ones every time."""
+    draw = np.random.Generator(np.random.Philox(0))
+    channels, height, width = image
+    y, x = np.meshgrid(np.linspace(0, 1, height), np.linspace(0, 1, width), indexing="ij")
+    pictures = np.zeros((count, *image))
+    for picture in pictures.reshape(count * channels, height, width):
+        for _ in range(4):
+            down, across, phase = draw.uniform(-3, 3), draw.uniform(-3, 3), draw.uniform(0, 1)
+            picture += np.cos(2 * np.pi * (down * y + across * x + phase))
+    levels: NDArray[np.uint8] = ((pictures + 4) / 8 * 255).round().astype(np.uint8)
+    return levels
