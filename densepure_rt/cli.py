@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 from densepure_rt import __version__
 from densepure_rt.console import Json, Status, duration, plural, rows, stderr, stdout, track
 from densepure_rt.errors import DensePureError, EnvironmentFault, UsageError
-from densepure_rt.model_commands import export, parity
+from densepure_rt.model_commands import ProviderName, bench, export, parity
 
 if TYPE_CHECKING:
     from densepure_rt.certify_run import Summary
@@ -82,9 +82,6 @@ BatchSize = Annotated[
         "--batch",
         help="Items a call of the engine; the results do not depend on it. Default: 32, or what a plan was built for.",
     ),
-]
-ProviderName = Annotated[
-    str, typer.Option("--provider", help="What ONNX Runtime runs .onnx engines on: cpu, cuda or tensorrt.")
 ]
 Trust = Annotated[bool, typer.Option("--trust", help="Take a plan without a sidecar for what its name says.")]
 Threads = Annotated[int | None, typer.Option(help="Callers of the engine; default: one for each core.")]
@@ -207,6 +204,7 @@ def predict(
 
 app.command()(export)
 app.command()(parity)
+app.command()(bench)
 
 
 @app.command()

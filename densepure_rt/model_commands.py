@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from densepure_rt.export.agreement import Agreement
     from densepure_rt.export.to_onnx import Exported
 
+EngineFile = Annotated[
+    Path | None, typer.Option("--engine", help="Step engine, ONNX file or plan; default: the one that ships.")
+]
+ProviderName = Annotated[
+    str, typer.Option("--provider", help="What ONNX Runtime runs .onnx engines on: cpu, cuda or tensorrt.")
+]
 CHECKS, PLANS = "Checks", "Plans"  # the panels of --help
 
 
@@ -201,9 +207,7 @@ def print_exported(done: Exported) -> None:
 @with_models
 def parity(
     models: ModelOptions,
-    engine: Annotated[
-        Path | None, typer.Option(help="Step engine, ONNX file or plan; default: the one that ships.")
-    ] = None,
+    engine: EngineFile = None,
     images: Annotated[
         Path | None, typer.Option(help="Images of the engine's size; default: the shipped ones, or made up.")
     ] = None,
@@ -215,7 +219,7 @@ def parity(
     alpha: Annotated[float, typer.Option(help="Probability that a certificate is wrong.")] = 0.001,
     batch: Annotated[int | None, typer.Option(help="Items a call of the engine.")] = None,
     threads: Annotated[int | None, typer.Option(help="Callers of the engine; default: one for each core.")] = None,
-    provider: Annotated[str, typer.Option(help="What ONNX Runtime runs on: cpu, cuda or tensorrt.")] = "cpu",
+    provider: ProviderName = "cpu",
     trust: Annotated[bool, typer.Option("--trust", help="Take a plan without a sidecar.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for parity.json and parity.png.")] = None,
     as_json: Json = False,
@@ -280,6 +284,58 @@ def print_agreement(found: Agreement) -> None:
         radii = ("abstains" if r is None else floored(r) for r in (row.torch, row.engine, row.transferred))
         table.add_row(str(row.idx), str(row.predict), *radii, f"{row.eta:.2g}")
     stdout.print(table)
+
+
+@with_models
+def bench(
+    models: ModelOptions,
+    engine: EngineFile = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Images of the engine's size; default: the shipped ones, or made up.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Calls of each route, in turns.")] = 20,
+    sigma: Annotated[float, typer.Option(help="Standard deviation of the noise, in [0, 1] units.")] = 0.5,
+    batch: Annotated[int | None, typer.Option(help="Items a call; default: as certify runs the engine.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Cores for each route; default: all.")] = None,
+    provider: ProviderName = "cpu",
+    compiled: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Time torch.compile too, which takes a minute to start.")
+    ] = True,
+    as_json: Json = False,
+) -> None:
+    """Time an engine against PyTorch eager and torch.compile in one run, and say where the time goes.
+
+    Speed is a ratio in one run on one machine; with other work on the cores, --threads 1 is the steadier.
+    """
+    try:
+        from densepure_rt.export import bench as timing
+        from densepure_rt.export.sources import comparison_images, open_models
+    except ImportError as error:
+        raise EnvironmentFault(needs_pytorch("bench", error)) from error
+    import numpy as np
+
+    from densepure_rt.runtime.bundle import open_bundle
+    from densepure_rt.smoothing import provider_of, shipped_engine
+
+    unet, classifier = open_models(models)
+    pixels = np.stack([image.pixels for image in comparison_images(unet, classifier, images, None, say)])
+    found = timing.bench(
+        unet,
+        classifier,
+        open_bundle(engine or shipped_engine()),
+        batch=batch,
+        rounds=rounds,
+        threads=threads,
+        compile=compiled,
+        provider=provider_of(provider),
+        say=say,
+        pixels=pixels,
+        sigma=sigma,
+    )
+    if as_json:
+        print(json.dumps(dataclasses.asdict(found)))
+    else:
+        timing.print_benchmark(found)
 
 
 def words(value: str, option: str, known: Sequence[str]) -> list[str]:

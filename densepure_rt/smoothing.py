@@ -279,6 +279,13 @@ def shipped_engine() -> Path:
     return Path(str(files("densepure_rt"))) / "engines" / "unet.onnx"
 
 
+def provider_of(name: str) -> Provider:
+    """An ONNX Runtime provider by its name."""
+    if name not in get_args(Provider):
+        raise UsageError(f"--provider {name} is not known: {', '.join(get_args(Provider))}")
+    return cast(Provider, name)
+
+
 def load(
     engine: Path | str | None = None,
     classifier: Path | str | None = None,
@@ -300,8 +307,7 @@ def load(
     Raises UsageError, CheckFailed or EnvironmentFault; each says what to do next.
     """
     threads = available_cores() if threads is None else threads
-    if provider not in get_args(Provider):
-        raise UsageError(f"--provider {provider} is not known: {', '.join(get_args(Provider))}")
+    known = provider_of(provider)
     if not ((batch is None or 1 <= batch <= MAX_BATCH) and 1 <= threads <= MAX_THREADS):
         raise UsageError(
             f"batch and threads are counts from 1 up to {MAX_BATCH} and {MAX_THREADS}, got {batch} and {threads}: "
@@ -313,4 +319,4 @@ def load(
         engine_sha256,
         trust,
     )
-    return SmoothedClassifier(bundle, open_device(bundle, batch, threads, cast(Provider, provider)), secret)
+    return SmoothedClassifier(bundle, open_device(bundle, batch, threads, known), secret)

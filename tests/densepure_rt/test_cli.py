@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ENGINES = ROOT / "engines"
 DRY = "certify --dry-run --steps 1 --batch 4 --threads 1".split()
 TINY = "--n 6 --alpha 0.2 --steps 1 --batch 4 --threads 1".split()
-COMMANDS = ("certify", "predict", "export", "parity", "inspect", "doctor")
+COMMANDS = ("certify", "predict", "export", "parity", "bench", "inspect", "doctor")
 Done = subprocess.CompletedProcess[str]
 
 

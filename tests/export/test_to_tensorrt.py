@@ -18,8 +18,8 @@ from onnx import TensorProto, helper
 
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.export.classifiers import zoo_classifier
-from densepure_rt.export.sources import CALIBRATION
 from densepure_rt.export.onnx_graph import SCOPES, scopes
+from densepure_rt.export.sources import CALIBRATION
 from densepure_rt.export.to_onnx import Images, contents, lowered
 from densepure_rt.export.to_tensorrt import BuildOptions, build, build_plans, source_bundle
 from densepure_rt.export.unets import zoo_unet
