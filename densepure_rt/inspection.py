@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from densepure_rt.errors import CheckFailed, UsageError
-from densepure_rt.runtime.bundle import ClassifierSidecar, StepSidecar, read_sidecar, sha256_of
+from densepure_rt.runtime.bundle import OPTIONAL, ClassifierSidecar, StepSidecar, read_sidecar, sha256_of
 from densepure_rt.runtime.device import CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, STEP_INPUTS, STEP_OUTPUTS
 from densepure_rt.runtime.schedule import Coefficients
 
 
 def inspect(path: Path) -> dict[str, Any]:
-    """The sidecar's fields, and under "check" whether the file's SHA-256 is the one it names.
+    """The sidecar's fields, and under "check" whether the SHA-256 of the file, and of its weights, are those it names.
 
     path: an engine file, or its sidecar. "graph" is there when the onnx package is installed and the hash is right.
     """
@@ -24,15 +24,18 @@ def inspect(path: Path) -> dict[str, Any]:
     sidecar = read_sidecar(engine)
     try:
         found = sha256_of(engine)
+        weights = sha256_of(engine.with_name(sidecar.data.name)) if sidecar.data else None
     except OSError as error:
-        raise UsageError(f"cannot read {engine} ({error.strerror})") from error
-    matches = found == sidecar.file.sha256
-    report = dataclasses.asdict(sidecar)
-    if sidecar.plan is None:
-        del report["plan"]
-    else:  # a plan opens on its own GPU only, but what it takes and gives is fixed by what it is
+        raise UsageError(f"cannot read {error.filename or engine} ({error.strerror})") from error
+    matches = found == sidecar.file.sha256 and (sidecar.data is None or weights == sidecar.data.sha256)
+    report = {
+        name: value for name, value in dataclasses.asdict(sidecar).items() if name not in OPTIONAL or value is not None
+    }
+    if sidecar.plan is not None:  # a plan opens on its own GPU only, but what it takes and gives is fixed by what it is
         report["plan"]["tensors"] = plan_tensors(sidecar)
     report["check"] = {"sha256": found, "matches": matches, "bytes": engine.stat().st_size}
+    if weights is not None:
+        report["check"]["data_sha256"] = weights
     if matches and sidecar.plan is None and (graph := onnx_graph(engine)):
         report["graph"] = graph
     return report

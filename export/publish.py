@@ -55,8 +55,11 @@ class Publication:
     ) -> None:
         try:
             if kind is None:
+                weights = {path.name for path in map(old_weights, (self.out / name for name in self.names)) if path}
                 for name in self.names:
                     os.replace(self.folder / name, self.out / name)
+                for name in weights.difference(self.names):  # of engines that were replaced by smaller ones
+                    (self.out / name).unlink(missing_ok=True)
         except OSError as fault:
             raise self._fault(fault) from fault
         finally:
@@ -64,6 +67,15 @@ class Publication:
 
     def _fault(self, error: OSError) -> EnvironmentFault:
         return EnvironmentFault(f"cannot write {self.out} ({error.strerror}): choose another folder with --out")
+
+
+def old_weights(engine: Path) -> Path | None:
+    """The file of weights that an engine has beside it, by its sidecar, if there is such an engine."""
+    try:
+        data = read_sidecar(engine).data
+    except (DensePureError, OSError):
+        return None
+    return engine.with_name(data.name) if data else None
 
 
 def refuse_replacement(out: Path, weights: dict[str, str]) -> None:

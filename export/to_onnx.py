@@ -35,6 +35,7 @@ from densepure_rt.runtime.bundle import (
     ClassifierSidecar,
     FileRef,
     StepSidecar,
+    data_mark,
     sha256_of,
 )
 from densepure_rt.runtime.device import (
@@ -125,7 +126,7 @@ def to_onnx(
     data = data_path(path)
     onnx_ir.save(program.model, path, external_data=data.name)
     model = without_traces(onnx.load(str(path), load_external_data=False))
-    onnx.helper.set_model_props(model, {DATA_KEY: sha256_of(data)})
+    onnx.helper.set_model_props(model, {DATA_KEY: data_mark(FileRef(data.name, sha256_of(data)))})
     return checked(model, path)
 
 

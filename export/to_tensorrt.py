@@ -30,6 +30,7 @@ from densepure_rt.runtime.bundle import (
     Flavour,
     Plan,
     Sidecar,
+    data_mark,
     open_bundle,
     plan_path,
     sha256_of,
@@ -286,7 +287,7 @@ def refuse_other_weights(model: onnx.ModelProto, path: Path) -> None:
         if tensor.data_location == onnx.TensorProto.EXTERNAL and entry.key == "location"
     }:
         try:
-            found = sha256_of(path.parent / name)
+            found = data_mark(FileRef(name, sha256_of(path.parent / name)))
         except OSError as error:
             raise UsageError(
                 f"cannot read {name}, the weights of {path.name} ({error.strerror}): copy it along with the graph"

@@ -150,11 +150,12 @@ def declared_unet(
     return model
 
 
-def diffusers_unet(folder: Path, image: tuple[int, int, int] | None = None) -> DiffusionModel:
+def diffusers_unet(folder: Path, image: tuple[int | None, int, int] | None = None) -> DiffusionModel:
     """A UNet2DModel in the folder that diffusers saves: alone with its scheduler's config, or as a pipeline.
 
-    image: where the config does not say. Raises UsageError for what is not there or not supported, CheckFailed for
-    weights that do not fit the config.
+    image: [C, H, W] where the config does not say; C None for the config's.
+
+    Raises UsageError for what is not there or not supported, CheckFailed for weights that do not fit the config.
     """
     home = folder / "unet" if (folder / "unet").is_dir() else folder
     config = _config(home / "config.json", "a diffusers UNet")
@@ -271,20 +272,18 @@ def _config(path: Path, what: str) -> dict[str, Any]:
     return found
 
 
-def _image(config: Mapping[str, Any], path: Path, asked: tuple[int, int, int] | None = None) -> tuple[int, int, int]:
+def _image(config: Mapping[str, Any], path: Path, asked: tuple[int | None, int, int] | None) -> tuple[int, int, int]:
     """[C, H, W] of a UNet's images, of another size where `asked`."""
     size, channels = config.get("sample_size"), config.get("in_channels")
-    if asked is not None:
-        if asked[0] != channels:
-            raise UsageError(
-                f"{path}: in_channels is {channels!r}, not the {asked[0]} of the images asked for: give --image-size "
-                f"{channels}x{asked[1]}x{asked[2]}"
-            )
-        return asked
-    sides = size if isinstance(size, list) else [size, size]
+    sides = list(asked[1:]) if asked is not None else size if isinstance(size, list) else [size, size]
     numbers = [channels, *sides]
     if len(numbers) != 3 or not all(type(number) is int and number > 0 for number in numbers):
         raise UsageError(f"{path} does not say the size of its images (sample_size {size}): give it with --image-size")
+    if asked is not None and asked[0] not in (None, channels):
+        raise UsageError(
+            f"{path}: in_channels is {channels}, not the {asked[0]} of the images asked for: give --image-size "
+            f"{channels}x{asked[1]}x{asked[2]}"
+        )
     return numbers[0], numbers[1], numbers[2]
 
 
@@ -309,7 +308,8 @@ def _diffusers_network(home: Path) -> nn.Module:
             str(home), local_files_only=True, use_safetensors=safe, low_cpu_mem_usage=False, output_loading_info=True
         )
     except Exception as error:  # diffusers raises OSError, ValueError, RuntimeError and its readers' own
-        raise CheckFailed(f"diffusers cannot load {home} ({first_line(error)}): copy the folder again") from error
+        reason = " ".join(str(error).split())[:200]  # its first line only announces the second
+        raise CheckFailed(f"diffusers cannot load {home} ({reason}): copy the folder again") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if loading[kind]:
             raise CheckFailed(

@@ -31,7 +31,7 @@ Prediction = Literal["epsilon", "v", "x0", "denoiser", "none"]
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 ONNX_SUFFIX = ".onnx"
 PLAN_SUFFIXES: dict[Flavour, str] = {"tensorrt-rtx": ".rtx.plan", "tensorrt": ".plan"}  # the longer first
-DATA_KEY = "densepure_rt.data_sha256"  # under which a graph's own metadata names the hash of its file of weights
+DATA_KEY = "densepure_rt.data"  # under which a graph's own metadata says which weights it reads: `data_mark`
 RTX_MAGIC = b"vtrt"  # the first bytes of every plan of tensorrt-rtx 1.7
 UNKNOWN = "unknown"  # the version of a plan that has no sidecar
 OPTIONAL = ("plan", "data", "accuracy", "preprocessing")  # fields of a sidecar that may be absent
@@ -135,6 +135,11 @@ class Bundle:
     classifier: ClassifierSidecar
     unet_path: Path
     classifier_path: Path
+
+
+def data_mark(data: FileRef | None) -> str | None:
+    """What a graph's metadata says of its file of weights: hash and name, so that the graph's own hash binds both."""
+    return None if data is None else f"{data.sha256} {data.name}"
 
 
 def sidecar_path(engine: Path) -> Path:

@@ -14,7 +14,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
-from densepure_rt.runtime.bundle import DATA_KEY, Bundle, Sidecar, verified_engine
+from densepure_rt.runtime.bundle import DATA_KEY, Bundle, Sidecar, data_mark, verified_engine
 from densepure_rt.runtime.device import (
     CLASSIFY_INPUTS,
     CLASSIFY_OUTPUTS,
@@ -133,7 +133,7 @@ class Network:
             verified_engine(path, sidecar), path.name, inputs, outputs, provider, path.parent if sidecar.data else None
         )
         promised = self.session.get_modelmeta().custom_metadata_map.get(DATA_KEY)
-        if promised != (sidecar.data.sha256 if sidecar.data else None):
+        if promised != data_mark(sidecar.data):
             raise CheckFailed(
                 f"{path.name} names other weights than its sidecar does: copy both again, or export the bundle again"
             )

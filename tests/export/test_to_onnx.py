@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
 import math
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,18 +17,22 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import densepure_rt
-from densepure_rt.datasets import open_images
+from densepure_rt.datasets import LabelledImage, open_images
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
+from densepure_rt.export import to_onnx
 from densepure_rt.export.classifiers import ClassifierModel, zoo_classifier
+from densepure_rt.export.parity import file_labels, noisy_labels, torch_labels
 from densepure_rt.export.step_graph import StepGraph
-from densepure_rt.export.to_onnx import Exported, classifier_onnx, export_bundle, step_onnx
-from densepure_rt.export.unets import DiffusionModel, zoo_unet
+from densepure_rt.export.to_onnx import Exported, Images, classifier_onnx, export_bundle, step_onnx
+from densepure_rt.export.to_tensorrt import BuildOptions, build_plans
+from densepure_rt.export.unets import DiffusionModel, no_unet, zoo_unet
 from densepure_rt.export.zoo.models import ZOO
-from densepure_rt.runtime.bundle import open_bundle
+from densepure_rt.runtime.bundle import DATA_KEY, Prediction, open_bundle, sidecar_path
 from densepure_rt.runtime.device import CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, STEP_INPUTS, STEP_OUTPUTS, Floats
+from densepure_rt.runtime.noise import image_key, smoothing_law, smoothing_noise
 from densepure_rt.runtime.onnx_device import open_session
 from densepure_rt.runtime.schedule import Schedule, Variance, make_chain
-from densepure_rt.smoothing import shipped_engine
+from densepure_rt.smoothing import load, shipped_engine
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 IMAGE = (2, 6, 5)
@@ -392,3 +399,325 @@ def test_classifier_model_has_no_trace_of_training() -> None:
         np.testing.assert_allclose(session.run(CLASSIFY_OUTPUTS, {"mean": x[i : i + 1]})[0][0], together[i], rtol=1e-5)
     ours = network.eval()(torch.from_numpy(x)).detach().numpy()
     np.testing.assert_allclose(together, ours, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "variance"),
+    [("v", "learned"), ("denoiser", "renoised")],
+)
+def test_step_model_computes_the_step_graph_of_every_prediction(prediction: Prediction, variance: Variance) -> None:
+    model = dataclasses.replace(unet(variance=variance), prediction=prediction)
+    model = dataclasses.replace(model, network=ToyUnet(learned=model.learned_variance).eval())
+    session = open_session(step_onnx(model), "toy", STEP_INPUTS, STEP_OUTPUTS)
+    draw = np.random.default_rng(3)
+    schedule = Schedule("continuous", 1) if prediction == "denoiser" else model.schedule
+    chain = make_chain(schedule, variance, 0.5, 3)
+    mean, noise = draw.standard_normal((2, 3, *IMAGE), np.float32)
+    arrays = (mean, np.abs(mean[::-1]) / 3, noise, chain.t, chain.coef)
+    expected = StepGraph(model.network, model.clip, model.learned_variance, prediction)(
+        *(torch.from_numpy(a.copy()) for a in arrays)
+    )
+    found = session.run(STEP_OUTPUTS, dict(zip(STEP_INPUTS, arrays, strict=True)))
+    for name, ours, theirs in zip(STEP_OUTPUTS, found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=2e-5, atol=2e-6, err_msg=name)
+
+
+LARGE_FILES = sorted([*FILES, "unet.onnx.data", "classifier.onnx.data"])
+SECRET = bytes(range(32))
+
+
+def large(out: Path, pixels: NDArray[np.uint8], kind: str = "fp32", model: DiffusionModel | None = None) -> Exported:
+    """A bundle of graphs whose weights are taken to be too large for them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(to_onnx, "LARGE", 0)
+        return export_bundle(model or unet(), classifier(), out, pixels, kind=kind)
+
+
+@pytest.fixture(scope="module")
+def beside(tmp_path_factory: pytest.TempPathFactory, pixels: NDArray[np.uint8]) -> Exported:
+    return large(tmp_path_factory.mktemp("beside") / "engines", pixels)
+
+
+@pytest.fixture
+def copied(beside: Exported, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(beside.unet.parent, tmp_path / "engines"))
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("name", ["unet.onnx", "classifier.onnx"])
+def test_large_weights_lie_beside_their_graph_and_are_bound_to_it(beside: Exported, name: str) -> None:
+    folder = beside.unet.parent
+    assert sorted(contents(folder)) == LARGE_FILES
+    model = onnx.load(str(folder / name), load_external_data=False)
+    outside = [tensor for tensor in model.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
+    assert outside
+    for tensor in outside:
+        (location,) = (entry.value for entry in tensor.external_data if entry.key == "location")
+        assert location == f"{name}.data"
+    digest = sha256(folder / f"{name}.data")
+    assert {entry.key: entry.value for entry in model.metadata_props} == {DATA_KEY: f"{digest} {name}.data"}
+    written = json.loads(sidecar_path(folder / name).read_text())
+    assert written["data"] == {"name": f"{name}.data", "sha256": digest}
+    assert written["file"]["sha256"] == sha256(folder / name)
+    onnx.checker.check_model(str(folder / name), full_check=True)
+
+
+def test_genuine_weights_under_another_name_do_not_vouch_for_those_that_the_graph_reads(copied: Path) -> None:
+    """The graph stays as pinned; its sidecar points at a copy of its weights, and what it reads is tampered with."""
+    engine, data = copied / "unet.onnx", copied / "unet.onnx.data"
+    shutil.copy(data, copied / "genuine.data")
+    content = bytearray(data.read_bytes())
+    content[-1] ^= 1
+    data.write_bytes(content)
+    values = json.loads(sidecar_path(engine).read_text())
+    values["data"]["name"] = "genuine.data"
+    sidecar_path(engine).write_text(json.dumps(values))
+    with pytest.raises(CheckFailed, match="names other weights than its sidecar does"):
+        load(engine, threads=1, engine_sha256=sha256(engine))
+
+
+def test_weights_of_a_larger_model_go_when_a_smaller_one_replaces_it(copied: Path, pixels: NDArray[np.uint8]) -> None:
+    export_bundle(unet(), classifier(), copied, pixels, force=True)
+    assert not [path.name for path in copied.iterdir() if path.suffix == ".data"]
+
+
+def test_large_weights_are_those_of_the_module(beside: Exported) -> None:
+    model = onnx.load(str(beside.unet))  # with its data
+    found = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    for name, tensor in ToyUnet().state_dict().items():
+        np.testing.assert_array_equal(found[f"network.{name}"], tensor)
+    for trace in ("/site-packages", ".py", str(ROOT)):
+        assert trace.encode() not in beside.unet.read_bytes()
+
+
+def test_small_weights_stay_in_their_graph(toy: Exported) -> None:
+    written = json.loads(sidecar_path(toy.unet).read_text())
+    assert "data" not in written
+    assert not onnx.load(str(toy.unet)).metadata_props
+
+
+def test_large_weights_are_exported_again_in_place(beside: Exported, pixels: NDArray[np.uint8], tmp_path: Path) -> None:
+    before = contents(beside.unet.parent)
+    out = put_back(tmp_path / "engines", before)
+    large(out, pixels)
+    assert contents(out) == before
+
+
+def test_a_mismatch_leaves_no_large_weights_behind(pixels: NDArray[np.uint8], tmp_path: Path) -> None:
+    with pytest.raises(CheckFailed, match="not what PyTorch computes"):
+        large(tmp_path / "engines", pixels, model=unet(gain=1.001))
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def certificates(engine: Path, pixels: NDArray[np.uint8]) -> list[object]:
+    with densepure_rt.load(engine, batch=4, threads=1, secret=SECRET) as smoothed:
+        return [smoothed.certify(image, sigma=1.0, steps=2, votes=3, n0=10, n=40, alpha=0.3) for image in pixels]
+
+
+def test_a_bundle_certifies_the_same_wherever_its_weights_lie(
+    toy: Exported, beside: Exported, pixels: NDArray[np.uint8], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the weights are found beside the graph, not in the working directory
+    inline = certificates(toy.unet, pixels)
+    assert certificates(beside.unet, pixels) == inline
+    assert len({str(certificate) for certificate in inline}) > 1
+
+
+def edited(path: Path, **fields: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def other_weights(data: Path) -> None:
+    """Every weight of another sign: as many bytes, of the same layout."""
+    data.write_bytes((-np.frombuffer(data.read_bytes(), np.float32)).tobytes())
+
+
+def tampered(folder: Path, name: str) -> None:
+    other_weights(folder / f"{name}.data")
+
+
+def missing(folder: Path, name: str) -> None:
+    (folder / f"{name}.data").unlink()
+
+
+def swapped(folder: Path, name: str) -> None:
+    """The other engine's weights."""
+    other = {"unet.onnx": "classifier.onnx", "classifier.onnx": "unet.onnx"}[name]
+    shutil.copy(folder / f"{other}.data", folder / f"{name}.data")
+
+
+def vouched_for(folder: Path, name: str) -> None:
+    """Tampered with, and the sidecar changed to match: the graph itself still names the weights it was made with."""
+    other_weights(folder / f"{name}.data")
+    data = {"name": f"{name}.data", "sha256": sha256(folder / f"{name}.data")}
+    edited(sidecar_path(folder / name), data=data)
+
+
+def denied(folder: Path, name: str) -> None:
+    """A sidecar that says nothing of a file of weights."""
+    other_weights(folder / f"{name}.data")
+    edited(sidecar_path(folder / name), data=None)
+
+
+Damage = Callable[[Path, str], None]
+DAMAGES = [
+    (tampered, CheckFailed, r"{name}\.data has SHA-256 .*its sidecar says .*damaged or belongs to another engine"),
+    (missing, UsageError, r"cannot read .*{name}\.data, the weights of {name} .*copy it along with the engine"),
+    (swapped, CheckFailed, r"{name}\.data has SHA-256"),
+    (vouched_for, CheckFailed, r"{name} names other weights than"),
+]
+
+
+@pytest.mark.parametrize(("damage", "error", "words"), DAMAGES)
+@pytest.mark.parametrize("name", ["unet.onnx", "classifier.onnx"])
+def test_weights_that_are_not_the_graph_s_are_refused_at_loading(
+    copied: Path, name: str, damage: Damage, error: type[Exception], words: str
+) -> None:
+    damage(copied, name)
+    with pytest.raises(error, match=words.format(name=name)):
+        densepure_rt.load(copied / "unet.onnx", batch=2, threads=1)
+
+
+@pytest.mark.parametrize(("damage", "error", "words"), DAMAGES)
+@pytest.mark.parametrize("name", ["unet.onnx", "classifier.onnx"])
+def test_weights_that_are_not_the_graph_s_become_no_plan(
+    copied: Path, tmp_path: Path, name: str, damage: Damage, error: type[Exception], words: str
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    damage(copied, name)
+    options = BuildOptions(batches=(2,), compute_capabilities=("8.6",))
+    with pytest.raises(error, match=words.format(name=name)):
+        build_plans(open_bundle(copied / "unet.onnx"), tmp_path / "plans", "tensorrt-rtx", options)
+    assert list((tmp_path / "plans").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["unet.onnx", "classifier.onnx"])
+def test_a_sidecar_that_is_silent_about_the_weights_is_refused(copied: Path, tmp_path: Path, name: str) -> None:
+    denied(copied, name)
+    with pytest.raises(CheckFailed, match=name.replace(".", r"\.")):
+        densepure_rt.load(copied / "unet.onnx", batch=2, threads=1)
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    options = BuildOptions(batches=(2,), compute_capabilities=("8.6",))
+    with pytest.raises(CheckFailed, match="names other weights than"):
+        build_plans(open_bundle(copied / "unet.onnx"), tmp_path / "plans", "tensorrt-rtx", options)
+
+
+def test_a_plan_holds_the_large_weights_itself(beside: Exported, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    options = BuildOptions(batches=(2,), compute_capabilities=("8.6",))
+    plans = build_plans(open_bundle(beside.unet), tmp_path, "tensorrt-rtx", options)
+    assert sorted(contents(tmp_path)) == sorted([*(p.name for p in plans), *(f"{p.name}.json" for p in plans)])
+    weights = np.frombuffer((beside.unet.parent / "unet.onnx.data").read_bytes(), np.float32)
+    for plan in plans:
+        written = json.loads(sidecar_path(plan).read_text())
+        assert "data" not in written
+        source = beside.unet.with_name(plan.name.replace(".rtx.plan", ".onnx"))
+        assert written["plan"]["onnx"] == {"name": source.name, "sha256": sha256(source)}
+        assert written["accuracy"] == json.loads(sidecar_path(source).read_text())["accuracy"]
+    assert plans[0].stat().st_size > weights.nbytes
+
+
+def test_large_half_precision_weights_lie_beside_their_graph_too(pixels: NDArray[np.uint8], tmp_path: Path) -> None:
+    exported = large(tmp_path, pixels, "fp16")
+    names = [name.replace(".onnx", ".fp16.onnx") for name in LARGE_FILES]
+    assert sorted(contents(tmp_path)) == sorted(names)
+    assert exported.types["unet"] == {"Conv": {"FLOAT16": 2}}
+    found = certificates(exported.unet, pixels[:1])
+    assert found
+    other_weights(tmp_path / "unet.fp16.onnx.data")
+    with pytest.raises(CheckFailed, match=r"unet\.fp16\.onnx\.data has SHA-256"):
+        densepure_rt.load(exported.unet, batch=2, threads=1)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int8-cpu", "fp8"])
+def test_large_weights_are_not_quantized(
+    pixels: NDArray[np.uint8], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(to_onnx, "LARGE", 0)
+    with pytest.raises(UsageError, match=rf"--precision {kind}: the weights are .* GiB, .*use fp16"):
+        export_bundle(unet(), classifier(), tmp_path, Images(pixels, calibration=pixels), kind=kind)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sidecars_say_how_accurate_their_engine_was_found_to_be(toy: Exported) -> None:
+    bundle = open_bundle(toy.unet)
+    step, classify = bundle.unet.accuracy, bundle.classifier.accuracy
+    assert step is not None
+    assert classify is not None
+    assert step.by == classify.by == toy.by == "ONNX Runtime on the CPU"
+    assert step.relative_l2 == toy.worst_step.relative_l2
+    assert classify.relative_l2 == toy.worst_logits.relative_l2
+    assert step.comparisons + classify.comparisons == toy.comparisons
+    assert (step.labels, step.labels_differ, classify.labels, classify.labels_differ) == (0, 0, 0, 0)
+
+
+def test_sidecars_count_the_labels_that_a_smaller_precision_changes(pixels: NDArray[np.uint8], tmp_path: Path) -> None:
+    """The counts are found again from the files and the modules."""
+    labelled = [LabelledImage(i, image, 0) for i, image in enumerate(pixels)]
+    exported = export_bundle(unet(), classifier(), tmp_path, Images(pixels, labelled, 8), kind="fp16")
+    assert exported.labels is not None
+    chain = make_chain(unet().schedule, "fixed_small", exported.labels.sigma, 1)
+    model, labels = unet(), classifier()
+    wanted, found = (
+        noisy_labels(label, chain, list(pixels), 8)
+        for label in (
+            torch_labels(dataclasses.replace(model, network=model.network.eval()), labels.network.eval()),
+            file_labels(exported.unet, exported.classifier, "fp16"),
+        )
+    )
+    for sidecar in (open_bundle(exported.unet).unet, open_bundle(exported.unet).classifier):
+        assert sidecar.accuracy is not None
+        assert (sidecar.accuracy.labels, sidecar.accuracy.labels_differ) == (32, int((wanted != found).sum()))
+        assert (exported.labels.total, exported.labels.disagreements) == (32, sidecar.accuracy.labels_differ)
+    assert exported.worst_step.relative_l2 > 1e-5  # it is another precision
+
+
+def test_networks_in_training_are_exported_and_compared_in_evaluation(
+    pixels: NDArray[np.uint8], tmp_path: Path
+) -> None:
+    """A dropout that is on would make PyTorch disagree with itself."""
+    model, labels = unet(), classifier()
+    model.network.train()
+    labels.network.train()
+    assert export_bundle(model, labels, tmp_path, pixels[:2], kind="fp16").worst_step.relative_l2 < 3e-3
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory, pixels: NDArray[np.uint8]) -> Path:
+    """A classifier alone."""
+    return export_bundle(no_unet(IMAGE), classifier(), tmp_path_factory.mktemp("plain"), pixels).unet
+
+
+def test_bundle_without_a_unet_is_plain_smoothing_of_its_classifier(plain: Path, pixels: NDArray[np.uint8]) -> None:
+    """Cohen et al. 2019: the counts are those of the classifier on the image with rounded Gaussian noise added."""
+    bundle = open_bundle(plain)
+    assert (bundle.unet.prediction, bundle.unet.schedule.continuous, bundle.unet.clip) == ("none", True, None)
+    sigma, network = 0.5, ToyClassifier().eval()
+    labels: list[int] = []
+    with densepure_rt.load(plain, batch=4, threads=1, secret=SECRET) as smoothed:
+        for image in pixels:
+            found = smoothed.certify(image, sigma=sigma, steps=0, votes=1, n0=20, n=200, alpha=0.05)
+            law, tops = smoothing_law(sigma), []
+            for purpose, samples in (("select", 20), ("certify", 200)):
+                key = image_key(SECRET, purpose, sigma, image)  # type: ignore[arg-type]
+                noisy = np.stack([image + smoothing_noise(law, key, i, IMAGE) for i in range(samples)])
+                with torch.inference_mode():
+                    logits = network(torch.from_numpy((2 * noisy / 255 - 1).astype(np.float32)))
+                tops.append(np.bincount(logits.argmax(1).numpy(), minlength=3))
+            assert found.n_a == tops[1][tops[0].argmax()]
+            labels.append(int(tops[0].argmax()))
+            if found.predict is not None:
+                assert found.predict == labels[-1]
+    assert len(set(labels)) > 1
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_bundle_without_a_unet_takes_no_steps(plain: Path, pixels: NDArray[np.uint8], steps: int) -> None:
+    with (
+        densepure_rt.load(plain, batch=2, threads=1, secret=SECRET) as smoothed,
+        pytest.raises(UsageError, match=rf"no diffusion network.*{steps} steps.*--steps 0"),
+    ):
+        smoothed.certify(pixels[0], steps=steps, n0=2, n=4)
