@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from densepure_rt.benchmark_tables import print_benchmark
 from densepure_rt.console import Json, Status, plural, stderr, stdout, track
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.model_options import ModelOptions, with_models
@@ -26,6 +27,7 @@ ProviderName = Annotated[
     str, typer.Option("--provider", help="What ONNX Runtime runs .onnx engines on: cpu, cuda or tensorrt.")
 ]
 CHECKS, PLANS = "Checks", "Plans"  # the panels of --help
+PARITY_SAMPLES = 20
 
 
 @with_models
@@ -62,7 +64,9 @@ def export(
         int | None,
         typer.Option(help="Images whose labels are compared with float32; default: 20.", rich_help_panel=CHECKS),
     ] = None,
-    parity_samples: Annotated[int, typer.Option(help="Noisy copies of each of them.", rich_help_panel=CHECKS)] = 20,
+    parity_samples: Annotated[
+        int, typer.Option(help="Noisy copies of each of them.", rich_help_panel=CHECKS)
+    ] = PARITY_SAMPLES,
     batch: Annotated[
         str, typer.Option(help="Batch sizes with commas, a fixed profile each.", rich_help_panel=PLANS)
     ] = "64",
@@ -109,7 +113,13 @@ def export(
     targets = words(target, "--target", ("onnx", *sorted(PLAN_SUFFIXES)))
     kinds = [kind.strip() for kind in precision.split(",")]
     report: dict[str, Any] = {}
-    checks = {"--keep-fp32": keep_fp32, "--images": images, "--calibration-images": calibration_images}
+    checks = {
+        "--keep-fp32": keep_fp32,
+        "--images": images,
+        "--calibration-images": calibration_images,
+        "--parity-images": parity_images,
+        "--parity-samples": parity_samples != PARITY_SAMPLES,
+    }
     unused = models.given() + [name for name, value in checks.items() if value]
     if "onnx" not in targets and unused:
         raise UsageError(f"{', '.join(unused)}: these change the ONNX engines; add onnx to --target")
@@ -160,7 +170,7 @@ def export_onnx(
 ) -> dict[str, Any]:
     """Export each precision; what was found, by precision."""
     try:
-        from densepure_rt.export.precision import OPSETS
+        from densepure_rt.export.precision import OPSETS, QUANTIZED
         from densepure_rt.export.sources import check_images, open_models
         from densepure_rt.export.to_onnx import export_bundle
     except ImportError as error:
@@ -168,6 +178,11 @@ def export_onnx(
     words(",".join(precisions), "--precision", tuple(OPSETS))
     unet, classifier = open_models(models)
     checks = check_images(unet, classifier, images, calibration, parity_images, parity_samples, say)
+    for kind in precisions:
+        if kind in QUANTIZED and checks.calibration is None:  # before any is exported
+            raise UsageError(
+                f"--precision {kind} is calibrated on training images: give them with --calibration-images"
+            )
     report = {}
     for kind in dict.fromkeys(precisions):
         done = export_bundle(unet, classifier, out, checks, force, say, kind, keep)
@@ -236,6 +251,8 @@ def parity(
     from densepure_rt.smoothing import Settings, load
 
     settings = Settings(sigma, steps, votes, n=n, alpha=alpha)
+    if out is not None:
+        make_folder(out)  # first: what follows may take long
     unet, classifier = open_models(models)
     chosen = comparison_images(unet, classifier, images, limit, say)
     with load(engine, batch=batch, threads=threads, provider=provider, trust=trust) as smoothed:
@@ -243,25 +260,35 @@ def parity(
     failed = failures(found)
     report = {name: value for name, value in dataclasses.asdict(found).items() if name != "shown"}
     report["failures"] = failed
-    if out is not None:
-        write_report(out, report, lambda path: draw(found, path))
     if as_json:
         print(json.dumps(report))
     else:
         print_agreement(found)
+    if out is not None:
+        write_report(out, report, lambda path: draw(found, path))
     for line in failed:
         stderr.print(f"error: {line}")
     if failed:
         raise typer.Exit(CheckFailed.exit_code)
 
 
-def write_report(out: Path, report: dict[str, Any], draw: Callable[[Path], None]) -> None:
+def make_folder(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(out, error) from error
+
+
+def write_report(out: Path, report: dict[str, Any], draw: Callable[[Path], None]) -> None:
+    try:
         (out / "parity.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         draw(out / "parity.png")
     except OSError as error:
-        raise EnvironmentFault(f"cannot write {out} ({error.strerror}): choose another folder with --out") from error
+        raise unwritable(out, error) from error
+
+
+def unwritable(out: Path, error: OSError) -> EnvironmentFault:
+    return EnvironmentFault(f"cannot write {out} ({error.strerror}): choose another folder with --out")
 
 
 def print_agreement(found: Agreement) -> None:
@@ -308,7 +335,7 @@ def bench(
     Speed is a ratio in one run on one machine; with other work on the cores, --threads 1 is the steadier.
     """
     try:
-        from densepure_rt.export import bench as timing
+        from densepure_rt.export.bench import bench as measure
         from densepure_rt.export.sources import comparison_images, open_models
     except ImportError as error:
         raise EnvironmentFault(needs_pytorch("bench", error)) from error
@@ -319,23 +346,23 @@ def bench(
 
     unet, classifier = open_models(models)
     pixels = np.stack([image.pixels for image in comparison_images(unet, classifier, images, None, say)])
-    found = timing.bench(
+    found = measure(
         unet,
         classifier,
         open_bundle(engine or shipped_engine()),
+        pixels,
         batch=batch,
         rounds=rounds,
         threads=threads,
         compile=compiled,
         provider=provider_of(provider),
         say=say,
-        pixels=pixels,
         sigma=sigma,
     )
     if as_json:
         print(json.dumps(dataclasses.asdict(found)))
     else:
-        timing.print_benchmark(found)
+        print_benchmark(found)
 
 
 def words(value: str, option: str, known: Sequence[str]) -> list[str]:

@@ -14,9 +14,6 @@ import copy
 import dataclasses
 import hashlib
 import math
-import os
-import platform
-import subprocess
 import tempfile
 import time
 import warnings
@@ -24,21 +21,32 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from densepure_rt.console import rows, stderr, stdout
 from densepure_rt.errors import EnvironmentFault, UsageError
 from densepure_rt.export.classifiers import ClassifierModel
+from densepure_rt.export.machine import (
+    STOPWATCHES,
+    Clock,
+    Load,
+    OtherLoad,
+    Stopwatch,
+    by_the_core,
+    by_the_wall,
+    gpu_state,
+    load_average,
+    measured_peak,
+    processor,
+)
 from densepure_rt.export.programs import first_line
+from densepure_rt.export.sources import refuse_other_models
 from densepure_rt.export.step_graph import StepGraph
 from densepure_rt.export.to_onnx import step_onnx
 from densepure_rt.export.unets import DiffusionModel
@@ -67,27 +75,12 @@ PAUSE = 0.01  # seconds before each call, in which the threads of the one before
 SIGMA, STEPS, VOTES = 0.5, 2, 5  # of the work: the defaults of `densepure-rt certify`
 KEY: Key = (0, 0)  # public: nothing is certified with it
 GPU_CALLS = 8  # batches in one timed call: enough for the next to be issued while one runs
-PEAK_REPEATS = 3  # before the rounds and again after them
-PEAK_SIDE, PEAK_SIDE_GPU = 2048, 8192  # of the matrix product
-PEAK_CHANNELS, PEAK_SIZE, PEAK_IMAGES, PEAK_IMAGES_GPU = 256, 32, 8, 256  # of the convolution
-OTHER_LOAD = 0.5  # cores that other programs may use before the timings are doubted
 STEADY, MOST_CALLS = 0.02, 1000  # seconds that a timing of a stage lasts, for which it calls it more than once
 LOOP_SAMPLES = 64
 ENGINE, EAGER, COMPILED = "engine", "PyTorch eager", "torch.compile"
 NETWORK = "eager, UNet alone"
-# What nvidia-smi calls them; the older name of the last is that of drivers before 535.
-GPU_FIELDS = {
-    "sm_clock_mhz": ("clocks.sm",),
-    "memory_clock_mhz": ("clocks.mem",),
-    "temperature_c": ("temperature.gpu",),
-    "power_w": ("power.draw",),
-    "throttle_reasons": ("clocks_event_reasons.active", "clocks_throttle_reasons.active"),
-}
 
-# "wall" for several cores; "core", CPU time, for one; "events", of CUDA for PyTorch, with the wall for the engine.
-Clock = Literal["wall", "core", "events"]
 Timing = Callable[[], float]  # does its work and says how many seconds it took
-Stopwatch = Callable[[Callable[[], object]], float]
 Seconds = NDArray[np.float64]  # [rounds]
 Feed = Sequence[Tensor]  # of a step graph
 
@@ -123,19 +116,6 @@ class Stage:
     name: str
     seconds: Spread
     share: float
-
-
-@dataclass(frozen=True)
-class Load:
-    """How busy the machine was. average: the system's, of the last minute, before and after.
-
-    others: cores that other programs used while the routes were timed; None where the system does not say. gpu: what
-    nvidia-smi says, before and after; empty where there is none.
-    """
-
-    average: tuple[float | None, float | None]
-    others: float | None
-    gpu: tuple[dict[str, str | None], dict[str, str | None]] = ({}, {})
 
 
 @dataclass(frozen=True)
@@ -175,6 +155,7 @@ def bench(
     unet: DiffusionModel,
     classifier: ClassifierModel,
     bundle: Bundle,
+    pixels: NDArray[np.uint8],
     *,
     batch: int | None = None,
     rounds: int = ROUNDS,
@@ -182,21 +163,19 @@ def bench(
     compile: bool = True,
     provider: Provider = "cpu",
     say: Callable[[str], None] = lambda line: None,
-    pixels: NDArray[np.uint8] | None = None,
     sigma: float = SIGMA,
 ) -> Benchmark:
     """Time the bundle's engines against the PyTorch models that they were exported from.
 
-    batch: None for what `certify` would take. threads: None for all cores. pixels: uint8 [n, C, H, W], what is noised
-    and denoised; None for made-up images. With a plan, or another provider than "cpu", PyTorch runs on the GPU too: not
-    run on a GPU yet.
+    pixels: uint8 [n, C, H, W], what is noised and denoised. batch: None for what `certify` would take. threads: None
+    for all cores. With a plan, or another provider than "cpu", PyTorch runs on the GPU too: not run on a GPU yet.
 
     Raises UsageError when the bundle is of other models, EnvironmentFault when its engines or PyTorch cannot run here.
     """
     threads = available_cores() if threads is None else threads
     on_gpu = bundle.unet.plan is not None or provider != "cpu"
     refuse_impossible(batch, rounds, threads)
-    refuse_other_model(unet, classifier, bundle)
+    refuse_other_models(unet, classifier, bundle)
     if on_gpu and not torch.cuda.is_available():
         raise EnvironmentFault(
             f"the engine runs on the GPU, but this PyTorch ({torch.__version__}) cannot use one: install one that was "
@@ -205,7 +184,6 @@ def bench(
     clock: Clock = "events" if on_gpu else "core" if threads == 1 else "wall"
     chain = make_chain(unet.schedule, unet.variance, sigma, STEPS, unet.timestep_rule)
     before, average = gpu_state() if on_gpu else {}, load_average()
-    pixels = made_up(unet.image) if pixels is None else pixels
     say(f"opening {bundle.unet_path.name}")
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode())
@@ -266,25 +244,6 @@ def refuse_impossible(batch: int | None, rounds: int, threads: int) -> None:
         raise UsageError(f"--rounds {rounds}: one is the least, {ROUNDS} give a median with quartiles")
 
 
-def refuse_other_model(unet: DiffusionModel, classifier: ClassifierModel, bundle: Bundle) -> None:
-    """Raise UsageError unless the bundle was exported from these two models."""
-    for path, sidecar, model, option in (
-        (bundle.unet_path, bundle.unet, unet, "--unet"),
-        (bundle.classifier_path, bundle.classifier, classifier, "--classifier"),
-    ):
-        if sidecar.weights_sha256 != model.weights_sha256:
-            raise UsageError(
-                f"{path} was exported from weights {sidecar.weights_sha256[:16]}..., the PyTorch model has "
-                f"{model.weights_sha256[:16]}...: give {option} the model that the engine was exported from, or "
-                f"--engine an engine that was exported from this one"
-            )
-        if sidecar.image != model.image:
-            raise UsageError(
-                f"{path} takes images {list(sidecar.image)}, the PyTorch model {list(model.image)}: give --image-size "
-                f"as it was given to the export"
-            )
-
-
 @contextlib.contextmanager
 def torch_settings(threads: int) -> Iterator[None]:
     """PyTorch on so many threads; on a GPU without TensorFloat-32 and with cuDNN's fastest kernels. Then as before."""
@@ -303,14 +262,6 @@ def torch_settings(threads: int) -> Iterator[None]:
         torch.set_num_threads(before[0])
         for (place, name, _), value in zip(places, before[1], strict=True):
             setattr(place, name, value)
-
-
-def made_up(image: tuple[int, int, int], count: int = 16) -> NDArray[np.uint8]:
-    """Images of eight grey levels in squares, for where none are given: uint8 [count, C, H, W]."""
-    channels, height, width = image
-    draw = np.random.default_rng(0)
-    coarse = draw.integers(0, 8, (count, channels, -(-height // 4), -(-width // 4)))
-    return (32 * coarse.repeat(4, axis=2).repeat(4, axis=3)[:, :, :height, :width]).astype(np.uint8)
 
 
 class Worker:
@@ -377,43 +328,6 @@ class Worker:
         expected = torch.cat([graph(*feed)[0].cpu() for feed in feeds]).numpy()
         found, _ = self.device.read(range(self.total, 2 * self.total))
         return float(np.linalg.norm((found - expected).astype(np.float64)) / np.linalg.norm(expected))
-
-
-def by_the_wall(run: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
-
-
-def by_the_core(run: Callable[[], object]) -> float:
-    """Of work on one core: seconds that it ran there, which other programs stretch less than those by the wall."""
-    started = time.process_time()
-    run()
-    return time.process_time() - started
-
-
-def by_events(run: Callable[[], object]) -> float:
-    """Seconds between two events on the stream that `run` works on. Not run on a GPU yet."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    run()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end)) / 1000
-
-
-CLOCKS: Mapping[Clock, str] = {
-    "wall": "wall clock",
-    "core": "CPU time",
-    "events": "CUDA events, the engine by the wall",
-}
-# PyTorch's threads wait for one another at the end of every operation, so a core that is taken away stops them all.
-DOUBT: Mapping[Clock, str] = {
-    "wall": "not even the ratios hold; measure on an idle machine, or with --threads 1, in CPU time",
-    "core": "read the ratios, not the seconds, and measure again on an idle machine",
-    "events": "measure again on an idle machine",
-}
-STOPWATCHES: Mapping[Clock, Stopwatch] = {"wall": by_the_wall, "core": by_the_core, "events": by_events}
 
 
 def steady(stopwatch: Stopwatch, run: Callable[[], object]) -> Timing:
@@ -665,148 +579,3 @@ def giga_operations(network: nn.Module, *example: Tensor) -> float | None:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         network.eval()(*example)
     return counter.get_total_flops() / 1e9 or None  # of a network that another library runs nothing is counted
-
-
-def measured_peak(clock: Clock) -> dict[str, float]:
-    """The best GFLOP/s of PyTorch in float32 on what it is best at, with as many threads as it has now."""
-    on_gpu, stopwatch = clock == "events", STOPWATCHES[clock]
-    side, images = (PEAK_SIDE_GPU, PEAK_IMAGES_GPU) if on_gpu else (PEAK_SIDE, PEAK_IMAGES)
-    where = "cuda" if on_gpu else "cpu"
-    factor = torch.randn(side, side, device=where)
-    x = torch.randn(images, PEAK_CHANNELS, PEAK_SIZE, PEAK_SIZE, device=where)
-    weight = torch.randn(PEAK_CHANNELS, PEAK_CHANNELS, 3, 3, device=where)
-    products: dict[str, tuple[float, Callable[[], object]]] = {
-        f"matrix product of {side}": (2e-9 * side**3, lambda: factor @ factor),
-        f"3x3 convolution of {PEAK_CHANNELS} channels": (
-            2e-9 * 9 * PEAK_CHANNELS * x.numel(),
-            lambda: torch.conv2d(x, weight, padding=1),
-        ),
-    }
-    for _, product in products.values():
-        product()
-    return {
-        name: gflop / min(stopwatch(product) for _ in range(PEAK_REPEATS))
-        for name, (gflop, product) in products.items()
-    }
-
-
-def processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def load_average() -> float | None:
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-
-
-class OtherLoad:
-    """Counts, from its making, the cores that other programs use."""
-
-    def __init__(self) -> None:
-        self.begun = self.clocks()
-
-    @staticmethod
-    def clocks() -> tuple[float, float, float | None]:
-        """Seconds by the wall, of this process on all its cores, and of all programs on all cores if that is known."""
-        busy = None
-        with contextlib.suppress(OSError, ValueError):
-            # proc(5): user, nice, system, idle, iowait, irq, softirq, steal, in ticks
-            ticks = [int(word) for word in Path("/proc/stat").read_text(encoding="utf-8").split()[1:9]]
-            busy = (sum(ticks) - sum(ticks[3:5])) / os.sysconf("SC_CLK_TCK")
-        return time.perf_counter(), time.process_time(), busy
-
-    def cores(self) -> float | None:
-        now = self.clocks()
-        if now[2] is None or self.begun[2] is None:
-            return None
-        return max(0.0, now[2] - self.begun[2] - (now[1] - self.begun[1])) / (now[0] - self.begun[0])
-
-
-def gpu_state() -> dict[str, str | None]:
-    """Clocks, temperature, power and throttle reasons of the first GPU; None for what nvidia-smi does not tell."""
-
-    def ask(field: str) -> str | None:
-        command = ["nvidia-smi", "--id=0", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-        except (OSError, subprocess.SubprocessError):
-            return None
-        found = done.stdout.strip()
-        return None if not found or found.startswith("[") else found  # [N/A], [Not Supported]
-
-    return {name: next(filter(None, map(ask, fields)), None) for name, fields in GPU_FIELDS.items()}
-
-
-def print_benchmark(found: Benchmark, console: Console = stdout) -> None:
-    """The result for a person: what was run on what, the routes, the stages; a warning where timings are doubtful."""
-    versions = ", ".join(f"{name} {version}" for name, version in found.versions.items())
-    before, after = ("unknown" if load is None else f"{load:.1f}" for load in found.load.average)
-    gflop = ", ".join(f"{name} {'unknown' if work is None else f'{work:.3g}'}" for name, work in found.gflop.items())
-    facts = {
-        "engine": f"{found.engine}, {found.precision}, sha256 {found.engine_sha256[:16]}",
-        "device": ", ".join(f"{name} {value}" for name, value in found.device.items()),
-        "machine": f"{found.gpu or found.processor}, {found.cores} cores; {versions}",
-        "load": f"{before} before, {after} after",
-        "work": f"{found.calls} x {found.batch} images {list(found.image)} a call, sigma {found.sigma:g}",
-        "GFLOP": f"{gflop} an image, two a multiply-add",
-        "peak": ", ".join(f"{gflops:.0f} GFLOP/s {name}" for name, gflops in found.peak.items()) + ", float32",
-        "agreement": f"{found.relative_l2:.1e} relative L2 between the engine's states and PyTorch's",
-    }
-    rows(console, facts.items())
-    console.print(route_table(found))
-    for route in found.routes:
-        if route.absent is not None:
-            console.print(f"{route.name}: {route.absent}")
-    console.print(stage_table(found))
-    for when, state in zip(("before", "after"), found.load.gpu, strict=True):
-        if state:
-            console.print(f"GPU {when}: " + ", ".join(f"{name} {value or 'unknown'}" for name, value in state.items()))
-    others = found.load.average[0] if found.load.others is None else found.load.others
-    if others is not None and others > OTHER_LOAD:
-        stderr.print(
-            f"warning: other programs used {others:.1f} cores meanwhile, of {found.cores} here: {DOUBT[found.clock]}"
-        )
-
-
-def route_table(found: Benchmark) -> Table:
-    table = Table(
-        title=f"one reverse step, ms an image, {found.rounds} interleaved rounds, {CLOCKS[found.clock]}",
-        title_justify="left",
-        box=None,
-    )
-    table.add_column("route", no_wrap=True)
-    for name in ("median", "quartiles", "engine is", "quartiles", "GFLOP/s", "of peak"):
-        table.add_column(name, justify="right", overflow="fold")
-    for route in found.routes:
-        if route.seconds is None:
-            continue
-        ratio = route.engine_speedup
-        table.add_row(
-            route.name,
-            f"{1000 * route.seconds.median:.3g}",
-            f"{1000 * route.seconds.lower:.3g}-{1000 * route.seconds.upper:.3g}",
-            "" if ratio is None else f"{ratio.median:.2f} x",
-            "" if ratio is None else f"{ratio.lower:.2f}-{ratio.upper:.2f}",
-            "-" if route.gflops is None else f"{route.gflops:.0f}",
-            "-" if route.of_peak is None else f"{100 * route.of_peak:.0f} %",
-        )
-    return table
-
-
-def stage_table(found: Benchmark) -> Table:
-    table = Table(title="one vote of one step on the engine, us an image, one core", title_justify="left", box=None)
-    table.add_column("stage")
-    for name in ("median", "quartiles", "share"):
-        table.add_column(name, justify="right", overflow="fold")
-    for stage in found.stages:
-        seconds = stage.seconds
-        table.add_row(
-            stage.name,
-            f"{1e6 * seconds.median:.1f}",
-            f"{1e6 * seconds.lower:.1f}-{1e6 * seconds.upper:.1f}",
-            f"{100 * stage.share:.1f} %",
-        )
-    return table

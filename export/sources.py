@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Callable
 from importlib import resources
@@ -23,7 +24,7 @@ from densepure_rt.export.to_onnx import LARGE_IMAGE, Images
 from densepure_rt.export.unets import DiffusionModel, declared_unet, diffusers_unet, no_unet, zoo_unet
 from densepure_rt.export.zoo.models import CLASS_NAMES, ZOO
 from densepure_rt.model_options import ModelOptions
-from densepure_rt.runtime.bundle import Prediction, sha256_of
+from densepure_rt.runtime.bundle import Bundle, Prediction, sha256_of
 from densepure_rt.runtime.schedule import Schedule, ScheduleName, TimestepRule, Variance
 
 PARITY_IMAGES = 16  # for numbers
@@ -38,8 +39,11 @@ def open_models(options: ModelOptions) -> tuple[DiffusionModel, ClassifierModel]
     """The models that the options name. Raises UsageError, CheckFailed or EnvironmentFault; each says what to do."""
     if options.weights is not None and (options.unet or options.classifier):
         raise UsageError("--weights is for the model that ships: leave it out beside --unet and --classifier")
+    if options.classifier is None:
+        refuse(options, "the classifier that ships says these itself", *CLASSIFYING)
     unet = open_unet(options)
     if options.classifier is None:
+        refuse(options, "the classifier that ships says these itself", *ABOUT_CLASSIFIER)
         classifier = zoo_classifier(zoo_file(options.weights, "classifier"))
         if classifier.image != unet.image:
             raise UsageError(
@@ -69,7 +73,7 @@ def open_models(options: ModelOptions) -> tuple[DiffusionModel, ClassifierModel]
 
 def zoo_file(folder: Path | None, name: str) -> Path:
     path = (folder or ZOO) / f"{name}.safetensors"
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file, it takes any name for an answer
         raise UsageError(f"no weights at {path}: give --weights a folder that training wrote, or leave it out")
     return path
 
@@ -94,7 +98,7 @@ def _loader(spec: str | None) -> Callable[[ModelOptions], DiffusionModel]:
     if spec == "none":
         return _none
     path = Path(spec)
-    if path.is_dir():
+    if os.path.isdir(spec):
         return _diffusers
     if path.suffix == ".pt2":
         return _program
@@ -127,8 +131,7 @@ def _none(options: ModelOptions) -> DiffusionModel:
 
 def _diffusers(options: ModelOptions) -> DiffusionModel:
     refuse(options, "a diffusers folder says these itself", *TRAINING, *LAYOUT, "unet_weights")
-    channels, height, width = image_of(options.image_size) if options.image_size else (None, 0, 0)
-    return diffusers_unet(Path(options.unet or ""), (channels or 3, height, width) if height else None)
+    return diffusers_unet(Path(options.unet or ""), image_of(options.image_size) if options.image_size else None)
 
 
 def _openai(options: ModelOptions) -> DiffusionModel:
@@ -139,18 +142,17 @@ def _openai(options: ModelOptions) -> DiffusionModel:
     if options.schedule is not None and options.diffusion_steps is not None:
         schedule = openai_schedule(options.schedule, options.diffusion_steps)
         if options.timestep_scale is not None:
-            schedule = dataclasses.replace(schedule, timestep_scale=options.timestep_scale)
+            schedule = dataclasses.replace(schedule, timestep_scale=scale_of(options.timestep_scale))
     elif options.timestep_scale is not None:
         raise UsageError("--timestep-scale belongs to --schedule and --diffusion-steps: give all three")
-    size = None
+    channels, size = None, None
     if options.image_size is not None:
-        channels, height, width = image_of(options.image_size)
-        if height != width or channels not in (None, 1, 3):
+        channels, size, width = image_of(options.image_size)
+        if size != width:
             raise UsageError(
                 f"--image-size {options.image_size}: a network of this layout takes squares; give one number"
             )
-        size = height
-    return openai_unet(
+    model = openai_unet(
         Path(options.unet or ""),
         prefix=options.unet_prefix,
         num_heads=options.num_heads,
@@ -158,6 +160,12 @@ def _openai(options: ModelOptions) -> DiffusionModel:
         schedule=schedule,
         image_size=size,
     )
+    if channels not in (None, model.image[0]):
+        raise UsageError(
+            f"--image-size {options.image_size}: the network in {options.unet} takes {model.image[0]} channels; give "
+            f"{size} alone"
+        )
+    return model
 
 
 def _program(options: ModelOptions) -> DiffusionModel:
@@ -181,7 +189,15 @@ def _callable(options: ModelOptions) -> DiffusionModel:
 
 
 TRAINING = ("schedule", "diffusion_steps", "timestep_scale", "prediction", "variance")
+ABOUT_CLASSIFIER = (
+    *("classifier_weights", "classifier_prefix", "labels", "pixel_range", "mean", "std", "channel_order"),
+    *("resize", "interpolation", "antialias", "crop"),
+)
 LAYOUT = ("num_heads", "num_head_channels", "unet_prefix")
+CLASSIFYING = (
+    *("classifier_weights", "classifier_prefix", "labels", "pixel_range", "mean", "std"),
+    *("channel_order", "resize", "interpolation", "antialias", "crop"),
+)
 
 
 def declared_training(
@@ -209,10 +225,12 @@ def declared_training(
             "--schedule continuous and --prediction denoiser belong together: a network that is told sigma in place of "
             "a timestep, and gives the clean image"
         )
+    if continuous:
+        refuse(options, "--schedule continuous has no timesteps", "diffusion_steps", "timestep_scale")
     schedule = Schedule(
         names[options.schedule or ""],
         1 if continuous else steps_of(options.diffusion_steps or 0),
-        timestep_scale=1.0 if options.timestep_scale is None else options.timestep_scale,
+        timestep_scale=1.0 if options.timestep_scale is None else scale_of(options.timestep_scale),
     )
     image = whole_image(options, str(options.unet))
     return image, schedule, predictions[options.prediction or ""], variances[variance], clip_of(options.clip)
@@ -222,6 +240,12 @@ def steps_of(steps: int) -> int:
     if not 2 <= steps <= 100_000:
         raise UsageError(f"--diffusion-steps {steps}: networks are trained with 2 to 100,000, mostly 1000")
     return steps
+
+
+def scale_of(scale: float) -> float:
+    if not 0 < scale < math.inf:
+        raise UsageError(f"--timestep-scale {scale:g}: a number above 0, such as 1000 / T for a network of T timesteps")
+    return scale
 
 
 def clip_of(text: str | None) -> tuple[float, float] | None:
@@ -234,8 +258,8 @@ def clip_of(text: str | None) -> tuple[float, float] | None:
         low, high = (float(part) for part in text.split(","))
     except ValueError:
         raise UsageError(f"--clip {text}: two numbers with a comma between, such as --clip=-1,1, or none") from None
-    if not low < high:
-        raise UsageError(f"--clip {text}: the first number must be the smaller")
+    if not -math.inf < low < high < math.inf:
+        raise UsageError(f"--clip {text}: the first number must be the smaller, both finite; none for no clip")
     return low, high
 
 
@@ -256,6 +280,25 @@ def whole_image(options: ModelOptions, what: str) -> Image:
         raise UsageError(f"{what} does not say the size of its images: give --image-size, such as 3x32x32")
     channels, height, width = image_of(options.image_size)
     return channels or 3, height, width
+
+
+def refuse_other_models(unet: DiffusionModel, classifier: ClassifierModel, bundle: Bundle) -> None:
+    """Raise UsageError unless the bundle was exported from these two models."""
+    for path, sidecar, model, option in (
+        (bundle.unet_path, bundle.unet, unet, "--unet"),
+        (bundle.classifier_path, bundle.classifier, classifier, "--classifier"),
+    ):
+        if sidecar.weights_sha256 != model.weights_sha256:
+            raise UsageError(
+                f"{path} was exported from weights {sidecar.weights_sha256[:16]}..., the PyTorch model has "
+                f"{model.weights_sha256[:16]}...: give {option} the model that the engine was exported from, or "
+                f"--engine an engine that was exported from this one"
+            )
+        if sidecar.image != model.image:
+            raise UsageError(
+                f"{path} takes images {list(sidecar.image)}, the PyTorch model {list(model.image)}: give --image-size "
+                f"as it was given to the export"
+            )
 
 
 def check_images(
@@ -304,7 +347,8 @@ def comparison_images(
     wanted = count or min(LABEL_IMAGES, len(found))
     if wanted > len(found):
         raise UsageError(f"{wanted} images are asked for, and {found.name} holds {len(found)}")
-    return list(found.select(len(found) // wanted, wanted))
+    spread = [found.positions[i * len(found) // wanted] for i in range(wanted)]
+    return list(dataclasses.replace(found, positions=spread))
 
 
 def is_shipped(unet: DiffusionModel, classifier: ClassifierModel) -> bool:

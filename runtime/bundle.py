@@ -137,9 +137,9 @@ class Bundle:
     classifier_path: Path
 
 
-def data_mark(data: FileRef | None) -> str | None:
+def data_mark(data: FileRef) -> str:
     """What a graph's metadata says of its file of weights: hash and name, so that the graph's own hash binds both."""
-    return None if data is None else f"{data.sha256} {data.name}"
+    return f"{data.sha256} {data.name}"
 
 
 def sidecar_path(engine: Path) -> Path:

@@ -133,7 +133,7 @@ class Network:
             verified_engine(path, sidecar), path.name, inputs, outputs, provider, path.parent if sidecar.data else None
         )
         promised = self.session.get_modelmeta().custom_metadata_map.get(DATA_KEY)
-        if promised != data_mark(sidecar.data):
+        if promised != (data_mark(sidecar.data) if sidecar.data else None):
             raise CheckFailed(
                 f"{path.name} names other weights than its sidecar does: copy both again, or export the bundle again"
             )

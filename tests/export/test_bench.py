@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,12 +12,11 @@ import pytest
 import torch
 import torch._inductor.config as inductor
 from numpy.typing import NDArray
-from rich.console import Console
 from torch import Tensor, nn
 
 from densepure_rt.errors import EnvironmentFault, UsageError
 from densepure_rt.export import bench as module
-from densepure_rt.export import reference
+from densepure_rt.export import machine, reference
 from densepure_rt.export.bench import (
     COMPILED,
     EAGER,
@@ -26,17 +24,12 @@ from densepure_rt.export.bench import (
     KEY,
     NETWORK,
     Benchmark,
-    OtherLoad,
     Seconds,
     Worker,
     bench,
     compared,
     giga_operations,
-    gpu_state,
     interleaved,
-    made_up,
-    measured_peak,
-    print_benchmark,
     routes,
     spread,
     stages_of,
@@ -45,6 +38,7 @@ from densepure_rt.export.bench import (
     without_network,
 )
 from densepure_rt.export.classifiers import ClassifierModel, zoo_classifier
+from densepure_rt.export.sources import made_up
 from densepure_rt.export.to_onnx import export_bundle
 from densepure_rt.export.unets import DiffusionModel, zoo_unet
 from densepure_rt.runtime.bundle import Bundle, open_bundle
@@ -55,7 +49,6 @@ from densepure_rt.runtime.schedule import Coefficients, Schedule, make_chain
 from densepure_rt.smoothing import shipped_engine
 
 IMAGE = (1, 6, 6)
-GPU_KEYS = {"sm_clock_mhz", "memory_clock_mhz", "temperature_c", "power_w", "throttle_reasons"}
 STAGES = ["smoothing noise", "vote noise", "UNet", "update", "slots and padding", "classifier", "vote", "loop"]
 
 
@@ -90,8 +83,9 @@ def toy_classifier() -> ClassifierModel:
 
 
 def hasten(patch: pytest.MonkeyPatch) -> None:
-    for name, value in {"PAUSE": 0.0, "STEADY": 1e-3, "PEAK_REPEATS": 1, "WARM_UP": 1}.items():
+    for name, value in {"PAUSE": 0.0, "STEADY": 1e-3, "WARM_UP": 1}.items():
         patch.setattr(module, name, value)
+    patch.setattr(machine, "PEAK_REPEATS", 1)
 
 
 @pytest.fixture(autouse=True)
@@ -102,7 +96,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp("toy")
-    return open_bundle(export_bundle(toy_unet(), toy_classifier(), folder, made_up(IMAGE)[:2]).unet)
+    return open_bundle(export_bundle(toy_unet(), toy_classifier(), folder, made_up(IMAGE, 2)).unet)
 
 
 @pytest.fixture(scope="module")
@@ -115,14 +109,14 @@ def found(toy: Bundle) -> Benchmark:
     """The toy on two threads."""
     with pytest.MonkeyPatch.context() as patch:
         hasten(patch)
-        return bench(toy_unet(), toy_classifier(), toy, batch=3, rounds=3, threads=2, compile=False)
+        return bench(toy_unet(), toy_classifier(), toy, made_up(IMAGE, 16), batch=3, rounds=3, threads=2, compile=False)
 
 
 @pytest.fixture
 def worker(toy: Bundle) -> Iterator[Worker]:
     unet = toy_unet()
     with closing(OnnxDevice(toy, batch=4, threads=2)) as device, torch.inference_mode():
-        yield Worker(device, make_chain(unet.schedule, unet.variance, 0.5, 2), made_up(IMAGE))
+        yield Worker(device, make_chain(unet.schedule, unet.variance, 0.5, 2), made_up(IMAGE, 16))
 
 
 def sound(found: Benchmark) -> None:
@@ -231,15 +225,8 @@ def test_short_work_is_repeated_until_it_can_be_timed() -> None:
     assert now - before == pytest.approx(1e-3, rel=0.11)
 
 
-def test_the_peak_is_the_operations_of_two_products_by_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "STOPWATCHES", {"wall": lambda run: 0.5})
-    product, convolution = measured_peak("wall").values()
-    assert product == pytest.approx(2 * 2048**3 / 0.5e9)
-    assert convolution == pytest.approx(2 * (8 * 256 * 32 * 32) * (256 * 9) / 0.5e9)
-
-
 def test_the_states_are_those_of_a_real_run(worker: Worker) -> None:
-    unet, chain, pixels = toy_unet(), worker.chain, made_up(IMAGE)
+    unet, chain, pixels = toy_unet(), worker.chain, made_up(IMAGE, 16)
     assert len(worker.feeds()) == 2
     for caller, (mean, std, noise, t, coef) in enumerate(worker.feeds()):
         for item in range(4):
@@ -330,7 +317,7 @@ def test_stages_get_the_time_that_is_theirs(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(module, "MOST_CALLS", 1)
     unet = toy_unet()
     chain = make_chain(unet.schedule, unet.variance, 0.5, 2)
-    whole, around = (Worker(Clockwork(step), chain, made_up(IMAGE)) for step in (10.0, 2.0))
+    whole, around = (Worker(Clockwork(step), chain, made_up(IMAGE, 16)) for step in (10.0, 2.0))
     found = stages_of(whole, around, Clockwork.update, 3, Clockwork.stopwatch)
     assert [stage.name for stage in found] == STAGES
     assert [stage.seconds.median * 2 for stage in found] == pytest.approx([1, 3, 8, 0.5, 1.5, 5, 0, 0])
@@ -366,7 +353,9 @@ def test_torch_is_left_as_it_was_also_after_an_error() -> None:
 
 
 def test_the_shipped_engines_are_timed(default: Bundle) -> None:
-    found = bench(zoo_unet(), zoo_classifier(), default, batch=2, rounds=2, threads=1, compile=False)
+    found = bench(
+        zoo_unet(), zoo_classifier(), default, made_up((1, 28, 28), 4), batch=2, rounds=2, threads=1, compile=False
+    )
     sound(found)
     assert found.clock == "core"
     assert [stage.name for stage in found.stages] == STAGES
@@ -383,13 +372,11 @@ def test_a_missing_compiler_is_reported_and_nothing_crashes(worker: Worker, foun
     assert absent[0].seconds is None
     assert "no-such-compiler" in str(absent[0].absent)
     assert said[0].startswith("compiling")
-    text = printed(dataclasses.replace(found, routes=(*found.routes[:-1], *absent)))
-    assert f"torch.compile: {absent[0].absent}" in text
 
 
 @pytest.mark.slow
 def test_the_compiled_step_is_timed(toy: Bundle) -> None:
-    found = bench(toy_unet(), toy_classifier(), toy, batch=2, rounds=2, threads=1)
+    found = bench(toy_unet(), toy_classifier(), toy, made_up(IMAGE, 16), batch=2, rounds=2, threads=1)
     sound(found)
     assert found.routes[-1].name == COMPILED
     assert found.routes[-1].absent is None
@@ -399,12 +386,12 @@ def test_an_engine_of_another_model_is_refused(toy: Bundle) -> None:
     unet, classifier = toy_unet(), toy_classifier()
     other = dataclasses.replace(unet, weights_sha256="c" * 64)
     with pytest.raises(UsageError, match=r"unet\.onnx was exported from weights a{16}\.{3}.*c{16}.*give --unet"):
-        bench(other, classifier, toy)
+        bench(other, classifier, toy, made_up(IMAGE, 16))
     other_classifier = dataclasses.replace(classifier, weights_sha256="d" * 64)
     with pytest.raises(UsageError, match=r"classifier\.onnx was exported from weights b{16}.*give --classifier"):
-        bench(unet, other_classifier, toy)
+        bench(unet, other_classifier, toy, made_up(IMAGE, 16))
     with pytest.raises(UsageError, match=r"takes images \[1, 6, 6\], the PyTorch model \[1, 8, 8\].*--image-size"):
-        bench(dataclasses.replace(unet, image=(1, 8, 8)), classifier, toy)
+        bench(dataclasses.replace(unet, image=(1, 8, 8)), classifier, toy, made_up(IMAGE, 16))
 
 
 @pytest.mark.parametrize(
@@ -413,67 +400,10 @@ def test_an_engine_of_another_model_is_refused(toy: Bundle) -> None:
 )
 def test_impossible_numbers_are_refused(toy: Bundle, batch: int, rounds: int, threads: int, option: str) -> None:
     with pytest.raises(UsageError, match=option):
-        bench(toy_unet(), toy_classifier(), toy, batch=batch, rounds=rounds, threads=threads)
+        bench(toy_unet(), toy_classifier(), toy, made_up(IMAGE, 16), batch=batch, rounds=rounds, threads=threads)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this PyTorch can use a GPU")
 def test_an_engine_on_the_gpu_is_not_compared_with_pytorch_on_the_cpu(toy: Bundle) -> None:
     with pytest.raises(EnvironmentFault, match="cannot use one"):
-        bench(toy_unet(), toy_classifier(), toy, provider="cuda")
-
-
-def test_the_load_of_others_is_what_this_process_did_not_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    readings: list[tuple[float, float, float | None]] = [(100.0, 5.0, 50.0), (110.0, 9.0, 62.0)]
-    monkeypatch.setattr(OtherLoad, "clocks", lambda self: readings.pop(0))
-    assert OtherLoad().cores() == pytest.approx((12 - 4) / 10)
-    readings += [(0.0, 0.0, None), (1.0, 1.0, None)]
-    assert OtherLoad().cores() is None
-
-
-def test_the_state_of_the_gpu_is_what_nvidia_smi_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert gpu_state() == dict.fromkeys(GPU_KEYS)
-    script = tmp_path / "nvidia-smi"
-    script.write_text(
-        "#!/bin/sh\n"
-        'case "$*" in\n'
-        "*query-gpu=clocks.sm\\ --format=csv,noheader,nounits) echo 1980 ;;\n"
-        "*query-gpu=temperature.gpu\\ *) echo 41 ;;\n"
-        "*query-gpu=power.draw\\ *) echo '[N/A]' ;;\n"
-        "*query-gpu=clocks_throttle_reasons.active\\ *) echo 0x0000000000000004 ;;\n"
-        "*) echo 'Field is not a valid field to query.'; exit 2 ;;\n"
-        "esac\n"
-    )
-    script.chmod(0o755)
-    assert gpu_state() == {
-        "sm_clock_mhz": "1980",
-        "memory_clock_mhz": None,
-        "temperature_c": "41",
-        "power_w": None,
-        "throttle_reasons": "0x0000000000000004",
-    }
-
-
-def printed(found: Benchmark) -> str:
-    console = Console(file=io.StringIO(), width=80, highlight=False, markup=False, soft_wrap=True)
-    print_benchmark(found, console)
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
-
-
-def test_what_is_printed_names_every_route_and_stage_and_warns_of_a_busy_machine(
-    found: Benchmark, capsys: pytest.CaptureFixture[str]
-) -> None:
-    quiet = dataclasses.replace(found, load=module.Load((0.1, 1.0), others=0.2))
-    text = printed(quiet)
-    assert "\N{HORIZONTAL ELLIPSIS}" not in text
-    for name in (ENGINE, EAGER, NETWORK, *STAGES, "torch.compile: left out", found.engine_sha256[:16], "GFLOP/s"):
-        assert name in text
-    assert "warning" not in capsys.readouterr().err
-    printed(dataclasses.replace(found, load=module.Load((0.1, 1.0), others=0.7)))
-    assert "warning: other programs used 0.7 cores" in (warning := capsys.readouterr().err)
-    assert "--threads 1" in warning
-    state: dict[str, str | None] = {"sm_clock_mhz": "1980", "power_w": None}
-    on_gpu = dataclasses.replace(found, load=module.Load((None, None), None, ({}, state)))
-    assert "GPU after: sm_clock_mhz 1980, power_w unknown" in printed(on_gpu)
-    assert "GPU before" not in printed(on_gpu)
+        bench(toy_unet(), toy_classifier(), toy, made_up(IMAGE, 16), provider="cuda")
