@@ -120,7 +120,7 @@ def export(
         "--parity-images": parity_images,
         "--parity-samples": parity_samples != PARITY_SAMPLES,
     }
-    unused = models.given() + [name for name, value in checks.items() if value]
+    unused = [*models.given().values(), *(name for name, value in checks.items() if value)]
     if "onnx" not in targets and unused:
         raise UsageError(f"{', '.join(unused)}: these change the ONNX engines; add onnx to --target")
     if "onnx" in targets:

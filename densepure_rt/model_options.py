@@ -109,10 +109,14 @@ class ModelOptions:
         typer.Option(help="Folder of the shipped model's unet.safetensors and classifier.safetensors, trained anew."),
     ] = None
 
-    def given(self) -> list[str]:
-        """The options that are not as they are by default, as they are written."""
-        asked = [option.name for option in fields(self) if getattr(self, option.name) != option.default]
-        return ["--" + name.replace("_", "-") for name in asked]
+    def given(self) -> dict[str, str]:
+        """The fields that are not as they are by default, and each as the option that is written for it."""
+        values = {option.name: getattr(self, option.name) for option in fields(self)}
+        return {
+            option.name: ("--no-" if values[option.name] is False else "--") + option.name.replace("_", "-")
+            for option in fields(self)
+            if values[option.name] != option.default
+        }
 
 
 def with_models(command: Callable[..., None]) -> Callable[..., None]:

@@ -6,6 +6,7 @@ prefix such as `state_dict.` or `ema.` selects one of them as it selects `module
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import warnings
@@ -134,7 +135,7 @@ def _content(path: Path) -> Any:
     """What the file holds, whatever it is."""
     if path.suffix not in SAFETENSORS + PICKLED:
         raise UsageError(f"{path} is not named like a checkpoint: {', '.join(SAFETENSORS + PICKLED)} are known")
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UsageError(f"no checkpoint at {path}: give the path of a file that is there")
     try:
         with path.open("rb") as file:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -226,10 +227,10 @@ def _loader(spec: str) -> _Loader:
     if spec.startswith("timm:"):
         return _timm
     path = Path(spec)
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir, it takes any name for an answer
         return _transformers
     if path.suffix in (".onnx", ".pt2"):
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise UsageError(f"no classifier at {path}: give --classifier a file that is there")
         return _onnx if path.suffix == ".onnx" else _program
     if re.fullmatch(r"[\w.]+:[\w.]+", spec):

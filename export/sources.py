@@ -114,7 +114,7 @@ def _loader(spec: str | None) -> Callable[[ModelOptions], DiffusionModel]:
 
 def refuse(options: ModelOptions, why: str, *names: str) -> None:
     """Raise UsageError for options of these names that were given."""
-    given = [option for option in options.given() if option[2:].replace("-", "_") in names]
+    given = [option for name, option in options.given().items() if name in names]
     if given:
         raise UsageError(f"{why}: leave {', '.join(given)} out")
 

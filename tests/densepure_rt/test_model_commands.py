@@ -74,8 +74,9 @@ def test_model_options_are_the_same_on_every_command(name: str) -> None:
 
 
 def test_the_options_that_were_given_are_named() -> None:
-    assert ModelOptions().given() == []
-    assert ModelOptions(unet="x.pt", num_heads=4, antialias=False).given() == ["--unet", "--num-heads", "--antialias"]
+    assert ModelOptions().given() == {}
+    given = ModelOptions(unet="x.pt", num_heads=4, antialias=False).given()
+    assert list(given.values()) == ["--unet", "--num-heads", "--no-antialias"]
 
 
 @pytest.mark.parametrize("name", WITH_MODELS)
