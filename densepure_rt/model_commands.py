@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,6 +27,7 @@ EngineFile = Annotated[
 ProviderName = Annotated[
     str, typer.Option("--provider", help="What ONNX Runtime runs .onnx engines on: cpu, cuda or tensorrt.")
 ]
+COMPARED = 5  # images, by `parity`, unless told
 CHECKS, PLANS = "Checks", "Plans"  # the panels of --help
 PARITY_SAMPLES = 20
 
@@ -226,7 +228,7 @@ def parity(
     images: Annotated[
         Path | None, typer.Option(help="Images of the engine's size; default: the shipped ones, or made up.")
     ] = None,
-    limit: Annotated[int, typer.Option("--max", help="How many images.")] = 5,
+    limit: Annotated[int | None, typer.Option("--max", help="How many images; default: 5, or what there is.")] = None,
     sigma: Annotated[float, typer.Option(help="Standard deviation of the smoothing noise, in [0, 1] units.")] = 0.5,
     steps: Annotated[int, typer.Option(help="Reverse steps (b).")] = 2,
     votes: Annotated[int, typer.Option(help="Votes a noise sample (K).")] = 5,
@@ -254,11 +256,11 @@ def parity(
     if out is not None:
         make_folder(out)  # first: what follows may take long
     unet, classifier = open_models(models)
-    chosen = comparison_images(unet, classifier, images, limit, say)
+    chosen = comparison_images(unet, classifier, images, limit, say, COMPARED)
     with load(engine, batch=batch, threads=threads, provider=provider, trust=trust) as smoothed:
         found = agree(smoothed, unet, classifier, track(chosen, len(chosen), Status()), settings)
     failed = failures(found)
-    report = {name: value for name, value in dataclasses.asdict(found).items() if name != "shown"}
+    report = finite({name: value for name, value in dataclasses.asdict(found).items() if name != "shown"})
     report["failures"] = failed
     if as_json:
         print(json.dumps(report))
@@ -272,6 +274,15 @@ def parity(
         raise typer.Exit(CheckFailed.exit_code)
 
 
+def finite(value: Any) -> Any:
+    """A report as JSON can hold it: null for what is NaN or infinite."""
+    if isinstance(value, dict):
+        return {name: finite(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def make_folder(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -283,6 +294,8 @@ def write_report(out: Path, report: dict[str, Any], draw: Callable[[Path], None]
     try:
         (out / "parity.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         draw(out / "parity.png")
+    except EnvironmentFault as fault:  # no matplotlib: the numbers are written all the same
+        stderr.print(f"the picture was left out: {fault}")
     except OSError as error:
         raise unwritable(out, error) from error
 

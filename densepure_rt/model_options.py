@@ -49,6 +49,13 @@ class ModelOptions:
     diffusion_steps: Annotated[
         int | None, typer.Option(help="Timesteps that it was trained with.", rich_help_panel=UNET)
     ] = None
+    beta_start: Annotated[
+        float | None,
+        typer.Option(help="First beta of a linear schedule, 0.0001 unless told.", rich_help_panel=UNET),
+    ] = None
+    beta_end: Annotated[float | None, typer.Option(help="Last beta of it, 0.02 unless told.", rich_help_panel=UNET)] = (
+        None
+    )
     timestep_scale: Annotated[
         float | None, typer.Option(help="It is told timestep times this.", rich_help_panel=UNET)
     ] = None

@@ -24,6 +24,7 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
+from onnx import ModelProto
 from torch import Tensor, nn
 
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
@@ -32,7 +33,6 @@ from densepure_rt.export.onnx_classifiers import (
     OnnxNetwork,
     free_batch,
     only_input,
-    onnx_sha256,
     read_onnx,
     refuse_fixed_batch,
 )
@@ -42,13 +42,19 @@ from densepure_rt.export.unets import state_sha256
 from densepure_rt.export.zoo.models import CLASS_NAMES, ZOO, Classifier, load_weights
 from densepure_rt.runtime.bundle import sha256_of
 
-DRY_BATCH = 2  # what the exporter traces with: 1 would be taken for a constant
+DRY_BATCHES = (2, 3)  # the exporter traces with two; a second size tells whether any will do
 PREFIX_OPTION = "--classifier-prefix"
 # transformers' image processors that were found to do what `transformers_preprocessing` says, but for rounding: see
 # tests/export/test_classifiers.py. LevitImageProcessor, for one, means another resize by the same words.
 PROCESSORS = (
     "ViT DeiT Beit ConvNext EfficientNet MobileNetV1 MobileNetV2 MobileViT PoolFormer Bit CLIP Siglip Pvt".split()
 )
+# What their classes do where a file is silent (transformers 5.23): not always nothing, so nothing is not assumed.
+SILENT: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("DeiT", "MobileNetV1", "MobileNetV2", "PoolFormer", "Bit", "CLIP"), ("do_center_crop",)),
+    "MobileViT": ("do_center_crop", "do_flip_channel_order"),
+    "EfficientNet": ("include_top",),
+}
 IMAGENET = "--pixel-range 0,1 --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225"  # torchvision's and most of timm's
 
 
@@ -56,8 +62,8 @@ IMAGENET = "--pixel-range 0,1 --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225" 
 class ClassifierModel:
     """network: pixels [B, C, H, W] in [-1, 1] -> logits [B, K]. image: [C, H, W].
 
-    preprocessing: what `network` does to pixels first, None where it takes them as they are. onnx: the file that its
-    rest is, which PyTorch cannot trace; see `merged_onnx`.
+    preprocessing: what `network` does to pixels first, None where it takes them as they are. onnx, graph: the file that
+    its rest is, which PyTorch cannot trace, and what was read from it; see `merged_onnx`.
     """
 
     network: nn.Module
@@ -66,6 +72,7 @@ class ClassifierModel:
     weights_sha256: str
     preprocessing: Preprocessing | None = None
     onnx: Path | None = None
+    graph: ModelProto | None = dataclasses.field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -185,6 +192,7 @@ class _Loaded:
     weights_sha256: str
     class_names: tuple[str, ...] | None = None
     onnx: Path | None = None
+    graph: ModelProto | None = None
 
 
 def zoo_classifier(weights: Path = ZOO / "classifier.safetensors") -> ClassifierModel:
@@ -217,7 +225,9 @@ def open_classifier(
     loaded.network.requires_grad_(False)
     network = Preprocessed(Preprocess(loaded.preprocessing, image), loaded.network.float()).eval()
     names = _class_names(labels, loaded.class_names, class_count(network, image, spec))
-    return ClassifierModel(network, image, names, loaded.weights_sha256, loaded.preprocessing, loaded.onnx)
+    return ClassifierModel(
+        network, image, names, loaded.weights_sha256, loaded.preprocessing, loaded.onnx, loaded.graph
+    )
 
 
 _Loader = Callable[[str, tuple[int, int, int], Path | None, str, Declared], _Loaded]
@@ -242,24 +252,28 @@ def _loader(spec: str) -> _Loader:
 
 
 def class_count(network: nn.Module, image: tuple[int, int, int], spec: str) -> int:
-    """K, from the logits of DRY_BATCH images of mid-grey. Raises UsageError when there are none of shape [B, K]."""
-    fed = [DRY_BATCH, *getattr(getattr(network, "preprocess", None), "shape", image)]
-    try:
-        with torch.inference_mode():
-            logits = network(torch.zeros(DRY_BATCH, *image))
-    except UsageError:
-        raise
-    except Exception as error:
-        raise UsageError(
-            f"{spec} does not take what preprocessing makes of {list(image)}, float32 {fed} ({first_line(error)}): "
-            f"see --resize and --channel-order, and let it take any batch"
-        ) from error
-    if logits.ndim != 2 or logits.shape[0] != DRY_BATCH or logits.shape[1] < 2:
-        raise UsageError(
-            f"{spec} gives {list(logits.shape)} for a batch of {DRY_BATCH}: a classifier gives logits [{DRY_BATCH}, K] "
-            f"of two classes or more"
-        )
-    return int(logits.shape[1])
+    """K, from the logits of DRY_BATCHES images of mid-grey. Raises UsageError when there are none of shape [B, K]."""
+    shape, counts = getattr(getattr(network, "preprocess", None), "shape", image), []
+    for batch in DRY_BATCHES:
+        try:
+            with torch.inference_mode():
+                logits = network(torch.zeros(batch, *image))
+        except UsageError:
+            raise
+        except Exception as error:
+            raise UsageError(
+                f"{spec} does not take what preprocessing makes of {list(image)}, float32 {[batch, *shape]} "
+                f"({first_line(error)}): see --resize and --channel-order, and let it take any batch"
+            ) from error
+        if logits.ndim != 2 or logits.shape[0] != batch or logits.shape[1] < 2:
+            raise UsageError(
+                f"{spec} gives {list(logits.shape)} for a batch of {batch}: a classifier gives logits [{batch}, K] "
+                f"of two classes or more"
+            )
+        counts.append(int(logits.shape[1]))
+    if len(set(counts)) > 1:
+        raise UsageError(f"{spec} gives {counts} classes for batches of {list(DRY_BATCHES)}: let it take any batch")
+    return counts[0]
 
 
 def _class_names(labels: Path | None, known: tuple[str, ...] | None, count: int) -> tuple[str, ...]:
@@ -349,17 +363,16 @@ def _transformers(
     spec: str, image: tuple[int, int, int], weights: Path | None, prefix: str, declared: Declared
 ) -> _Loaded:
     folder = Path(spec)
-    config, wanted = (_json(folder / name) for name in ("config.json", "preprocessor_config.json"))
+    config = _json(folder / "config.json")
     if not (file := folder / "model.safetensors").is_file():
         raise UsageError(f"{folder} holds no model.safetensors: save it with model.save_pretrained({spec!r})")
     if "auto_map" in config:
         raise CheckFailed(f"{folder / 'config.json'} brings code of its own (auto_map): it is not run here")
-    known = declared.scale is not None and declared.mean is not None and declared.std is not None
-    preprocessing = (
-        declared.alone(spec, image)
-        if known
-        else declared.over(transformers_preprocessing(wanted, image, config.get("num_channels", 3)))
-    )
+    if declared.scale is not None and declared.mean is not None and declared.std is not None:
+        preprocessing = declared.alone(spec, image)
+    else:
+        wanted = _json(folder / "preprocessor_config.json")
+        preprocessing = declared.over(transformers_preprocessing(wanted, image, config.get("num_channels", 3)))
     with _needs("transformers", spec):
         from transformers import AutoModelForImageClassification  # type: ignore[import-not-found, unused-ignore]
         from transformers.utils import logging  # type: ignore[import-not-found, unused-ignore]
@@ -402,11 +415,12 @@ def transformers_preprocessing(
 ) -> Preprocessing:
     """What a preprocessor_config.json asks for. Raises UsageError for what this cannot express.
 
-    Files from before do_rescale mean true by leaving it out. The resize is antialiased as Pillow's, on floats:
-    transformers resizes uint8, which rounds and clips to whole levels.
+    Files from before do_rescale mean true by leaving it out; what else decides of the pixels must be there. The resize
+    is antialiased as Pillow's, on floats: transformers resizes uint8, which rounds and clips to whole levels.
     """
     kind = str(config.get("image_processor_type") or config.get("feature_extractor_type"))
-    if re.sub("(ImageProcessor(Fast|Pil)?|FeatureExtractor)$", "", kind) not in PROCESSORS or config.get("do_pad"):
+    name = re.sub("(ImageProcessor(Fast|Pil)?|FeatureExtractor)$", "", kind)
+    if name not in PROCESSORS or config.get("do_pad"):
         raise UsageError(
             f"preprocessor_config.json is of a {kind}; known are {', '.join(PROCESSORS)}, without padding: declare "
             f"--pixel-range, --mean, --std, --resize and --channel-order instead"
@@ -414,6 +428,13 @@ def transformers_preprocessing(
     for step, setting in (("do_resize", "size"), ("do_center_crop", "crop_size"), ("do_normalize", "image_mean")):
         if setting in config and step not in config:  # the default depends on the kind
             raise UsageError(f"preprocessor_config.json has {setting} but no {step}: write true or false into it")
+    required = ["do_resize", *(["resample"] if config.get("do_resize") else []), "do_normalize", *SILENT.get(name, ())]
+    if missing := [step for step in required if step not in config]:
+        raise UsageError(
+            f"preprocessor_config.json does not say {', '.join(missing)}, which the class of {kind} decides: save the "
+            f"processor again with save_pretrained, write into it what is meant, or declare all of --pixel-range, "
+            f"--mean, --std and --resize instead"
+        )
     resize: tuple[int, int] | None = None
     crop: tuple[int, int] | None = None
     mean: tuple[float, ...] = (0.0,)
@@ -474,7 +495,7 @@ def _onnx(spec: str, image: tuple[int, int, int], weights: Path | None, prefix: 
     path = Path(spec)
     preprocessing = declared.alone(spec, image)
     shape = Preprocess(preprocessing, image).shape
-    model = read_onnx(path)
+    model, digest = read_onnx(path)
     value = only_input(model, path.name)
     dims = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
     if len(dims) != 4 or any(found and found != fed for found, fed in zip(dims[1:], shape, strict=True)):
@@ -485,5 +506,4 @@ def _onnx(spec: str, image: tuple[int, int, int], weights: Path | None, prefix: 
         )
     if dims[0]:
         refuse_fixed_batch(model, (dims[0], *shape), path.name)
-    digest = onnx_sha256(path)
-    return _Loaded(OnnxNetwork(free_batch(model)), preprocessing, digest, onnx=path)
+    return _Loaded(OnnxNetwork(free_batch(model), path.name), preprocessing, digest, onnx=path, graph=model)

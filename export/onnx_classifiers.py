@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -25,34 +27,52 @@ ONNX_ROUNDING = 1e-4  # of the largest logit, between batch sizes of one file in
 
 
 class OnnxNetwork(nn.Module):
-    """An ONNX classifier, run by ONNX Runtime on the CPU: for comparing with, PyTorch cannot trace it."""
+    """An ONNX classifier, run by ONNX Runtime on the CPU: for comparing with, PyTorch cannot trace it.
 
-    def __init__(self, model: onnx.ModelProto) -> None:
+    Raises CheckFailed where ONNX Runtime does not take the model.
+    """
+
+    def __init__(self, model: onnx.ModelProto, name: str = "the ONNX classifier") -> None:
         super().__init__()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.log_severity_level = 4
-        self.session = onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        try:
+            self.session = onnxruntime.InferenceSession(
+                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # ONNX Runtime's errors share no base
+            raise CheckFailed(
+                f"ONNX Runtime {onnxruntime.__version__} cannot run {name} ({first_line(error)}): export it in float32 "
+                f"and for an older opset"
+            ) from error
 
     def forward(self, x: Tensor) -> Tensor:
         (logits,) = self.session.run(None, {self.session.get_inputs()[0].name: x.detach().numpy()})
         return torch.from_numpy(logits)
 
 
-def read_onnx(path: Path) -> onnx.ModelProto:
-    """A classifier as an ONNX model of standard operators, external weights in it. Raises UsageError or CheckFailed."""
+def read_onnx(path: Path) -> tuple[onnx.ModelProto, str]:
+    """A classifier as an ONNX model of standard operators, external weights in it, and its `onnx_sha256`.
+
+    Raises UsageError or CheckFailed.
+    """
     try:
         onnx.checker.check_model(str(path), full_check=True)
+        digest = onnx_sha256(path)
         model = onnx.load(path)
+        after = onnx_sha256(path)
     except OSError as error:
         raise UsageError(f"cannot read the classifier {path} ({error.strerror or error})") from error
     except Exception as error:  # what the readers raise on a damaged file is not a closed list
         raise CheckFailed(f"{path} is not a sound ONNX file ({first_line(error)}): export it again") from error
+    if digest != after:
+        raise CheckFailed(f"{path} or its weights changed while they were read: try again once they are whole")
+    if left := [tensor.name for tensor in tensors_of(model) if tensor.data_location == onnx.TensorProto.EXTERNAL]:
+        raise CheckFailed(f"{path} keeps {left[0]!r} in another file, where onnx does not read it: save it in one file")
     if model.ByteSize() > LARGEST_ONNX:
         raise UsageError(f"{path} with its weights is over 2 GB, which no single ONNX file holds: export it in fp16")
-    return prepared(model, path.name)
+    return prepared(model, path.name), digest
 
 
 def prepared(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
@@ -115,14 +135,17 @@ def refuse_fixed_batch(model: onnx.ModelProto, shape: tuple[int, ...], name: str
     """Raise UsageError unless a model of a fixed batch, [B, C, H, W], computes the same with its batch set free."""
     size = shape[0]
     x = torch.from_numpy(np.random.default_rng(0).uniform(-1, 1, (size + 1, *shape[1:])).astype(np.float32))
+    fixed = OnnxNetwork(model, name)
     try:
-        fixed, free = OnnxNetwork(model), OnnxNetwork(free_batch(model))
         expected = torch.cat((fixed(x[:size]), fixed(x[1:])[-1:]))
-        found = free(x)
+    except Exception as error:  # ONNX Runtime's errors share no base
+        raise CheckFailed(f"ONNX Runtime cannot run {name} ({first_line(error)}): export it again") from error
+    try:
+        found = OnnxNetwork(free_batch(model), name)(x)
         same = found.shape == expected.shape and bool(
             (found - expected).abs().max() <= ONNX_ROUNDING * expected.abs().max()
         )
-    except Exception:  # ONNX Runtime's errors share no base
+    except Exception:
         same = False
     if not same:
         raise UsageError(
@@ -131,13 +154,26 @@ def refuse_fixed_batch(model: onnx.ModelProto, shape: tuple[int, ...], name: str
         )
 
 
+def tensors_of(message: Any) -> Iterator[onnx.TensorProto]:
+    """Every tensor within a message of ONNX: weights, those of graphs within, and attributes of nodes."""
+    if isinstance(message, onnx.TensorProto):
+        yield message
+        return
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for inner in [value] if hasattr(value, "ListFields") else value:
+                yield from tensors_of(inner)
+
+
 def onnx_sha256(path: Path) -> str:
-    """The SHA-256 of an ONNX file, or of it and the files of its external weights."""
+    """The SHA-256 of an ONNX file, or of it and the files of its external weights, wherever in it they are named."""
     model = onnx.load(path, load_external_data=False)
-    graphs = [tensor for tensor in model.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
-    names = sorted({entry.value for tensor in graphs for entry in tensor.external_data if entry.key == "location"})
+    outside = [tensor for tensor in tensors_of(model) if tensor.data_location == onnx.TensorProto.EXTERNAL]
+    names = sorted({entry.value for tensor in outside for entry in tensor.external_data if entry.key == "location"})
     if not names:
         return sha256_of(path)
+    if strays := [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]:
+        raise ValueError(f"its weights are in {strays[0]}, outside its folder")
     digests = [sha256_of(file) for file in (path, *(path.parent / name for name in names))]
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 

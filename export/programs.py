@@ -36,6 +36,28 @@ SAMPLE_INPUTS = "data/sample_inputs/model.pt"
 NAME = re.compile(r"[\w.+-]*")  # no name of this shape can end or open anything in generated Python
 CONTAINERS = (None, "builtins.tuple", "builtins.list", "builtins.dict")  # of arguments and results
 ATEN = re.compile(r"torch\.ops\.aten\.(\w+)\.(\w+)")
+# Operators that check what they read, by their names before the overload; the in-place ones too. They are what exports
+# of image classifiers and UNets of torch.nn, diffusers and transformers hold, beside those that torch tags as core.
+# Others trust their arguments: segment_reduce(unsafe=True) reads wherever its offsets say.
+OPERATORS = set(
+    "__and__ __or__ __xor__ _adaptive_avg_pool2d _adaptive_avg_pool3d _assert_tensor_metadata _log_softmax "
+    "_native_batch_norm_legit _native_batch_norm_legit_no_training _softmax _to_copy _unsafe_index _unsafe_view "
+    "_upsample_bicubic2d_aa _upsample_bilinear2d_aa _upsample_nearest_exact2d _weight_norm adaptive_avg_pool2d "
+    "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d addcdiv addcmul affine_grid_generator all "
+    "alpha_dropout argsort baddbmm batch_norm broadcast_tensors broadcast_to celu channel_shuffle chunk clamp_max "
+    "clamp_min clip concat contiguous conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d "
+    "cosine_similarity cross cumprod detach div divide dot dropout einsum erfc exp2 expand_as eye feature_dropout "
+    "flatten floor_divide glu grid_sampler group_norm hardshrink hardsigmoid hardswish im2col instance_norm isfinite "
+    "layer_norm lerp lift_fresh_copy linalg_norm linalg_vector_norm linear linspace log_sigmoid log_softmax logsumexp "
+    "masked_fill matmul max max_pool1d max_pool2d max_pool3d meshgrid min mish movedim multiply mT mv narrow new_full "
+    "new_ones new_zeros norm numpy_T ones ones_like outer pad pixel_shuffle pixel_unshuffle prelu relu6 "
+    "repeat_interleave reshape reshape_as rms_norm roll rsub scaled_dot_product_attention selu silu softmax softplus "
+    "softshrink split square stack std std_mean subtract swapaxes t tensor_split tile to transpose tril triu "
+    "true_divide type_as unbind unflatten unfold upsample_bicubic2d var var_mean view_as where zero zeros "
+    "zeros_like".split()
+)
+# Core operators whose name begins otherwise than with an underscore, and that give memory as it was or as it is told.
+RAW = set("as_strided empty empty_strided resize_".split())
 SYMBOLIC = re.compile(r"torch\.sym_\w+|math\.(ceil|floor|trunc|sqrt|pow)")
 SCOPES = ("wrap_with_set_grad_enabled", "wrap_with_autocast")  # what `with torch.no_grad()` in a forward becomes
 ARITHMETIC = set("add sub mul truediv floordiv mod neg pow eq ne lt le gt ge and_ or_ not_ getitem".split())
@@ -241,20 +263,30 @@ def unused(parent: dict[str, Any], name: str, value: Any) -> bool:
 
 
 def permitted(target: object) -> bool:
-    """Whether a node's target is an operator of PyTorch that computes: none that reads or writes files."""
+    """Whether a node's target is an operator of PyTorch that computes: none that reads files, or memory at will."""
     if not isinstance(target, str):
         return False
     if aten := ATEN.fullmatch(target):
-        operator = getattr(getattr(torch.ops.aten, aten[1], None), aten[2], None)
-        return isinstance(operator, torch._ops.OpOverload) and not any(
-            argument.name == "filename" for argument in operator._schema.arguments
-        )
+        packet = getattr(torch.ops.aten, aten[1], None)
+        operator = getattr(packet, aten[2], None)
+        if not isinstance(operator, torch._ops.OpOverload) or any(a.is_out for a in operator._schema.arguments):
+            return False
+        return any(name in OPERATORS or is_core(name) for name in (aten[1], aten[1].removesuffix("_")))
     module, _, name = target.rpartition(".")
     return (
         SYMBOLIC.fullmatch(target) is not None
         or (module == "_operator" and name in ARITHMETIC)
         or (module == "torch.ops.higher_order" and name in SCOPES)
     )
+
+
+def is_core(name: str) -> bool:
+    """Whether torch tags an operator of this name as core, and it checks what it reads."""
+    if name.startswith("_") or name.endswith("_backward") or name in RAW:
+        return False
+    packet = getattr(torch.ops.aten, name, None)
+    overloads = packet.overloads() if packet is not None else ()
+    return any(torch.Tag.core in getattr(packet, overload).tags for overload in overloads)
 
 
 def is_expression(text: str) -> bool:

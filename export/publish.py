@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -34,19 +36,23 @@ class Publication:
 
     def write(self, name: str, content: bytes) -> FileRef:
         """Write a file into `folder`, not yet to appear."""
-        try:
+        with self.writing():
             (self.folder / name).write_bytes(content)
             return FileRef(name, sha256_of(self.folder / name))
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """What is written into `folder` by other means than `write` fails in the same words."""
+        try:
+            yield
         except OSError as error:
             raise self._fault(error) from error
 
     def add(self, sidecar: Sidecar) -> None:
         """Let the file that `sidecar` is about appear, with its weights and with the sidecar itself."""
         path = sidecar_path(self.folder / sidecar.file.name)
-        try:
+        with self.writing():
             path.write_text(to_json(sidecar), encoding="utf-8")
-        except OSError as error:
-            raise self._fault(error) from error
         weights = [] if sidecar.data is None else [sidecar.data.name]
         self.names += [*weights, sidecar.file.name, path.name]
 
@@ -66,7 +72,9 @@ class Publication:
             self._temporary.cleanup()
 
     def _fault(self, error: OSError) -> EnvironmentFault:
-        return EnvironmentFault(f"cannot write {self.out} ({error.strerror}): choose another folder with --out")
+        return EnvironmentFault(
+            f"cannot write {self.out} ({error.strerror or error}): choose another folder with --out"
+        )
 
 
 def old_weights(engine: Path) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import re
@@ -31,6 +32,7 @@ PARITY_IMAGES = 16  # for numbers
 LABEL_IMAGES = 20  # for labels: seconds; --parity-images and --parity-samples ask for more
 CALIBRATION = "fashion_mnist_calibration.npz"  # training images
 CHECKPOINTS = (*SAFETENSORS, *PICKLED)
+DECLARED = ("image", "schedule", "variance", "prediction", "clip", "timestep_rule")  # what a sidecar keeps of a model
 CLIP = (-1.0, 1.0)  # of pixels; what every published sampler does unless told otherwise
 Image = tuple[int, int, int]
 
@@ -43,7 +45,6 @@ def open_models(options: ModelOptions) -> tuple[DiffusionModel, ClassifierModel]
         refuse(options, "the classifier that ships says these itself", *CLASSIFYING)
     unet = open_unet(options)
     if options.classifier is None:
-        refuse(options, "the classifier that ships says these itself", *ABOUT_CLASSIFIER)
         classifier = zoo_classifier(zoo_file(options.weights, "classifier"))
         if classifier.image != unet.image:
             raise UsageError(
@@ -131,11 +132,13 @@ def _none(options: ModelOptions) -> DiffusionModel:
 
 def _diffusers(options: ModelOptions) -> DiffusionModel:
     refuse(options, "a diffusers folder says these itself", *TRAINING, *LAYOUT, "unet_weights")
-    return diffusers_unet(Path(options.unet or ""), image_of(options.image_size) if options.image_size else None)
+    image = image_of(options.image_size) if options.image_size else None
+    return diffusers_unet(Path(options.unet or ""), image, clip_given=options.clip is not None)
 
 
 def _openai(options: ModelOptions) -> DiffusionModel:
-    refuse(options, "a checkpoint in OpenAI's layout says these itself", "prediction", "variance", "unet_weights")
+    why = "a checkpoint in OpenAI's layout says these itself"
+    refuse(options, why, "prediction", "variance", "unet_weights", "beta_start", "beta_end")
     if (options.schedule is None) != (options.diffusion_steps is None):
         raise UsageError("--schedule and --diffusion-steps belong together: give both, as it was trained")
     schedule = None
@@ -188,11 +191,7 @@ def _callable(options: ModelOptions) -> DiffusionModel:
     return declared_unet(network, *declared, weights_sha256=sha256_of(options.unet_weights))
 
 
-TRAINING = ("schedule", "diffusion_steps", "timestep_scale", "prediction", "variance")
-ABOUT_CLASSIFIER = (
-    *("classifier_weights", "classifier_prefix", "labels", "pixel_range", "mean", "std", "channel_order"),
-    *("resize", "interpolation", "antialias", "crop"),
-)
+TRAINING = ("schedule", "diffusion_steps", "timestep_scale", "beta_start", "beta_end", "prediction", "variance")
 LAYOUT = ("num_heads", "num_head_channels", "unet_prefix")
 CLASSIFYING = (
     *("classifier_weights", "classifier_prefix", "labels", "pixel_range", "mean", "std"),
@@ -226,10 +225,12 @@ def declared_training(
             "a timestep, and gives the clean image"
         )
     if continuous:
-        refuse(options, "--schedule continuous has no timesteps", "diffusion_steps", "timestep_scale")
+        timed = ("diffusion_steps", "timestep_scale", "beta_start", "beta_end")
+        refuse(options, "--schedule continuous has no timesteps", *timed)
     schedule = Schedule(
         names[options.schedule or ""],
         1 if continuous else steps_of(options.diffusion_steps or 0),
+        *betas_of(options),
         timestep_scale=1.0 if options.timestep_scale is None else scale_of(options.timestep_scale),
     )
     image = whole_image(options, str(options.unet))
@@ -240,6 +241,21 @@ def steps_of(steps: int) -> int:
     if not 2 <= steps <= 100_000:
         raise UsageError(f"--diffusion-steps {steps}: networks are trained with 2 to 100,000, mostly 1000")
     return steps
+
+
+def betas_of(options: ModelOptions) -> tuple[float, float]:
+    """The first and last beta of a declared schedule; those of Ho et al. 2020 for a linear one unless told."""
+    start, end = options.beta_start, options.beta_end
+    if options.schedule == "cosine":
+        refuse(options, "a cosine schedule has its own betas", "beta_start", "beta_end")
+    if start is None and end is None and options.schedule != "scaled_linear":
+        return Schedule.beta_start, Schedule.beta_end
+    if start is None or end is None or not 0 < start <= end < 1:
+        raise UsageError(
+            f"--beta-start {start} --beta-end {end}: give both, between 0 and 1, the smaller first, as the network was "
+            f"trained; a {options.schedule} schedule is defined by them"
+        )
+    return start, end
 
 
 def scale_of(scale: float) -> float:
@@ -283,7 +299,8 @@ def whole_image(options: ModelOptions, what: str) -> Image:
 
 
 def refuse_other_models(unet: DiffusionModel, classifier: ClassifierModel, bundle: Bundle) -> None:
-    """Raise UsageError unless the bundle was exported from these two models."""
+    """Raise UsageError unless the bundle was exported from these two models, as they are declared."""
+    prepared = classifier.preprocessing and json.loads(json.dumps(dataclasses.asdict(classifier.preprocessing)))
     for path, sidecar, model, option in (
         (bundle.unet_path, bundle.unet, unet, "--unet"),
         (bundle.classifier_path, bundle.classifier, classifier, "--classifier"),
@@ -294,11 +311,15 @@ def refuse_other_models(unet: DiffusionModel, classifier: ClassifierModel, bundl
                 f"{model.weights_sha256[:16]}...: give {option} the model that the engine was exported from, or "
                 f"--engine an engine that was exported from this one"
             )
-        if sidecar.image != model.image:
-            raise UsageError(
-                f"{path} takes images {list(sidecar.image)}, the PyTorch model {list(model.image)}: give --image-size "
-                f"as it was given to the export"
-            )
+        pairs = {name: (getattr(sidecar, name), getattr(model, name)) for name in DECLARED if hasattr(model, name)}
+        if model is classifier:
+            pairs["preprocessing"] = bundle.classifier.preprocessing, prepared
+        for name, (exported, given) in pairs.items():
+            if exported != given:
+                raise UsageError(
+                    f"{path} was exported with {name} {exported}, the PyTorch model is given with {given}: repeat the "
+                    f"options of the export"
+                )
 
 
 def check_images(
@@ -332,8 +353,9 @@ def comparison_images(
     images: Path | None,
     count: int | None,
     say: Callable[[str], None] = lambda line: None,
+    usual: int = LABEL_IMAGES,
 ) -> list[LabelledImage]:
-    """`count` images for these models, evenly spread over those at `images`; None for LABEL_IMAGES, or what there is.
+    """`count` images for these models, evenly spread over those at `images`; None for `usual`, or what there is.
 
     images: None for the shipped ones if they are the model's, else for pictures that are made up.
     """
@@ -341,10 +363,10 @@ def comparison_images(
         raise UsageError(f"{count} images are too few to compare on: ask for one or more")
     if images is None and not is_shipped(unet, classifier):
         say("no --images: comparing on pictures that are made up")
-        pictures = made_up(unet.image, count or LABEL_IMAGES)
+        pictures = made_up(unet.image, count or usual)
         return [LabelledImage(i, picture, None) for i, picture in enumerate(pictures)]
     found = open_images(images, unet.image, classifier.class_names)
-    wanted = count or min(LABEL_IMAGES, len(found))
+    wanted = count or min(usual, len(found))
     if wanted > len(found):
         raise UsageError(f"{wanted} images are asked for, and {found.name} holds {len(found)}")
     spread = [found.positions[i * len(found) // wanted] for i in range(wanted)]

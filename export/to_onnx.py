@@ -25,6 +25,7 @@ from densepure_rt.export.classifiers import ClassifierModel
 from densepure_rt.export.onnx_classifiers import merged_onnx
 from densepure_rt.export.onnx_graph import SCOPES, checked, nodes_within, refuse_for_tensorrt, types_of
 from densepure_rt.export.precision import DTYPES, OPSETS, QUANTIZED, STEPS, TIME_EMBEDDING
+from densepure_rt.export.programs import first_line
 from densepure_rt.export.publish import Publication, refuse_replacement
 from densepure_rt.export.step_graph import ClassifyGraph, StepGraph
 from densepure_rt.export.unets import DiffusionModel
@@ -49,6 +50,7 @@ from densepure_rt.runtime.device import (
 
 PREPROCESSING = "preprocess"  # the module of a classifier that prepares its pixels
 TRACE_BATCH = 2  # 1 would be taken for a constant
+NEEDED = "may not branch on values, and must take any batch"  # a network that is to be exported
 LARGE_IMAGE = 3 * 128 * 128  # values from which a UNet call takes many seconds on a CPU
 LARGE_NETWORK = 40 << 20  # bytes of weights from which a call of it for one image takes a tenth of a second
 LARGE = 3 << 29  # bytes of weights from which they lie in a file beside the graph; protobuf ends at 2 GiB
@@ -105,22 +107,32 @@ def to_onnx(
 
     path: where it is to lie. Weights of more than LARGE bytes are written into a file beside it, whose hash the model
     names; nothing but they is written there.
+
+    Raises UsageError for what torch cannot export, CheckFailed for a graph that is not sound.
     """
     batch = torch.export.Dim("batch", min=1, max=MAX_BATCH)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports that torchvision is not there
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of deprecations inside the exporter itself
-        program = torch.onnx.export(
-            graph.eval(),
-            tuple(example),
-            dynamo=True,
-            opset_version=opset,
-            input_names=list(inputs),
-            output_names=list(outputs),
-            dynamic_shapes=tuple({0: batch} for _ in example),
-            verbose=False,
-        )
+        try:
+            program = torch.onnx.export(
+                graph.eval(),
+                tuple(example),
+                dynamo=True,
+                opset_version=opset,
+                input_names=list(inputs),
+                output_names=list(outputs),
+                dynamic_shapes=tuple({0: batch} for _ in example),
+                verbose=False,
+            )
+        except Exception as error:  # the exporter's own say little: what they come from says what is wrong
+            raise UsageError(
+                f"torch cannot export the network to ONNX ({first_line(error.__cause__ or error)}): it {NEEDED}"
+            ) from error
     assert program is not None  # it is None only for the TorchScript exporter
+    for value in program.model.graph.inputs:
+        if value.shape is not None and isinstance(value.shape[0], int):  # the exporter's last resort says nothing
+            raise UsageError(f"torch can export the network for batches of {value.shape[0]} alone: it {NEEDED}")
     if path is None or weight_bytes(graph) <= LARGE:
         return checked(without_traces(program.model_proto))
     data = data_path(path)
@@ -163,12 +175,12 @@ def step_onnx(model: DiffusionModel, opset: int = OPSETS["fp32"], path: Path | N
 def classifier_onnx(model: ClassifierModel, opset: int = OPSETS["fp32"], path: Path | None = None) -> bytes:
     """The graph of a classifier; see `to_onnx`. One that is an ONNX file itself is put behind its preprocessing."""
     x = torch.zeros(TRACE_BATCH, *model.image)
-    if model.onnx is None:
+    if model.graph is None:
         return to_onnx(ClassifyGraph(model.network), (x,), CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, opset, path)
     preprocess = to_onnx(
         ClassifyGraph(model.network.get_submodule("preprocess")), (x,), CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, opset
     )
-    return checked(merged_onnx(onnx.load_model_from_string(preprocess), onnx.load(str(model.onnx))))
+    return checked(merged_onnx(onnx.load_model_from_string(preprocess), model.graph))
 
 
 def lowered(
@@ -272,7 +284,8 @@ def export_bundle(
     with Publication(out) as publication:
         say(f"exporting {unet_file} and {classifier_file}")
         files = publication.folder / unet_file, publication.folder / classifier_file
-        step, classify = contents(*smaller, kind, keep, images, files)
+        with publication.writing():  # large weights
+            step, classify = contents(*smaller, kind, keep, images, files)
         exempt = (*TIME_EMBEDDING, *keep) if kind in DTYPES else (*keep, PREPROCESSING)
         for content in (step, classify):
             if content is step or classifier.onnx is None:  # an ONNX file's precision is its own

@@ -132,28 +132,32 @@ def declared_unet(
         clip=clip,
         weights_sha256=weights_sha256 or state_sha256(network),
     )
-    x, t = _example(image)
-    try:
-        output = _called(network, x, t)
-    except Exception as error:  # the user's own code may raise anything
-        raise UsageError(
-            f"the UNet does not take x {list(x.shape)} and t {list(t.shape)} ({first_line(error)}): it must be a "
-            f"function of these two; check --image-size"
-        ) from error
-    wanted = [2, image[0] * (2 if model.learned_variance else 1), *image[1:]]
-    if not isinstance(output, Tensor) or list(output.shape) != wanted:
-        found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise UsageError(
-            f"the UNet gives {found} for x {list(x.shape)}, but --variance {variance} means {wanted}: "
-            f"learned variances come as a second set of channels"
-        )
+    for batch in (2, 3):  # the exporter traces with two; a second size tells whether any will do
+        x, t = _example(image, batch)
+        try:
+            output = _called(network, x, t)
+        except Exception as error:  # the user's own code may raise anything
+            raise UsageError(
+                f"the UNet does not take x {list(x.shape)} and t {list(t.shape)} ({first_line(error)}): it must be a "
+                f"function of these two and take any batch; check --image-size"
+            ) from error
+        wanted = [batch, image[0] * (2 if model.learned_variance else 1), *image[1:]]
+        if not isinstance(output, Tensor) or list(output.shape) != wanted:
+            found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise UsageError(
+                f"the UNet gives {found} for x {list(x.shape)}, but --variance {variance} means {wanted}: "
+                f"learned variances come as a second set of channels"
+            )
     return model
 
 
-def diffusers_unet(folder: Path, image: tuple[int | None, int, int] | None = None) -> DiffusionModel:
+def diffusers_unet(
+    folder: Path, image: tuple[int | None, int, int] | None = None, clip_given: bool = False
+) -> DiffusionModel:
     """A UNet2DModel in the folder that diffusers saves: alone with its scheduler's config, or as a pipeline.
 
-    image: [C, H, W] where the config does not say; C None for the config's.
+    image: [C, H, W] where the config does not say; C None for the config's. clip_given: whether the caller says the
+    clip, which then need not be in the scheduler's config.
 
     Raises UsageError for what is not there or not supported, CheckFailed for weights that do not fit the config.
     """
@@ -186,7 +190,7 @@ def diffusers_unet(folder: Path, image: tuple[int | None, int, int] | None = Non
         network=DiffusersNetwork(network).eval(),
         image=image,
         weights_sha256=state_sha256(network),
-        **diffusers_training(_config(scheduler_path, "a diffusers scheduler"), scheduler_path),
+        **diffusers_training(_config(scheduler_path, "a diffusers scheduler"), scheduler_path, clip_given),
     )
     try:
         channels = _called(model.network, *_example(image)).shape[1]
@@ -200,8 +204,11 @@ def diffusers_unet(folder: Path, image: tuple[int | None, int, int] | None = Non
     return model
 
 
-def diffusers_training(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """schedule, variance, prediction and clip of a DiffusionModel, from a diffusers scheduler's config."""
+def diffusers_training(config: Mapping[str, Any], path: Path, clip_given: bool = False) -> dict[str, Any]:
+    """schedule, variance, prediction and clip of a DiffusionModel, from a diffusers scheduler's config.
+
+    clip_given: see `diffusers_unet`.
+    """
 
     def known(name: str, table: Mapping[str, Any], default: str) -> Any:
         value = config.get(name, default)
@@ -223,6 +230,8 @@ def diffusers_training(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     for name in ("trained_betas", "thresholding", "rescale_betas_zero_snr"):
         if config.get(name):
             raise UsageError(f"{path}: {name} is set, which is not supported: export it as a module:callable")
+    if config.get("clip_sample") is None and not clip_given:  # Euler's and PNDM's never say, and do not clip
+        raise UsageError(f"{path} does not say clip_sample: give --clip=-1,1, as most were trained, or --clip none")
     steps = number("num_train_timesteps", 1000, 1, MAX_STEPS)
     if not isinstance(steps, int):
         raise CheckFailed(f"{path}: num_train_timesteps is {steps!r}, not a whole number: copy it again")
@@ -236,7 +245,9 @@ def diffusers_training(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
             beta_start=beta_start,
             beta_end=float(number("beta_end", 0.02, beta_start, BELOW_ONE)),
         ),
-        "variance": known("variance_type", DIFFUSERS_VARIANCES, "fixed_small"),
+        "variance": "fixed_small"
+        if config.get("variance_type") is None
+        else known("variance_type", DIFFUSERS_VARIANCES, "fixed_small"),
         "prediction": known("prediction_type", DIFFUSERS_PREDICTIONS, predicted),
         "clip": (-clip, clip) if config.get("clip_sample", True) else None,
     }
@@ -287,9 +298,9 @@ def _image(config: Mapping[str, Any], path: Path, asked: tuple[int | None, int, 
     return numbers[0], numbers[1], numbers[2]
 
 
-def _example(image: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
-    """x and t of two blank images."""
-    return torch.zeros(2, *image), torch.ones(2)
+def _example(image: tuple[int, int, int], batch: int = 2) -> tuple[Tensor, Tensor]:
+    """x and t of blank images."""
+    return torch.zeros(batch, *image), torch.ones(batch)
 
 
 @torch.inference_mode()

@@ -25,7 +25,7 @@ NOT_FINITE = -1  # in place of a label: the network gave NaN or Inf somewhere on
 Kind = Literal["smooth", "step", "classify"]
 Provider = Literal["cpu", "cuda", "tensorrt"]  # of ONNX Runtime
 DEFAULT_BATCH = 32  # of ONNX Runtime; fastest on a CPU between 8 and 32
-DEFAULT_VALUES = 2**18  # a default batch holds no more: the networks' own tensors are hundreds of times as large
+DEFAULT_VALUES = DEFAULT_BATCH * 3 * 64 * 64  # a default batch holds no more: a network's tensors are far larger
 MAX_BATCH = 65_535  # items; CUDA takes no more in the y of a grid
 MAX_THREADS = 1024
 ONNXRUNTIME_WHEELS = ("onnxruntime", "onnxruntime-gpu")
@@ -179,7 +179,7 @@ def open_device(bundle: Bundle, batch: int | None, threads: int, provider: Provi
 
 
 def default_batch(image: tuple[int, int, int]) -> int:
-    """32 images up to 64 x 64, fewer of larger ones, one at a time from 256 x 256."""
+    """32 colour images up to 64 x 64, fewer of larger ones, 2 of 256 x 256."""
     return max(1, min(DEFAULT_BATCH, DEFAULT_VALUES // math.prod(image)))
 
 

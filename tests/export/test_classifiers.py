@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from densepure_rt.datasets import open_images
 from densepure_rt.errors import CheckFailed, DensePureError, EnvironmentFault, UsageError
+from densepure_rt.export import onnx_classifiers
 from densepure_rt.export.classifiers import (
     PROCESSORS,
     ClassifierModel,
@@ -38,7 +39,7 @@ from densepure_rt.export.classifiers import (
     transformers_preprocessing,
     zoo_classifier,
 )
-from densepure_rt.export.onnx_classifiers import OnnxNetwork, merged_onnx, onnx_sha256
+from densepure_rt.export.onnx_classifiers import OnnxNetwork, merged_onnx, onnx_sha256, tensors_of
 from densepure_rt.export.preprocessing import Preprocess, Preprocessing
 from densepure_rt.export.step_graph import ClassifyGraph
 from densepure_rt.export.to_onnx import classifier_onnx, to_onnx
@@ -102,6 +103,7 @@ def toys(monkeypatch: pytest.MonkeyPatch) -> str:
         "output": lambda y: types.SimpleNamespace(logits=y),
         "nothing": lambda y: {"loss": None},
         "flat": lambda y: y.flatten(),
+        "pairs": lambda y: y.reshape(2, 5),
         "one_class": lambda y: y[:, :1],
         "map_": lambda y: y[:, :, None],
     }.items():
@@ -230,6 +232,7 @@ def test_logits_are_found_in_what_the_network_gives(toys: str, name: str) -> Non
         ("flat", r"gives \[10\] for a batch of 2"),
         ("one_class", r"gives \[2, 1\] for a batch of 2: a classifier gives logits \[2, K\] of two classes or more"),
         ("map_", r"gives \[2, 5, 1\]"),
+        ("pairs", r"does not take .*float32 \[3, 3, 32, 32\] .*let it take any batch"),
         ("large", r"does not take what preprocessing makes of \[3, 32, 32\], float32 \[2, 3, 32, 32\] .*--resize"),
     ],
 )
@@ -473,6 +476,78 @@ def test_onnx_weights_may_lie_beside_the_file(tmp_path: Path) -> None:
     assert onnx_sha256(out) != before == opened.weights_sha256
 
 
+def weights_of_an_attribute(tmp_path: Path, place: str) -> Path:
+    """A classifier whose bias is a Constant's value, or one within an If, and lies in another file."""
+    bias = onnx.numpy_helper.from_array(np.arange(3, dtype=np.float32), "b")
+    nodes = [helper.make_node("ReduceMean", ["x"], ["p"], axes=[2, 3], keepdims=0)]
+    constant = helper.make_node("Constant", [], ["b"], value=bias)
+    if place == "attribute":
+        nodes += [constant]
+    else:
+        out = [helper.make_tensor_value_info("b", TensorProto.FLOAT, [3])]
+        branch = helper.make_graph([constant] if place == "branch" else [], "branch", [], out)
+        if place == "branch's weight":
+            branch.initializer.append(bias)
+        yes = onnx.numpy_helper.from_array(np.array(True), "yes")
+        nodes += [helper.make_node("Constant", [], ["yes"], value=yes)]
+        nodes += [helper.make_node("If", ["yes"], ["b_"], then_branch=branch, else_branch=branch)]
+    nodes += [helper.make_node("Add", ["p", "b" if place == "attribute" else "b_"], ["y"])]
+    path = tmp_path / "toy.onnx"
+    model = graph(nodes, {"x": ["N", *RGB]}, {"y": ["N", 3]})
+    for tensor in tensors_of(model):
+        if tensor.name == "b":
+            onnx.external_data_helper.set_external_data(tensor, "toy.data", 0, len(bias.raw_data))
+            tensor.ClearField("raw_data")
+    path.write_bytes(model.SerializeToString())
+    (tmp_path / "toy.data").write_bytes(bias.raw_data)
+    return path
+
+
+@pytest.mark.parametrize("place", ["attribute", "branch", "branch's weight"])
+def test_hash_covers_the_weights_of_attributes_and_branches(tmp_path: Path, place: str) -> None:
+    path = weights_of_an_attribute(tmp_path, place)
+    opened = open_classifier(str(path), RGB, declared=AS_IT_IS)
+    assert opened.network(torch.zeros(1, *RGB)).tolist() == [[0, 1, 2]]
+    (tmp_path / "toy.data").write_bytes(np.arange(3, 6, dtype=np.float32).tobytes())
+    assert onnx_sha256(path) != opened.weights_sha256
+
+
+def test_onnx_classifier_is_exported_as_it_was_when_it_was_checked(tmp_path: Path) -> None:
+    path = saved_onnx(Toy(), tmp_path / "toy.onnx", (1, *RGB))
+    opened = open_classifier(str(path), RGB, declared=AS_IT_IS)
+    path.write_bytes(b"another file by now")
+    found = OnnxNetwork(onnx.load_model_from_string(classifier_onnx(opened)))
+    x = torch.rand(3, *RGB)
+    torch.testing.assert_close(found(x), opened.network(x), atol=1e-5, rtol=1e-5)
+
+
+def test_onnx_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved_onnx(Toy(), tmp_path / "toy.onnx", (1, *RGB))
+    digests = iter(["a" * 64, "b" * 64])
+    monkeypatch.setattr(onnx_classifiers, "onnx_sha256", lambda path: next(digests))
+    with pytest.raises(CheckFailed, match="toy.onnx or its weights changed while they were read"):
+        open_classifier(str(path), RGB, declared=AS_IT_IS)
+
+
+@pytest.mark.parametrize("batch", ["N", 1])
+def test_sound_onnx_file_that_onnx_runtime_cannot_run_is_a_failed_check(tmp_path: Path, batch: str | int) -> None:
+    kind = TensorProto.BFLOAT16
+    nodes = [
+        helper.make_node("Cast", ["x"], ["h"], to=kind),
+        helper.make_node("Conv", ["h", "w"], ["c"]),
+        helper.make_node("Cast", ["c"], ["f"], to=TensorProto.FLOAT),
+        helper.make_node("Flatten", ["f"], ["y"]),
+    ]
+    weights = [helper.make_tensor("w", kind, [4, 3, 32, 32], np.zeros(4 * 3 * 32 * 32).tolist())]
+    model = graph(nodes, {"x": [batch, *RGB]}, {"y": [batch, 4]}, weights=weights, opsets={"": 22})
+    model.ir_version = 10
+    path = tmp_path / "toy.onnx"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(CheckFailed, match=r"ONNX Runtime .* cannot run toy.onnx \(.+\): export it") as caught:
+        open_classifier(str(path), RGB, declared=AS_IT_IS)
+    assert "\n" not in str(caught.value)
+
+
 def test_onnx_weights_elsewhere_are_refused(tmp_path: Path) -> None:
     path = saved_onnx(Toy(), tmp_path / "inner.onnx", (1, *RGB))
     (tmp_path / "model").mkdir()
@@ -580,6 +655,27 @@ def test_preprocessor_config_is_read(change: dict[str, Any], expected: dict[str,
 def test_preprocessor_config_that_is_not_known_is_refused(change: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=f"preprocessor_config.json.*{said}"):
         transformers_preprocessing(VIT | change, RGB)
+
+
+@pytest.mark.parametrize(
+    ("kind", "without", "said"),
+    [
+        (
+            "ViT",
+            ["do_resize", "size", "do_normalize", "image_mean", "resample"],
+            "does not say do_resize, do_normalize,",
+        ),
+        ("ViT", ["resample"], "does not say resample,"),
+        ("EfficientNet", [], "does not say include_top,"),
+        ("CLIP", [], "does not say do_center_crop,"),
+        ("MobileViT", [], "does not say do_center_crop, do_flip_channel_order,"),
+    ],
+)
+def test_preprocessor_config_that_leaves_it_to_its_class_is_refused(kind: str, without: list[str], said: str) -> None:
+    """The classes resize, normalise, crop or flip by default, so silence is not "nothing"."""
+    config = {name: value for name, value in VIT.items() if name not in without}
+    with pytest.raises(UsageError, match=f"{said}.*save_pretrained.*--pixel-range, --mean, --std"):
+        transformers_preprocessing(config | {"image_processor_type": f"{kind}ImageProcessor"}, RGB)
 
 
 def test_timm_configuration_is_read() -> None:

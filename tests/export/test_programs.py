@@ -242,6 +242,27 @@ def test_program_is_exported_once_more_to_onnx(saved: Path) -> None:
     torch.testing.assert_close(torch.from_numpy(found), Network().eval()(x)["logits"], atol=1e-5, rtol=1e-5)
 
 
+class Segments(nn.Module):
+    """It reads as far as its offsets say, unchecked."""
+
+    offsets: Tensor
+
+    def __init__(self, end: int) -> None:
+        super().__init__()
+        self.register_buffer("offsets", torch.tensor([0, end]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.segment_reduce(x.flatten(), "sum", offsets=self.offsets, unsafe=True)
+
+
+def test_operator_that_reads_any_memory_is_refused_before_it_runs(tmp_path: Path) -> None:
+    program = torch.export.export(Segments(6), (torch.zeros(2, 3),))
+    program.state_dict["offsets"] = torch.tensor([0, 1 << 45])  # run, it ends this process
+    torch.export.save(program, tmp_path / "segments.pt2")
+    with pytest.raises(CheckFailed, match=r"calls 'torch.ops.aten.segment_reduce.default'.*package.module:function"):
+        exported_program(tmp_path / "segments.pt2")
+
+
 @pytest.mark.parametrize("content", [b"", b"not an archive", b"PK\x03\x04" + bytes(50)])
 def test_file_that_is_no_archive_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "network.pt2").write_bytes(content)
@@ -272,6 +293,10 @@ def test_operators_that_compute_are_permitted() -> None:
     for target in (
         "torch.ops.aten.conv2d.default",
         "torch.ops.aten.scaled_dot_product_attention.default",
+        "torch.ops.aten.relu_.default",
+        "torch.ops.aten.add_.Tensor",
+        "torch.ops.aten.upsample_nearest2d.vec",
+        "torch.ops.aten._unsafe_view.default",
         "torch.ops.higher_order.wrap_with_set_grad_enabled",
         "torch.sym_max",
         "math.ceil",
@@ -280,6 +305,30 @@ def test_operators_that_compute_are_permitted() -> None:
         assert permitted(target), target
     for other in ("torch.ops.aten.conv2d", "torch.ops.mine.conv.default", "os.system", "", None, "math.os"):
         assert not permitted(other), other
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "as_strided.default",
+            "as_strided_.default",
+            "empty.memory_format",
+            "empty_strided.default",
+            "resize_.default",
+        ),
+        *("set_.source_Tensor", "from_file.default", "_make_per_tensor_quantized_tensor.default", "add.out"),
+        *(
+            "sparse_coo_tensor.indices",
+            "_nested_view_from_buffer.default",
+            "_embedding_bag.default",
+            "_fft_c2r.default",
+        ),
+        *("convolution_backward.default", "segment_reduce.default", "nothing_of_this_name.default"),
+    ],
+)
+def test_operators_that_trust_their_arguments_are_not_permitted(name: str) -> None:
+    assert not permitted(f"torch.ops.aten.{name}")
 
 
 @pytest.mark.parametrize(

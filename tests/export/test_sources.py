@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import math
 import sys
 import textwrap
@@ -264,6 +265,17 @@ def test_folder_is_read_as_diffusers(tmp_path: Path, size: str | None) -> None:
     assert (model.schedule, model.prediction) == (Schedule("cosine", 1000), "v")
 
 
+def test_folder_that_does_not_say_its_clip_needs_it(tmp_path: Path) -> None:
+    folder = diffusers_folder(tmp_path)
+    config = folder / "scheduler" / "scheduler_config.json"
+    known = json.loads(config.read_text())
+    del known["clip_sample"]
+    config.write_text(json.dumps(known))
+    refusal(lambda: open_unet(options(unet=str(folder))), "clip_sample", "--clip=-1,1", "--clip none")
+    for said, clip in (("none", None), ("-1,1", (-1.0, 1.0))):
+        assert open_unet(options(unet=str(folder), clip=said)).clip == clip
+
+
 def test_folder_that_does_not_say_its_size_needs_it(tmp_path: Path) -> None:
     folder = diffusers_folder(tmp_path, sample_size=None)
     refusal(lambda: open_unet(options(unet=str(folder))), "--image-size")
@@ -405,7 +417,9 @@ VALUES: dict[str, Any] = {
     "channel_order": "BGR",
     "resize": "224",
     "interpolation": "bilinear",
-    "antialias": False,
+    "antialias": True,
+    "beta_start": 0.001,
+    "beta_end": 0.02,
     "crop": "224",
 }
 MEANINGLESS = {
@@ -800,16 +814,31 @@ def test_options_of_the_onnx_engines_are_refused_where_none_is_made(tmp_path: Pa
     refused(tmp_path, 2, [given[0], "add onnx to --target"], "--target", "tensorrt-rtx", *given)
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"schedule": "scaled_linear"}, "a scaled_linear schedule is defined by them"),
+        ({"schedule": "linear", "beta_start": 0.001}, "give both"),
+        ({"schedule": "linear", "beta_start": 0.02, "beta_end": 0.001}, "the smaller first"),
+        ({"schedule": "cosine", "beta_end": 0.02}, "leave --beta-end out"),
+    ],
+)
+def test_betas_are_said_where_they_define_a_schedule(given: dict[str, Any], words: str) -> None:
+    asked = {"unet": "networks:Grey", "image_size": "8", "diffusion_steps": 10, "prediction": "epsilon"}
+    refusal(lambda: open_unet(options(**asked, **given)), words)
+
+
 def test_what_was_declared_is_in_the_sidecar(here: Path) -> None:
     """A network of one's own before the classifier that ships, compared on the shipped images."""
     given = "--unet networks:Grey --image-size 1x28x28 --schedule scaled_linear --diffusion-steps 500".split()
+    given += "--beta-start 0.001 --beta-end 0.012".split()
     given += "--prediction v --variance fixed_large --clip=-2,2 --timestep-scale 2 --parity-images 2".split()
     done = command("export", *given, "--timestep-rule", "densepure", "--out", here / "engines")
     assert done.returncode == 0, done.stderr
     assert "made up" not in done.stderr
     sidecar = read_sidecar(here / "engines" / "unet.onnx")
     assert isinstance(sidecar, StepSidecar)
-    assert sidecar.schedule == Schedule("scaled_linear", 500, timestep_scale=2.0)
+    assert sidecar.schedule == Schedule("scaled_linear", 500, 0.001, 0.012, timestep_scale=2.0)
     assert (sidecar.prediction, sidecar.variance, sidecar.clip) == ("v", "fixed_large", (-2.0, 2.0))
     assert (sidecar.image, sidecar.timestep_rule) == ((1, 28, 28), "densepure")
     done = command("certify", "--dry-run", "--engine", here / "engines" / "unet.onnx", "--max", 1, "--threads", 1)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import math
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -312,6 +314,39 @@ def test_file_where_the_folder_should_be_is_a_fault_of_the_environment(
     with pytest.raises(EnvironmentFault, match=r"cannot write .*taken.*--out"):
         export_bundle(unet(), classifier(), tmp_path / "taken" / below, pixels)
     assert contents(tmp_path) == {"taken": b"a file"}
+
+
+def test_full_disk_is_a_fault_of_the_environment(
+    pixels: NDArray[np.uint8], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(onnx_ir, "save", full)
+    with pytest.raises(EnvironmentFault, match=r"cannot write .*\(No space left on device\).*--out"):
+        large(tmp_path, pixels)
+    assert contents(tmp_path) == {}
+
+
+class Branching(ToyClassifier):
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        return logits if logits.sum() > 0 else -logits
+
+
+class Pairs(ToyClassifier):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.reshape(2, -1))
+
+
+@pytest.mark.parametrize(
+    ("network", "said"), [(Branching, r"to ONNX \(.+\)"), (Pairs, "for batches of 2 alone")], ids=["branches", "pairs"]
+)
+def test_network_that_torch_cannot_export_is_a_usage_error(network: type[nn.Module], said: str) -> None:
+    model = ClassifierModel(network(), IMAGE, NAMES, "b" * 64)
+    with pytest.raises(UsageError, match=f"torch can.* export .*{said}: it may not branch .*any batch") as caught:
+        classifier_onnx(model)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")

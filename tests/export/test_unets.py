@@ -219,16 +219,31 @@ def test_exported_graph_of_a_saved_model_takes_the_step_of_diffusers(tmp_path: P
     assert finite.tolist() == [1.0] * 3
 
 
+LINEAR_CONFIG = {"beta_schedule": "linear", "clip_sample": True}
+
+
+@pytest.mark.parametrize("kind", ["EulerDiscreteScheduler", "PNDMScheduler"])
+def test_scheduler_that_is_silent_on_clipping_needs_to_be_told(folder: Path, kind: str) -> None:
+    (folder / SCHEDULER).write_text(json.dumps({"_class_name": kind, "beta_schedule": "linear"}))
+    with pytest.raises(UsageError, match=r"does not say clip_sample: give --clip=-1,1.*or --clip none"):
+        diffusers_unet(folder)
+    assert diffusers_unet(folder, clip_given=True).schedule == Schedule("linear", 1000)
+
+
+def test_variance_type_of_null_is_none_given() -> None:
+    assert diffusers_training(LINEAR_CONFIG | {"variance_type": None}, Path("x"))["variance"] == "fixed_small"
+
+
 def test_logarithmic_names_of_the_fixed_variances_mean_the_same_variances() -> None:
     for name, meant in (("fixed_small_log", "fixed_small"), ("fixed_large_log", "fixed_large")):
-        found = diffusers_training({"beta_schedule": "linear", "variance_type": name}, Path("x"))
+        found = diffusers_training(LINEAR_CONFIG | {"variance_type": name}, Path("x"))
         assert found["variance"] == meant
 
 
 def test_configs_of_diffusers_before_prediction_types_are_read_as_they_were_meant() -> None:
     """predict_epsilon, of which 0.9 made prediction_type."""
     for old, meant in ((True, "epsilon"), (False, "x0")):
-        found = diffusers_training({"beta_schedule": "linear", "predict_epsilon": old}, Path("x"))
+        found = diffusers_training(LINEAR_CONFIG | {"predict_epsilon": old}, Path("x"))
         assert found["prediction"] == meant
 
 
@@ -395,7 +410,7 @@ def test_any_scheduler_config_is_read_rightly_or_refused_in_words(whole: Path, d
         told["beta_end"],
     )
     assert PREDICTIONS[told["prediction_type"]] == found["prediction"]
-    assert found["variance"] in told["variance_type"]
+    assert found["variance"] in (told["variance_type"] or "fixed_small")
     assert clip == ((-told["clip_sample_range"], told["clip_sample_range"]) if told["clip_sample"] else None)
 
 
@@ -508,6 +523,8 @@ def fails(error: Exception) -> Callable[[Tensor, Tensor], Any]:
         (lambda x, t: x.numpy(), "fixed_small", "gives ndarray"),
         (lambda x, t: x[:, :, :-1], "fixed_small", r"gives \[2, 2, 7, 12\].*means \[2, 2, 8, 12\]"),
         (lambda x, t: x[:1], "fixed_small", r"gives \[1, 2, 8, 12\]"),
+        (lambda x, t: x.reshape(2, 2, 8, 12), "fixed_small", r"does not take x \[3, 2, 8, 12\].*any batch"),
+        (lambda x, t: x[:2], "fixed_small", r"gives \[2, 2, 8, 12\] for x \[3, 2, 8, 12\]"),
         (lambda x, t: torch.cat([x, x], 1), "fixed_small", r"gives \[2, 4, 8, 12\].*--variance fixed_small means"),
         (lambda x, t: x, "learned_range", r"--variance learned_range means \[2, 4, 8, 12\]"),
         (lambda x, t: x, "learned", r"--variance learned means \[2, 4, 8, 12\].*second set of channels"),
