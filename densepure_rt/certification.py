@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import ROUND_FLOOR, Decimal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,21 @@ from densepure_rt.errors import UsageError
 
 Counts = NDArray[np.int64]  # [classes]: samples whose voted label was each class
 RADIUS_DIGITS = Decimal("0.001")  # of the TSV
+Result = Literal["certified", "gave up", "abstained", "skipped", "not reached", "undecided"]
 MARGIN = 1e-12  # relative; wider than the error of scipy's betainc and ndtr where they are used
+
+
+class EpsOutcome(NamedTuple):
+    """What came of one eps: after n samples, n_a of them for the class. None: its test had no such moment.
+
+    "gave up": more samples were thought futile; "abstained": all n_max were taken. "skipped": n_max agreeing samples
+    would not do. "not reached": a smaller eps failed. "undecided": sampling was stopped from outside.
+    """
+
+    eps: float
+    result: Result
+    n: int | None = None
+    n_a: int | None = None
 
 
 @dataclass(frozen=True)
@@ -28,7 +43,8 @@ class Certificate:
     open l2 ball of `radius` around the image ([0, 1] pixel units). None, None: the procedure abstains.
 
     n_a: of the n estimation samples, those that voted for the class that n0 others selected. p_lower: the bound on its
-    probability, at alpha less what the noise's finite precision is charged.
+    probability, at alpha less what the noise's finite precision is charged. An anytime rule selects nothing: n0 is 0, n
+    what it took, and outcomes what came of each radius.
     """
 
     predict: int | None
@@ -38,6 +54,7 @@ class Certificate:
     n_a: int
     alpha: float
     p_lower: float
+    outcomes: tuple[EpsOutcome, ...] = ()
 
     def covers(self, label: int | None, radius: float) -> bool:
         """Whether `label` is certified at `radius`."""

@@ -32,11 +32,12 @@ RADII = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the papers' CIFAR-10 tables
 class Summary:
     """done: images certified, of `asked`; fewer after Ctrl-C.
 
-    accuracy: certified accuracy at each of RADII; None where n cannot reach.
+    accuracy: certified accuracy at each of `radii`; None where n cannot reach.
     """
 
     done: int
     asked: int
+    radii: Sequence[float]
     accuracy: Sequence[float | None]
     abstained: int
     not_finite: int
@@ -45,7 +46,7 @@ class Summary:
 def manifest(classifier: SmoothedClassifier, images: ImageSet, settings: Settings, seed: int | None) -> dict[str, Any]:
     """What was run. `identity` is all that a result depends on; `provenance` is who ran it where and when."""
     bundle, chain = classifier.bundle, classifier.chain(settings)
-    rule = settings.rule(math.prod(bundle.unet.image))
+    pixels = math.prod(bundle.unet.image)
 
     device = dict(classifier.device.describe())
 
@@ -76,11 +77,7 @@ def manifest(classifier: SmoothedClassifier, images: ImageSet, settings: Setting
             "alpha_bar": chain.scale**2,
             "votes": settings.effective.votes,
             "tie_rule": "the label seen first",
-            "method": "fixed",
-            "n0": rule.n0,
-            "n": rule.n,
-            "alpha": rule.alpha,
-            "alpha_charged_for_noise": rule.charge,
+            **rule_of(settings, pixels),
             "noise": {
                 "law": NOISE_LAW,
                 "smoothing_table_sha256": smoothing_law(settings.sigma).sha256,
@@ -103,6 +100,19 @@ def manifest(classifier: SmoothedClassifier, images: ImageSet, settings: Setting
     }
 
 
+def rule_of(settings: Settings, pixels: int) -> dict[str, Any]:
+    """How samples become certificates."""
+    if settings.method == "fixed":
+        fixed = settings.rule(pixels)
+        charge, method = fixed.charge, {"method": "fixed", "n0": fixed.n0}
+    else:
+        rule = settings.anytime_rule(pixels, labelled=False)
+        own = ("radii", "reserve", "radius_loss", "look")
+        charge, method = rule.charge, {name: getattr(rule, name) for name in own if hasattr(rule, name)}
+        method |= {"method": settings.method, "tested": "the label of an image that has one, else every class"}
+    return method | {"n": settings.n, "alpha": settings.alpha, "alpha_charged_for_noise": charge}
+
+
 def run(
     classifier: SmoothedClassifier,
     images: ImageSet,
@@ -112,13 +122,14 @@ def run(
     seed: int | None,
 ) -> Summary:
     """Certify `images` into the folder `out`, a line an image. Ctrl-C ends it after the images that are done."""
+    radii = settings.grid if settings.method == "sequential" else RADII
     results: list[tuple[int | None, Certificate]] = []
     not_finite = 0
 
     def summary() -> Summary:
         abstained = sum(certificate.predict is None for _, certificate in results)
-        accuracy = certified_accuracy(results, RADII, expected.reach)
-        return Summary(len(results), len(images), accuracy, abstained, not_finite)
+        accuracy = certified_accuracy(results, radii, expected.reach)
+        return Summary(len(results), len(images), radii, accuracy, abstained, not_finite)
 
     status = Status()
     described = manifest(classifier, images, settings, seed)
@@ -132,5 +143,5 @@ def run(
 
 
 def accuracy_so_far(summary: Summary) -> str:
-    reached = [(r, share) for r, share in zip(RADII, summary.accuracy, strict=True) if share is not None]
+    reached = [(r, share) for r, share in zip(summary.radii, summary.accuracy, strict=True) if share is not None]
     return "certified " + ", ".join(f"{100 * share:.0f} % at {r:g}" for r, share in reached)

@@ -113,9 +113,20 @@ def certify(
     sigma: Sigma = 0.5,
     steps: Steps = 2,
     votes: Votes = 5,
-    method: Annotated[str, typer.Option(help="fixed: Cohen et al. 2019, n0 and n samples an image.")] = "fixed",
-    n0: Annotated[int, typer.Option(help="Samples that select the class.")] = 100,
-    n: Annotated[int, typer.Option(help="Samples that bound its probability.")] = 1000,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="fixed: Cohen et al. 2019, n0 and n samples an image. sequential: stop as soon as it is clear which "
+            "of --radii hold. radius: stop near the largest radius. The label of an image, where it has one, is then "
+            "the class that is asked about: it must not come from a run with the same secret."
+        ),
+    ] = "fixed",
+    radii: Annotated[
+        str | None, typer.Option(help="sequential: l2 radii with commas, in [0, 1] pixel units; default: 0 and sigma.")
+    ] = None,
+    radii_sigma: Annotated[str | None, typer.Option(help="The same in multiples of sigma, such as 0,0.5,1.")] = None,
+    n0: Annotated[int, typer.Option(help="fixed: samples that select the class.")] = 100,
+    n: Annotated[int, typer.Option(help="Samples that bound its probability; sequential, radius: at most.")] = 1000,
     alpha: Alpha = 0.001,
     timestep_rule: Rule = None,
     preset: Annotated[
@@ -137,11 +148,9 @@ def certify(
     from densepure_rt import certify_run
     from densepure_rt.forecast import forecast
 
-    if method != "fixed":
-        raise UsageError(f"--method {method} is not known: fixed is the only one now")
-    settings = make_settings(
-        context, preset, sigma=sigma, steps=steps, votes=votes, n0=n0, n=n, alpha=alpha, timestep_rule=timestep_rule
-    )
+    asked: dict[str, Any] = {"method": method, "radii": radii_of(radii, radii_sigma, sigma)}
+    asked |= {"sigma": sigma, "steps": steps, "votes": votes, "n0": n0, "n": n, "alpha": alpha}
+    settings = make_settings(context, preset, **asked, timestep_rule=timestep_rule)
     with open_classifier(engine, classifier, batch, threads, provider, engine_sha256, trust, seed) as smoothed:
         chosen = open_image_set(images, smoothed, skip, limit)
         expected = forecast(smoothed, settings, len(chosen))
@@ -294,6 +303,20 @@ def open_image_set(path: Path | None, smoothed: SmoothedClassifier, skip: int, l
     return open_images(path, smoothed.bundle.unet.image, smoothed.class_names).select(skip, limit)
 
 
+def radii_of(radii: str | None, radii_sigma: str | None, sigma: float) -> tuple[float, ...] | None:
+    """The grid of --radii or of --radii-sigma, in pixel units; None for neither."""
+    if radii is not None and radii_sigma is not None:
+        raise UsageError("--radii and --radii-sigma are two ways to say the same: give one")
+    text = radii if radii is not None else radii_sigma
+    if text is None:
+        return None
+    try:
+        numbers = tuple(float(word) for word in text.split(","))
+    except ValueError:
+        raise UsageError(f"radii are numbers with commas between, such as 0,0.25,0.5; got {text!r}") from None
+    return numbers if radii is not None else tuple(sigma * number for number in numbers)
+
+
 def none_as(default: int, value: int | None) -> int:
     return default if value is None else value
 
@@ -319,20 +342,26 @@ def print_forecast(smoothed: SmoothedClassifier, images: ImageSet, settings: Set
         "time": low if low == high else f"{low} to {high}, as early as ballots are decided",
         "reach": f"no radius beyond {expected.reach:.3f} can be certified with n = {settings.n}",
     }
+    if settings.method != "fixed":
+        lines["method"] = f"{settings.method}, {between(*settings.samples)} samples an image"
+    if settings.method == "sequential":
+        skipped = ", ".join(f"{radius:g}" for radius in settings.grid if radius > expected.reach)
+        decided = ", ".join(f"{radius:g}" for radius in settings.grid if radius <= expected.reach)
+        lines["radii"] = decided + (f"; skipped, since n cannot reach them: {skipped}" if skipped else "")
     rows(stderr, lines.items())
 
 
 def print_summary(summary: Summary, labelled: bool, folder: Path, as_json: bool) -> None:
-    from densepure_rt.certify_run import RADII
-
     if as_json:
-        accuracy = dict(zip((f"{radius:g}" for radius in RADII), summary.accuracy, strict=True)) if labelled else None
+        accuracy = (
+            dict(zip((f"{radius:g}" for radius in summary.radii), summary.accuracy, strict=True)) if labelled else None
+        )
         print(json.dumps(dataclasses.asdict(summary) | {"accuracy": accuracy, "out": str(folder)}))
         return
     if labelled:
         table = Table(title=f"certified accuracy of {plural(summary.done, 'image')}", title_justify="left", box=None)
         table.add_column("radius")
-        for radius in RADII:
+        for radius in summary.radii:
             table.add_column(f"{radius:g}", justify="right")
         cells = ("-" if share is None else f"{100 * share:.1f} %" for share in summary.accuracy)
         table.add_row("certified", *cells)

@@ -71,15 +71,19 @@ def seconds_per_item(device: Device, chain: Chain, kind: Kind) -> float:
 def forecast(classifier: SmoothedClassifier, settings: Settings, images: int) -> Forecast:
     """Time a few batches and add up. Raises UsageError when n is too small to certify any radius at all."""
     chain = classifier.chain(settings)  # first: it refuses a sigma that no table should be made for
-    rule = settings.rule(math.prod(classifier.bundle.unet.image))
-    reach = rule.largest_radius(settings.sigma)
+    pixels = math.prod(classifier.bundle.unet.image)
+    if settings.method == "fixed":
+        reach = settings.rule(pixels).largest_radius(settings.sigma)
+    else:
+        reach = settings.anytime_rule(pixels, labelled=True).reach()
     if reach is None:
         enough = next(n for n in range(1, 100_000) if clopper_pearson_lower(n, n, settings.alpha) > 0.5)
         raise UsageError(
             f"n = {settings.n} samples cannot certify any radius at alpha = {settings.alpha:g}, even when all agree: "
             f"ask for --n {enough} at least"
         )
-    unet_calls, classifier_calls = calls_per_image(settings, settings.n0 + settings.n)
+    few, many = (calls_per_image(settings, samples) for samples in settings.samples)
+    unet_calls, classifier_calls = ((least, most) for (least, _), (_, most) in zip(few, many, strict=True))
     per_step = seconds_per_item(classifier.device, chain, "step") if len(chain) else 0.0
     per_label = seconds_per_item(classifier.device, chain, "classify")
     least, most = (

@@ -58,7 +58,7 @@ def record(result: Certified) -> dict[str, Any]:
         "n_a": certificate.n_a,
         "alpha": certificate.alpha,
         "p_lower": certificate.p_lower,
-    }
+    } | ({"outcomes": [outcome._asdict() for outcome in certificate.outcomes]} if certificate.outcomes else {})
 
 
 def timing(result: Certified) -> dict[str, Any]:

@@ -6,14 +6,13 @@ import hashlib
 import math
 import secrets
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, cast, get_args
+from typing import Literal, NamedTuple, TypeVar, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,27 +24,32 @@ from densepure_rt.runtime.bundle import Bundle, open_bundle
 from densepure_rt.runtime.device import (
     MAX_BATCH,
     MAX_THREADS,
-    NOT_FINITE,
     Device,
     Provider,
     available_cores,
     open_device,
 )
 from densepure_rt.runtime.noise import Purpose, image_key, smoothing_law
-from densepure_rt.runtime.reverse import Outcome, decide
+from densepure_rt.runtime.reverse import decide
 from densepure_rt.runtime.schedule import Chain, TimestepRule, make_chain
+from densepure_rt.scheduling import Cost, Judge, Phases, Scheduler, Tally, UnderWay
+from densepure_rt.sequential import LOOK, Decision, GridDecider, RadiusDecider, RadiusRule, SequentialRule
 from densepure_rt.voting import Ballot
 
+Method = Literal["fixed", "sequential", "radius"]
 SECRET_BYTES = 32
 MAX_VOTES = 1000  # published work uses up to 40
+J = TypeVar("J", bound=Judge)
 
 
 @dataclass(frozen=True)
 class Settings:
     """What is certified, apart from the engines.
 
-    sigma: std of the smoothing noise in [0, 1] pixel units. timestep_rule: see `make_chain`; None for the one that the
-    engine's sidecar names.
+    sigma: std of the smoothing noise in [0, 1] pixel units. method: "fixed" (Cohen et al. 2019); "sequential", which
+    decides `radii` one after another and stops when all are; or "radius", which stops near the largest one. n0 is for
+    "fixed" alone; n is what the others take at most. radii: l2, ascending; None for 0 and sigma. timestep_rule: see
+    `make_chain`; None for the one that the engine's sidecar names.
     """
 
     sigma: float = 0.5
@@ -54,6 +58,8 @@ class Settings:
     n0: int = 100
     n: int = 1000
     alpha: float = 0.001
+    method: Method = "fixed"
+    radii: tuple[float, ...] | None = None
     timestep_rule: TimestepRule | None = None
 
     def __post_init__(self) -> None:
@@ -62,6 +68,10 @@ class Settings:
             raise UsageError(f"votes is a count from 1 to {MAX_VOTES}, got {self.votes}")
         if self.steps < 0:
             raise UsageError(f"steps is a count of reverse steps, got {self.steps}")
+        if self.method not in get_args(Method):
+            raise UsageError(f"--method {self.method} is not known: {', '.join(get_args(Method))}")
+        if self.radii is not None and self.method != "sequential":
+            raise UsageError(f"radii are what --method sequential decides, and {self.method} was asked for")
         if self.timestep_rule not in (None, *get_args(TimestepRule)):
             raise UsageError(f"--timestep-rule {self.timestep_rule} is not known: {', '.join(get_args(TimestepRule))}")
 
@@ -74,6 +84,30 @@ class Settings:
         """Cohen's rule, its alpha charged for the finite precision of the noise on images of so many pixels."""
         return FixedRule(self.n0, self.n, self.alpha, self.n * pixels * smoothing_law(self.sigma).total_variation)
 
+    def anytime_rule(self, pixels: int, labelled: bool) -> SequentialRule | RadiusRule:
+        """The rule of an anytime method, its alpha charged as in `rule`. labelled: whether one class is asked about."""
+        charge = self.n * pixels * smoothing_law(self.sigma).total_variation
+        if self.method == "radius":
+            return RadiusRule(sigma=self.sigma, n_max=self.n, alpha=self.alpha, charge=charge, labelled=labelled)
+        return SequentialRule(
+            sigma=self.sigma,
+            n_max=self.n,
+            alpha=self.alpha,
+            charge=charge,
+            labelled=labelled,
+            radii=self.grid,
+        )
+
+    @property
+    def grid(self) -> tuple[float, ...]:
+        """The radii that "sequential" decides."""
+        return (0.0, self.sigma) if self.radii is None else self.radii
+
+    @property
+    def samples(self) -> tuple[int, int]:
+        """The fewest and the most samples that an image takes."""
+        return (self.n0 + self.n,) * 2 if self.method == "fixed" else (min(LOOK, self.n), self.n)
+
     def ballot(self) -> Ballot:
         return Ballot(self.effective.votes)
 
@@ -81,14 +115,42 @@ class Settings:
 PAPER = Settings(steps=10, votes=40, n0=100, n=100_000)  # Xiao et al. 2023: K = 40, b = 10, N = 100,000
 
 
-@dataclass
-class Cost:
-    """What an image took."""
+class AnytimeJudge:
+    """A decider of `densepure_rt.sequential`, fed with at most n samples."""
 
-    unet_calls: int = 0
-    classifier_calls: int = 0
-    not_finite: int = 0
-    seconds: float = 0.0
+    def __init__(self, decider: GridDecider | RadiusDecider, n: int) -> None:
+        self.decider = decider
+        self.phases: Phases = (("certify", n),)
+
+    @property
+    def needed(self) -> int:
+        return self.decider.until_look
+
+    def add(self, label: int) -> None:
+        self.decider.add(label)
+
+    @property
+    def decision(self) -> Decision:
+        return self.decider.so_far()
+
+
+def certificate_of(decision: Decision, alpha: float) -> Certificate:
+    """A decision as a certificate; there was no selection."""
+    return Certificate(
+        predict=decision.predict,
+        radius=decision.radius,
+        n0=0,
+        n=decision.n,
+        n_a=decision.n_a,
+        alpha=alpha,
+        p_lower=decision.p_lower,
+        outcomes=decision.outcomes,
+    )
+
+
+def most_open(device: Device) -> int:
+    """Images that may be undecided at a time: enough to fill the device with samples that they are sure to need."""
+    return 2 + device.batch * (3 + device.in_flight) // LOOK
 
 
 class Certified(NamedTuple):
@@ -193,18 +255,35 @@ class SmoothedClassifier:
         return [found.label for found in self.predict_each(labelled, settings)]
 
     def certify_each(self, images: Iterable[LabelledImage], settings: Settings) -> Iterator[Certified]:
-        """The certificates of `images`, in their order. Memory does not grow with n or with the number of images."""
-        rule = settings.rule(math.prod(self.bundle.unet.image))
-        phases: tuple[tuple[Purpose, int], ...] = (("select", settings.n0), ("certify", settings.n))
-        for image, (selection, estimation), cost in self._count(images, settings, phases):
-            yield Certified(image, rule.certify(selection, estimation, settings.sigma), cost)
+        """The certificates of `images`, in their order. Memory does not grow with n or with the number of images.
+
+        With an anytime method the label of an image, where it has one, is the class that is asked about: it must not
+        come from a run with the same secret.
+        """
+        pixels = math.prod(self.bundle.unet.image)
+        if settings.method == "fixed":
+            rule = settings.rule(pixels)
+            phases: Phases = (("select", settings.n0), ("certify", settings.n))
+            for counted, tally in self._judged(images, settings, lambda _: Tally(phases, len(self.class_names))):
+                selection, estimation = tally.counts
+                yield Certified(counted.image, rule.certify(selection, estimation, settings.sigma), counted.cost)
+            return
+        rules = {labelled: settings.anytime_rule(pixels, labelled) for labelled in (False, True)}
+
+        def judge(image: LabelledImage) -> AnytimeJudge:
+            return AnytimeJudge(rules[image.label is not None].start(image.label), settings.n)
+
+        for decided, found in self._judged(images, settings, judge):
+            yield Certified(decided.image, certificate_of(found.decision, settings.alpha), decided.cost)
 
     def predict_each(self, images: Iterable[LabelledImage], settings: Settings) -> Iterator[Predicted]:
         """The labels of `images` from n samples each, in their order (Cohen et al. 2019, PREDICT)."""
         level = settings.rule(math.prod(self.bundle.unet.image)).test_level
-        for image, (votes,), cost in self._count(images, settings, (("predict", settings.n),)):
-            label = predicted(np.append(votes, cost.not_finite), level)  # what was not finite is a rival, not dropped
-            yield Predicted(image, None if label == len(votes) else label, votes, cost)
+        phases: Phases = (("predict", settings.n),)
+        for image, tally in self._judged(images, settings, lambda _: Tally(phases, len(self.class_names))):
+            (votes,) = tally.counts
+            label = predicted(np.append(votes, tally.not_finite), level)  # what was not finite is a rival, not dropped
+            yield Predicted(image.image, None if label == len(votes) else label, votes, image.cost)
 
     def _checked(self, image: NDArray[np.uint8], idx: int) -> LabelledImage:
         if image.dtype != np.uint8 or image.shape != self.bundle.unet.image:
@@ -214,36 +293,36 @@ class SmoothedClassifier:
             )
         return LabelledImage(idx, image, None)
 
-    def _count(
-        self, images: Iterable[LabelledImage], settings: Settings, phases: tuple[tuple[Purpose, int], ...]
-    ) -> Iterator[tuple[LabelledImage, list[NDArray[np.int64]], Cost]]:
-        """For each image, how many of each phase's samples were voted into each class."""
+    def _judged(
+        self, images: Iterable[LabelledImage], settings: Settings, new_judge: Callable[[LabelledImage], J]
+    ) -> Iterator[tuple[UnderWay[J], J]]:
+        """Each image with its judge, when it has all that it needs."""
         chain = self.chain(settings)
-        under_way: deque[_UnderWay] = deque()  # oldest first
 
-        def work() -> Iterator[tuple[int, int]]:
+        def opened() -> Iterator[UnderWay[J]]:
             for image in images:
-                handles = [self._open(image, purpose, settings.sigma, chain) for purpose, _ in phases]
-                samples = [samples for _, samples in phases]
-                under_way.append(_UnderWay(image, handles, sum(samples), len(self.class_names)))
-                for handle, count in zip(handles, samples, strict=True):
-                    yield from ((handle, sample) for sample in range(count))
+                judge = new_judge(image)
+                handles = [self._open(image, purpose, settings.sigma, chain) for purpose, _ in judge.phases]
+                yield UnderWay(image, handles, judge)
 
         if self._busy:
             raise UsageError("this classifier is already at work: finish or close that iteration, or load another one")
         self._busy = True
         started = time.perf_counter()
+        scheduler = Scheduler(opened(), most_open(self.device))
         try:
-            with closing(decide(self.device, chain, work(), settings.ballot)) as outcomes:
-                for outcome in outcomes:
-                    oldest = under_way[0]
-                    oldest.add(outcome)
-                    if oldest.missing == 0:
-                        self._close(under_way.popleft())
-                        oldest.cost.seconds, started = time.perf_counter() - started, time.perf_counter()
-                        yield oldest.image, oldest.counts, oldest.cost
+            with closing(decide(self.device, chain, scheduler, settings.ballot)) as outcomes:
+                while True:
+                    for ready in scheduler.finished():
+                        ready.cost.seconds, started = time.perf_counter() - started, time.perf_counter()
+                        yield ready, ready.judge
+                    outcome = None if scheduler.done else next(outcomes, None)
+                    if outcome is None:
+                        return
+                    for closed in scheduler.add(outcome):
+                        self._close(closed)
         finally:
-            for unfinished in under_way:
+            for unfinished in scheduler.open:
                 self._close(unfinished)
             self._busy = False
 
@@ -251,27 +330,9 @@ class SmoothedClassifier:
         key = image_key(self.secret, purpose, sigma, image.pixels)
         return self.device.open_image(image.pixels, key, sigma, chain.scale)
 
-    def _close(self, image: _UnderWay) -> None:
+    def _close(self, image: UnderWay[J]) -> None:
         for handle in image.handles:
             self.device.close_image(handle)
-
-
-class _UnderWay:
-    """An image whose samples are being voted on: a handle and a tally of labels for each phase."""
-
-    def __init__(self, image: LabelledImage, handles: list[int], samples: int, classes: int) -> None:
-        self.image, self.handles, self.missing = image, handles, samples
-        self.counts = [np.zeros(classes, np.int64) for _ in handles]
-        self.cost = Cost()
-
-    def add(self, outcome: Outcome) -> None:
-        if outcome.label == NOT_FINITE:
-            self.cost.not_finite += 1
-        else:
-            self.counts[self.handles.index(outcome.image)][outcome.label] += 1
-        self.cost.unet_calls += outcome.unet_calls
-        self.cost.classifier_calls += outcome.votes
-        self.missing -= 1
 
 
 def shipped_engine() -> Path:

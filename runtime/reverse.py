@@ -8,6 +8,7 @@ complete: unanimous samples finish first and would bias the count.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -67,11 +68,12 @@ class Item(NamedTuple):
 
 
 def decide(
-    device: Device, chain: Chain, work: Iterable[tuple[int, int]], new_ballot: Callable[[], Ballot]
+    device: Device, chain: Chain, work: Iterable[tuple[int, int] | None], new_ballot: Callable[[], Ballot]
 ) -> Generator[Outcome, None, None]:
     """The outcome of each (image handle, sample index) of `work`, in that order.
 
-    `work` is drawn from as room becomes free, so it may open images as it goes. With fewer than two steps nothing is
+    `work` is drawn from as room becomes free, so it may open images as it goes. None from it means "nothing before the
+    next outcome", and must not come when all outcomes are out. With fewer than two steps nothing is
     random after the smoothing noise: `new_ballot` must then need a single vote.
     """
     return _Loop(device, chain, work, new_ballot).run()
@@ -79,10 +81,10 @@ def decide(
 
 class _Loop:
     def __init__(
-        self, device: Device, chain: Chain, work: Iterable[tuple[int, int]], new_ballot: Callable[[], Ballot]
+        self, device: Device, chain: Chain, work: Iterable[tuple[int, int] | None], new_ballot: Callable[[], Ballot]
     ) -> None:
         self.device, self.chain, self.new_ballot = device, chain, new_ballot
-        self.work = enumerate(work)
+        self.work, self.places = iter(work), itertools.count()
         self.exhausted = False
         self.queues: dict[Kind, deque[Item]] = {kind: deque() for kind in LATEST_FIRST}
         self.outstanding: dict[int, list[Item]] = {}
@@ -130,13 +132,15 @@ class _Loop:
     def let_in(self) -> None:
         while not self.exhausted and self.room and len(self.queues["smooth"]) < self.device.batch:
             try:
-                place, (image, index) = next(self.work)
+                drawn = next(self.work)
             except StopIteration:
                 self.exhausted = True
                 return
+            if drawn is None:
+                return
             self.room -= 1
             root = self.free.pop()
-            sample = Sample(place, image, index, self.new_ballot(), root)
+            sample = Sample(next(self.places), *drawn, self.new_ballot(), root)
             self.queues["smooth"].append(Item(sample, vote=0, step=-1, source=root, target=root))
 
     def to_batch(self, kind: Kind, items: list[Item]) -> Batch:

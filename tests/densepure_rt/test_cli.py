@@ -364,6 +364,10 @@ def test_an_engine_is_named_as_its_path_is(bundle: Path, folder: str) -> None:
         (["--max", "0"], ["max", "0"]),
         (["--method", "other"], ["--method other", "fixed"]),
         (["--preset", "other"], ["--preset other", "paper"]),
+        (["--radii", "0,0.25"], ["--method sequential", "fixed was asked for"]),
+        (["--method", "sequential", "--radii", "0,x"], ["radii are numbers", "0,x"]),
+        (["--method", "sequential", "--radii", "0.5,0"], ["from 0 up and ascending"]),
+        (["--method", "sequential", "--radii", "0", "--radii-sigma", "0"], ["--radii and --radii-sigma", "give one"]),
     ],
     ids=lambda value: "-".join(value) if value and value[0].startswith("--") else "",
 )
@@ -613,3 +617,22 @@ def test_labels_reach_a_file_while_a_terminal_shows_the_bar(tmp_path: Path) -> N
     os.close(ours)
     assert len((tmp_path / "labels.tsv").read_text().splitlines()) == 3
     assert "2/2" in shown
+
+
+# anytime methods
+
+
+def test_a_sequential_run_names_its_radii_and_what_it_skips(here: Callable[..., Done], tmp_path: Path) -> None:
+    given = "certify --method sequential --radii-sigma 0,1,9 --sigma 0.25 --n 64 --alpha 0.2 --steps 1 --max 2".split()
+    done = here(*given, "--seed", 1, "--batch", 8, "--threads", 1, "--out", tmp_path / "run", "--json")
+    assert done.returncode == 0, done.stderr
+    assert "sequential, 32 to 64 samples an image" in done.stderr
+    assert "0, 0.25; skipped, since n cannot reach them: 2.25" in done.stderr
+    assert set(json.loads(done.stdout)["accuracy"]) == {"0", "0.25", "2.25"}
+    identity = json.loads((tmp_path / "run" / "manifest.json").read_text())["identity"]
+    assert (identity["method"], identity["radii"], identity["look"]) == ("sequential", [0.0, 0.25, 2.25], 32)
+    for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        assert record["n"] in (32, 64)
+        assert [outcome["eps"] for outcome in record["outcomes"]] == [0.0, 0.25, 2.25]
+        assert record["outcomes"][2]["result"] == "skipped"

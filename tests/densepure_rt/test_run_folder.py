@@ -19,7 +19,8 @@ from densepure_rt.certification import Certificate
 from densepure_rt.datasets import LabelledImage
 from densepure_rt.errors import EnvironmentFault, UsageError
 from densepure_rt.run_folder import RunFolder, record, tsv_line
-from densepure_rt.smoothing import Certified, Cost
+from densepure_rt.scheduling import Cost
+from densepure_rt.smoothing import Certified
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADER = "idx\tlabel\tpredict\tradius\tcorrect\ttime\n"  # locuslab/smoothing, code/certify.py
@@ -31,7 +32,7 @@ def result(
     idx: int = 0, label: int | None = 3, predict: int | None = 3, radius: float | None = 0.25, seconds: float = 1.5
 ) -> Certified:
     certificate = Certificate(predict, radius, n0=4, n=20, n_a=19, alpha=0.001, p_lower=0.6)
-    return Certified(LabelledImage(idx, np.zeros((1, 2, 2), np.uint8), label), certificate, Cost(7, 5, 0, seconds))
+    return Certified(LabelledImage(idx, np.zeros((1, 2, 2), np.uint8), label), certificate, Cost(24, 7, 5, 0, seconds))
 
 
 def columns(line: str) -> dict[str, str]:

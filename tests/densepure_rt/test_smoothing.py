@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -481,3 +482,61 @@ def test_a_caller_may_use_its_array_again(images: list[LabelledImage]) -> None:
 def test_a_short_secret_is_refused(secret: bytes) -> None:
     with pytest.raises(UsageError, match="32 bytes"):
         load(secret=secret, batch=1, threads=1)
+
+
+# anytime methods
+
+
+ANYTIME = Settings(sigma=0.5, steps=1, n=160, alpha=0.05, method="sequential", radii=(0.0, 0.25, 0.5))
+WIDE_ANYTIME = Settings(sigma=1.0, steps=2, votes=3, n=64, alpha=0.3, method="sequential")
+
+
+@pytest.mark.parametrize("settings", [ANYTIME, dataclasses.replace(ANYTIME, method="radius", radii=None), WIDE_ANYTIME])
+def test_anytime_certificates_do_not_depend_on_batch_or_threads(
+    images: list[LabelledImage], settings: Settings
+) -> None:
+    found = []
+    for batch, threads in ((7, 1), (32, 2), (64, 1)):
+        with load(secret=SECRET, batch=batch, threads=threads) as classifier:
+            found.append(certificates(classifier, images[:5], settings))
+    assert [idx for idx, _ in found[0]] == [image.idx for image in images[:5]]
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_sequential_certificate_is_what_the_rule_says_of_the_samples_in_order(
+    shipped: SmoothedClassifier, images: list[LabelledImage]
+) -> None:
+    plain = PlainPipeline()
+    for labelled in (True, False):
+        chosen = [image if labelled else dataclasses.replace(image, label=None) for image in images[:3]]
+        rule = ANYTIME.anytime_rule(28 * 28, labelled)
+        for image, (_, certificate) in zip(chosen, certificates(shipped, chosen, ANYTIME), strict=True):
+            key = image_key(SECRET, "certify", ANYTIME.sigma, image.pixels)
+            decider, sample = rule.start(image.label), 0
+            while not decider.add(plain.label(image.pixels, key, ANYTIME, sample)):
+                sample += 1
+            assert certificate.n == sample + 1 <= ANYTIME.n
+            assert decider.decision is not None
+            assert (certificate.predict, certificate.radius) == decider.decision[:2]
+            assert certificate.outcomes == decider.decision.outcomes
+            assert [outcome.eps for outcome in certificate.outcomes] == list(ANYTIME.grid)
+
+
+def test_a_sequential_run_takes_far_fewer_samples_than_it_may(
+    shipped: SmoothedClassifier, images: list[LabelledImage]
+) -> None:
+    settings = Settings(sigma=0.25, steps=1, n=10_000, method="sequential")
+    found = list(shipped.certify_each(images[:6], settings))
+    clear = [each for each in found if each.certificate.radius == settings.sigma]
+    assert len(clear) >= 3
+    assert all(each.cost.samples == each.certificate.n < 1000 for each in clear)
+    assert min(each.certificate.n for each in clear) == 64  # all agree
+
+
+def test_radii_and_methods_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(UsageError, match="--method often is not known: fixed, sequential, radius"):
+        Settings(method="often")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="radii are what --method sequential decides"):
+        Settings(radii=(0.0, 0.25))
+    with pytest.raises(UsageError, match="from 0 up and ascending"):
+        Settings(method="sequential", radii=(0.25, 0.0)).anytime_rule(784, True)

@@ -1,0 +1,182 @@
+"""Which sample is drawn next, of which image: batches stay full, and few samples are drawn in vain.
+
+An image is judged by the labels of its samples in their own order; what is scheduled here decides what that costs, and
+never what comes of it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Generic, Protocol, TypeVar
+
+import numpy as np
+
+from densepure_rt.datasets import LabelledImage
+from densepure_rt.runtime.device import NOT_FINITE
+from densepure_rt.runtime.noise import Purpose
+from densepure_rt.runtime.reverse import Outcome
+
+Phases = tuple[tuple[Purpose, int], ...]  # what its samples are for, and the most of each, in their order
+
+
+@dataclass
+class Cost:
+    """What an image took. samples: those that it was judged by; more may have been drawn to fill batches."""
+
+    samples: int = 0
+    unet_calls: int = 0
+    classifier_calls: int = 0
+    not_finite: int = 0
+    seconds: float = 0.0
+
+
+class Judge(Protocol):
+    """Takes an image's labels in the order of its samples."""
+
+    @property
+    def phases(self) -> Phases: ...
+
+    @property
+    def needed(self) -> int:
+        """Samples, beyond those taken, before anything more can be decided; 0 when all is."""
+
+    def add(self, label: int) -> None:
+        """The next sample's label, or NOT_FINITE."""
+
+
+J = TypeVar("J", bound=Judge)
+
+
+class Tally:
+    """Counts the labels of a fixed number of samples in each phase, int64 [classes]."""
+
+    def __init__(self, phases: Phases, classes: int) -> None:
+        self.phases = phases
+        self.counts = [np.zeros(classes, np.int64) for _ in phases]
+        self.not_finite = 0
+        self._ends = list(accumulate(samples for _, samples in phases))
+        self._taken = 0
+
+    @property
+    def needed(self) -> int:
+        return self._ends[-1] - self._taken
+
+    def add(self, label: int) -> None:
+        phase = bisect_right(self._ends, self._taken)
+        self._taken += 1
+        if label == NOT_FINITE:
+            self.not_finite += 1
+        else:
+            self.counts[phase][label] += 1
+
+
+class UnderWay(Generic[J]):
+    """An image that is being sampled. handles: on the device, one a phase."""
+
+    def __init__(self, image: LabelledImage, handles: list[int], judge: J) -> None:
+        self.image, self.handles, self.judge = image, handles, judge
+        self.cost = Cost()
+        self.returned = self.drawn = 0
+        self._samples = (
+            (handle, sample)
+            for handle, (_, samples) in zip(handles, judge.phases, strict=True)
+            for sample in range(samples)
+        )
+        self._most = sum(samples for _, samples in judge.phases)
+
+    @property
+    def decided(self) -> bool:
+        return self.judge.needed == 0
+
+    @property
+    def wants(self) -> bool:
+        """Whether another sample is needed for certain."""
+        return self.drawn - self.returned < self.judge.needed
+
+    @property
+    def may_want(self) -> bool:
+        return not self.decided and self.drawn < self._most
+
+    def draw(self) -> tuple[int, int]:
+        self.drawn += 1
+        return next(self._samples)
+
+    def add(self, outcome: Outcome) -> None:
+        self.returned += 1
+        self.cost.unet_calls += outcome.unet_calls
+        self.cost.classifier_calls += outcome.votes
+        if self.decided:  # drawn in vain
+            return
+        self.cost.samples += 1
+        self.cost.not_finite += outcome.label == NOT_FINITE
+        self.judge.add(outcome.label)
+
+
+class Scheduler(Generic[J]):
+    """The work of `runtime.reverse.decide`: (image handle, sample) pairs, of many images at once.
+
+    The oldest image that needs a sample for certain comes first; then a new image, while fewer than `most_open` are
+    undecided; then, with images running out, a sample that may be needed, for a batch is no cheaper with a gap in it.
+    None, when all that there is to know is under way.
+    """
+
+    def __init__(self, images: Iterator[UnderWay[J]], most_open: int) -> None:
+        self._images, self._most_open, self._exhausted = images, most_open, False
+        self._undecided: list[UnderWay[J]] = []
+        self._in_order: deque[UnderWay[J]] = deque()
+        self._by_handle: dict[int, UnderWay[J]] = {}
+
+    def __iter__(self) -> Iterator[tuple[int, int] | None]:
+        while True:
+            image = self._next()
+            if image is not None:
+                yield image.draw()
+            elif self._undecided:
+                yield None
+            else:
+                return
+
+    def _next(self) -> UnderWay[J] | None:
+        for image in self._undecided:
+            if image.wants:
+                return image
+        while not self._exhausted and len(self._undecided) < self._most_open:
+            opened = next(self._images, None)
+            if opened is None:
+                self._exhausted = True
+                break
+            self._in_order.append(opened)
+            if not opened.decided:
+                self._undecided.append(opened)
+                self._by_handle |= dict.fromkeys(opened.handles, opened)
+                return opened
+        return next((image for image in self._undecided if image.may_want), None) if self._exhausted else None
+
+    def add(self, outcome: Outcome) -> Iterator[UnderWay[J]]:
+        """Count an outcome. Yields its image once it is decided and nothing more of it is under way."""
+        image = self._by_handle[outcome.image]
+        image.add(outcome)
+        if image.decided and image in self._undecided:
+            self._undecided.remove(image)
+        if image.decided and image.returned == image.drawn:
+            for handle in image.handles:
+                del self._by_handle[handle]
+            yield image
+
+    def finished(self) -> Iterator[UnderWay[J]]:
+        """Images whose turn it is and that are decided, in the order in which they came."""
+        while self._in_order and self._in_order[0].decided:
+            yield self._in_order.popleft()
+
+    @property
+    def done(self) -> bool:
+        return self._exhausted and not self._in_order
+
+    @property
+    def open(self) -> set[UnderWay[J]]:
+        """Images with handles on the device."""
+        return set(self._by_handle.values())
