@@ -390,7 +390,9 @@ def test_an_engine_of_another_model_is_refused(toy: Bundle) -> None:
     other_classifier = dataclasses.replace(classifier, weights_sha256="d" * 64)
     with pytest.raises(UsageError, match=r"classifier\.onnx was exported from weights b{16}.*give --classifier"):
         bench(unet, other_classifier, toy, made_up(IMAGE, 16))
-    with pytest.raises(UsageError, match=r"takes images \[1, 6, 6\], the PyTorch model \[1, 8, 8\].*--image-size"):
+    with pytest.raises(
+        UsageError, match=r"exported with image \(1, 6, 6\), .* given with \(1, 8, 8\): repeat the options"
+    ):
         bench(dataclasses.replace(unet, image=(1, 8, 8)), classifier, toy, made_up(IMAGE, 16))
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -379,6 +380,9 @@ class Networks:
     def __init__(self, classes: int) -> None:
         self.classes = classes
         self.alarm = np.inf
+
+    def get_modelmeta(self) -> SimpleNamespace:
+        return SimpleNamespace(custom_metadata_map={})
 
     def run(self, _: Sequence[str], feed: Mapping[str, Floats]) -> list[Floats]:
         return self.step(**feed) if "std" in feed else self.classify(**feed)
