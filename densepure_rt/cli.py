@@ -258,7 +258,8 @@ def make_settings(context: typer.Context, preset: str | None = None, **values: A
     if preset not in (None, "paper"):
         raise UsageError(f"--preset {preset} is not known: paper is the only one")
     if preset == "paper":
-        values = {name: value for name, value in values.items() if was_typed(context, name)}
+        said = {name: value for name, value in values.items() if was_typed(context, name)}
+        values = said | ({} if values.get("radii") is None else {"radii": values["radii"]})  # of two options
         settings = dataclasses.replace(PAPER, **values)
     else:
         settings = Settings(**values)

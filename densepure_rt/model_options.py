@@ -146,6 +146,7 @@ def with_models(command: Callable[..., None]) -> Callable[..., None]:
     kept = [
         parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for name, parameter in own.items() if name != "models"
     ]
+    # Typer reads both of these. A function may have a signature, which typeshed does not say.
     run.__signature__ = inspect.Signature([*shared, *kept])  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in [*shared, *kept]}
     return run

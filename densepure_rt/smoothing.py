@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from importlib.resources import files
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, NamedTuple, TypeVar, cast, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,21 +83,23 @@ class Settings:
 
     def rule(self, pixels: int) -> FixedRule:
         """Cohen's rule, its alpha charged for the finite precision of the noise on images of so many pixels."""
-        return FixedRule(self.n0, self.n, self.alpha, self.n * pixels * smoothing_law(self.sigma).total_variation)
+        return FixedRule(self.n0, self.n, self.alpha, self._charge(pixels))
 
     def anytime_rule(self, pixels: int, labelled: bool) -> SequentialRule | RadiusRule:
         """The rule of an anytime method, its alpha charged as in `rule`. labelled: whether one class is asked about."""
-        charge = self.n * pixels * smoothing_law(self.sigma).total_variation
+        limits: dict[str, Any] = {
+            "sigma": self.sigma,
+            "n_max": self.n,
+            "alpha": self.alpha,
+            "charge": self._charge(pixels),
+        }
         if self.method == "radius":
-            return RadiusRule(sigma=self.sigma, n_max=self.n, alpha=self.alpha, charge=charge, labelled=labelled)
-        return SequentialRule(
-            sigma=self.sigma,
-            n_max=self.n,
-            alpha=self.alpha,
-            charge=charge,
-            labelled=labelled,
-            radii=self.grid,
-        )
+            return RadiusRule(**limits, labelled=labelled)
+        return SequentialRule(**limits, labelled=labelled, radii=self.grid)
+
+    def _charge(self, pixels: int) -> float:
+        """What alpha pays for n samples of noise that is not exactly normal."""
+        return self.n * pixels * smoothing_law(self.sigma).total_variation
 
     @property
     def grid(self) -> tuple[float, ...]:
@@ -302,7 +305,8 @@ class SmoothedClassifier:
         def opened() -> Iterator[UnderWay[J]]:
             for image in images:
                 judge = new_judge(image)
-                handles = [self._open(image, purpose, settings.sigma, chain) for purpose, _ in judge.phases]
+                phases = judge.phases if judge.needed else ()  # of one that is decided already nothing is drawn
+                handles = [self._open(image, purpose, settings.sigma, chain) for purpose, _ in phases]
                 yield UnderWay(image, handles, judge)
 
         if self._busy:
@@ -316,11 +320,11 @@ class SmoothedClassifier:
                     for ready in scheduler.finished():
                         ready.cost.seconds, started = time.perf_counter() - started, time.perf_counter()
                         yield ready, ready.judge
-                    outcome = None if scheduler.done else next(outcomes, None)
-                    if outcome is None:
+                    if scheduler.done:
                         return
-                    for closed in scheduler.add(outcome):
-                        self._close(closed)
+                    for outcome in islice(outcomes, 1):  # none, when the last images needed no sample
+                        for closed in scheduler.add(outcome):
+                            self._close(closed)
         finally:
             for unfinished in scheduler.open:
                 self._close(unfinished)

@@ -179,7 +179,7 @@ def bench(
     if on_gpu and not torch.cuda.is_available():
         raise EnvironmentFault(
             f"the engine runs on the GPU, but this PyTorch ({torch.__version__}) cannot use one: install one that was "
-            f"built for CUDA, or compare {bundle.unet_path.with_suffix('.onnx').name} with PyTorch on the CPU"
+            f"built for CUDA, or compare an .onnx engine with PyTorch on the CPU"
         )
     clock: Clock = "events" if on_gpu else "core" if threads == 1 else "wall"
     chain = make_chain(unet.schedule, unet.variance, sigma, STEPS, unet.timestep_rule)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -38,7 +37,7 @@ from densepure_rt.export.onnx_classifiers import (
 )
 from densepure_rt.export.preprocessing import ChannelOrder, Interpolation, Preprocess, Preprocessing
 from densepure_rt.export.programs import built, exported_program, first_line
-from densepure_rt.export.unets import state_sha256
+from densepure_rt.export.unets import read_config, state_sha256
 from densepure_rt.export.zoo.models import CLASS_NAMES, ZOO, Classifier, load_weights
 from densepure_rt.runtime.bundle import sha256_of
 
@@ -55,6 +54,7 @@ SILENT: dict[str, tuple[str, ...]] = {
     "MobileViT": ("do_center_crop", "do_flip_channel_order"),
     "EfficientNet": ("include_top",),
 }
+TRANSFORMERS = "a transformers classifier, with its model.safetensors,"
 IMAGENET = "--pixel-range 0,1 --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225"  # torchvision's and most of timm's
 
 
@@ -315,7 +315,7 @@ def _needs(package: str, spec: str) -> Iterator[None]:
 
 def _timm(spec: str, image: tuple[int, int, int], weights: Path | None, prefix: str, declared: Declared) -> _Loaded:
     """A model of timm with its own pretrained weights, downloaded by timm, or with those of a file."""
-    with _needs("timm", spec):
+    with _needs("timm", spec):  # optional, and without types: mypy finds none, where it is installed and where not
         import timm  # type: ignore[import-not-found, unused-ignore]
         from timm.data import resolve_model_data_config  # type: ignore[import-not-found, unused-ignore]
     name = spec.removeprefix("timm:")
@@ -363,7 +363,7 @@ def _transformers(
     spec: str, image: tuple[int, int, int], weights: Path | None, prefix: str, declared: Declared
 ) -> _Loaded:
     folder = Path(spec)
-    config = _json(folder / "config.json")
+    config = read_config(folder / "config.json", TRANSFORMERS)
     if not (file := folder / "model.safetensors").is_file():
         raise UsageError(f"{folder} holds no model.safetensors: save it with model.save_pretrained({spec!r})")
     if "auto_map" in config:
@@ -371,9 +371,9 @@ def _transformers(
     if declared.scale is not None and declared.mean is not None and declared.std is not None:
         preprocessing = declared.alone(spec, image)
     else:
-        wanted = _json(folder / "preprocessor_config.json")
+        wanted = read_config(folder / "preprocessor_config.json", TRANSFORMERS)
         preprocessing = declared.over(transformers_preprocessing(wanted, image, config.get("num_channels", 3)))
-    with _needs("transformers", spec):
+    with _needs("transformers", spec):  # optional, as timm, and not typed throughout
         from transformers import AutoModelForImageClassification  # type: ignore[import-not-found, unused-ignore]
         from transformers.utils import logging  # type: ignore[import-not-found, unused-ignore]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call, unused-ignore]
@@ -393,21 +393,6 @@ def _transformers(
     ids = {int(key): str(value) for key, value in network.config.id2label.items()}
     names = tuple(ids[key] for key in sorted(ids))
     return _Loaded(network, preprocessing, sha256_of(file), names)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(
-            f"cannot read {path} ({error.strerror}): a transformers folder has config.json, model.safetensors and "
-            f"preprocessor_config.json"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise CheckFailed(f"{path} is not valid JSON ({first_line(error)})") from error
-    if not isinstance(document, dict):
-        raise CheckFailed(f"{path} should be a JSON object, found {type(document).__name__}")
-    return document
 
 
 def transformers_preprocessing(

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from densepure_rt.errors import UsageError
 from densepure_rt.export.checkpoints import check_fit, load_into, missing, read_state_dict
-from densepure_rt.export.unets import DiffusionModel
+from densepure_rt.export.unets import DiffusionModel, refuse_odd
 from densepure_rt.runtime.bundle import MAX_STEPS, sha256_of
 from densepure_rt.runtime.schedule import Schedule
 
@@ -361,19 +361,6 @@ def _resampling(
     return ("pool", gaps) if gaps else ("conv", [])  # of one level: nothing is resampled
 
 
-def check_image(architecture: Architecture, image: tuple[int, int, int]) -> None:
-    """Raises UsageError for an image [C, H, W] that the UNet cannot take: each level halves what is above it."""
-    channels, height, width = image
-    if channels != architecture.in_channels:
-        raise UsageError(f"the UNet takes {architecture.in_channels} channels, and the image has {channels}")
-    halvings = len(architecture.widths) - 1
-    if min(height, width) < 1 or height % 2**halvings or width % 2**halvings:
-        raise UsageError(
-            f"--image-size {height}x{width}: the UNet halves it {halvings} times, so both must be multiples of "
-            f"{2**halvings}"
-        )
-
-
 def openai_schedule(name: str, steps: int, rescale_timesteps: bool = True) -> Schedule:
     """The schedule of `--schedule NAME --diffusion-steps STEPS` (gaussian_diffusion.py, get_named_beta_schedule).
 
@@ -481,7 +468,7 @@ def openai_unet(
         str(path), architecture, published(architecture, state), heads, schedule, image_size
     )
     image = (architecture.in_channels, image_size, image_size)
-    check_image(architecture, image)
+    refuse_odd(image, len(architecture.widths) - 1)
     return DiffusionModel(
         network=load_into(unloaded(architecture, heads), state, str(path), prefix=prefix),
         image=image,

@@ -12,6 +12,8 @@ from types import TracebackType
 from densepure_rt.errors import DensePureError, EnvironmentFault, UsageError
 from densepure_rt.runtime.bundle import FileRef, Sidecar, read_sidecar, sha256_of, sidecar_path, to_json
 
+DATA_SUFFIX = ".data"  # of the file of weights beside a graph that is too large to hold them
+
 
 class Publication:
     """Write files into `folder` and `add` each: when the `with` block ends well they appear in `out`, else none does.
@@ -61,11 +63,10 @@ class Publication:
     ) -> None:
         try:
             if kind is None:
-                weights = {path.name for path in map(old_weights, (self.out / name for name in self.names)) if path}
                 for name in self.names:
                     os.replace(self.folder / name, self.out / name)
-                for name in weights.difference(self.names):  # of engines that were replaced by smaller ones
-                    (self.out / name).unlink(missing_ok=True)
+                for name in {name + DATA_SUFFIX for name in self.names}.difference(self.names):
+                    (self.out / name).unlink(missing_ok=True)  # of an engine that was replaced by a smaller one
         except OSError as fault:
             raise self._fault(fault) from fault
         finally:
@@ -75,15 +76,6 @@ class Publication:
         return EnvironmentFault(
             f"cannot write {self.out} ({error.strerror or error}): choose another folder with --out"
         )
-
-
-def old_weights(engine: Path) -> Path | None:
-    """The file of weights that an engine has beside it, by its sidecar, if there is such an engine."""
-    try:
-        data = read_sidecar(engine).data
-    except (DensePureError, OSError):
-        return None
-    return engine.with_name(data.name) if data else None
 
 
 def refuse_replacement(out: Path, weights: dict[str, str]) -> None:

@@ -26,7 +26,7 @@ from densepure_rt.export.onnx_classifiers import merged_onnx
 from densepure_rt.export.onnx_graph import SCOPES, checked, nodes_within, refuse_for_tensorrt, types_of
 from densepure_rt.export.precision import DTYPES, OPSETS, QUANTIZED, STEPS, TIME_EMBEDDING
 from densepure_rt.export.programs import first_line
-from densepure_rt.export.publish import Publication, refuse_replacement
+from densepure_rt.export.publish import DATA_SUFFIX, Publication, refuse_replacement
 from densepure_rt.export.step_graph import ClassifyGraph, StepGraph
 from densepure_rt.export.unets import DiffusionModel
 from densepure_rt.runtime.bundle import (
@@ -160,7 +160,7 @@ def weight_bytes(module: nn.Module) -> int:
 
 def data_path(path: Path) -> Path:
     """Where the weights of a graph lie that is too large to hold them: unet.onnx.data beside unet.onnx."""
-    return path.with_name(path.name + ".data")
+    return path.with_name(path.name + DATA_SUFFIX)
 
 
 def step_onnx(model: DiffusionModel, opset: int = OPSETS["fp32"], path: Path | None = None) -> bytes:
@@ -287,11 +287,11 @@ def export_bundle(
         with publication.writing():  # large weights
             step, classify = contents(*smaller, kind, keep, images, files)
         exempt = (*TIME_EMBEDDING, *keep) if kind in DTYPES else (*keep, PREPROCESSING)
-        for content in (step, classify):
-            if content is step or classifier.onnx is None:  # an ONNX file's precision is its own
+        for name, content in ((unet_file, step), (classifier_file, classify)):
+            if name == unet_file or classifier.onnx is None:  # an ONNX file's precision is its own
                 precision.check_types(content, kind, exempt)
             if kind in QUANTIZED and kind not in precision.CPU_ONLY:
-                refuse_for_tensorrt(onnx.load_model_from_string(content), unet_file)
+                refuse_for_tensorrt(onnx.load_model_from_string(content), name)
         classifier_ref, unet_ref = (
             publication.write(name, content) for name, content in ((classifier_file, classify), (unet_file, step))
         )

@@ -162,7 +162,7 @@ def diffusers_unet(
     Raises UsageError for what is not there or not supported, CheckFailed for weights that do not fit the config.
     """
     home = folder / "unet" if (folder / "unet").is_dir() else folder
-    config = _config(home / "config.json", "a diffusers UNet")
+    config = read_config(home / "config.json", "a diffusers UNet")
     if (kind := config.get("_class_name")) != "UNet2DModel":
         raise UsageError(f"{home} holds a {kind}: only UNet2DModel, which needs no prompt and no class, is supported")
     for name in ("num_class_embeds", "class_embed_type"):
@@ -190,7 +190,7 @@ def diffusers_unet(
         network=DiffusersNetwork(network).eval(),
         image=image,
         weights_sha256=state_sha256(network),
-        **diffusers_training(_config(scheduler_path, "a diffusers scheduler"), scheduler_path, clip_given),
+        **diffusers_training(read_config(scheduler_path, "a diffusers scheduler"), scheduler_path, clip_given),
     )
     try:
         channels = _called(model.network, *_example(image)).shape[1]
@@ -254,11 +254,11 @@ def diffusers_training(config: Mapping[str, Any], path: Path, clip_given: bool =
 
 
 def refuse_odd(image: tuple[int, int, int], halvings: int) -> None:
-    """Raise UsageError for an image that cannot be halved so many times."""
-    if any(size % 2**halvings for size in image[1:]):
+    """Raise UsageError for an image [C, H, W] that cannot be halved so many times."""
+    if any(size < 1 or size % 2**halvings for size in image[1:]):
         raise UsageError(
-            f"this UNet halves its images {halvings} times, and {image[1]} x {image[2]} cannot be: give --image-size a "
-            f"multiple of {2**halvings}"
+            f"--image-size {image[1]}x{image[2]}: this UNet halves its images {halvings} times, so both must be "
+            f"multiples of {2**halvings}"
         )
 
 
@@ -271,7 +271,8 @@ def state_sha256(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _config(path: Path, what: str) -> dict[str, Any]:
+def read_config(path: Path, what: str) -> dict[str, Any]:
+    """A model's configuration, a JSON object. what: it is of, for errors. Raises UsageError or CheckFailed."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -636,3 +636,10 @@ def test_a_sequential_run_names_its_radii_and_what_it_skips(here: Callable[..., 
         assert record["n"] in (32, 64)
         assert [outcome["eps"] for outcome in record["outcomes"]] == [0.0, 0.25, 2.25]
         assert record["outcomes"][2]["result"] == "skipped"
+
+
+def test_the_papers_preset_keeps_radii_in_multiples_of_sigma(here: Callable[..., Done]) -> None:
+    given = "certify --dry-run --preset paper --method sequential --radii-sigma 0,2 --steps 1 --max 1".split()
+    done = here(*given, "--batch", 4, "--threads", 1)
+    assert done.returncode == 0, done.stderr
+    assert "radii       0, 1" in done.stderr

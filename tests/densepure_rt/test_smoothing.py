@@ -540,3 +540,15 @@ def test_radii_and_methods_that_do_not_fit_are_refused() -> None:
         Settings(radii=(0.0, 0.25))
     with pytest.raises(UsageError, match="from 0 up and ascending"):
         Settings(method="sequential", radii=(0.25, 0.0)).anytime_rule(784, True)
+
+
+def test_an_image_that_is_decided_before_its_first_sample_opens_nothing(
+    shipped: SmoothedClassifier, images: list[LabelledImage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> int:
+        raise AssertionError("opened on the device, and never closed")
+
+    monkeypatch.setattr(shipped.device, "open_image", never)
+    settings = dataclasses.replace(ANYTIME, radii=(9.0,))  # no n reaches that far
+    found = certificates(shipped, images[:3], settings)
+    assert [(certificate.predict, certificate.n) for _, certificate in found] == [(None, 0)] * 3

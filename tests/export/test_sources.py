@@ -281,7 +281,7 @@ def test_folder_that_does_not_say_its_size_needs_it(tmp_path: Path) -> None:
     refusal(lambda: open_unet(options(unet=str(folder))), "--image-size")
     assert open_unet(options(unet=str(folder), image_size="8")).image == (3, 8, 8)
     refusal(lambda: open_unet(options(unet=str(folder), image_size="1x8x8")), "in_channels is 3", "3x8x8")
-    refusal(lambda: open_unet(options(unet=str(folder), image_size="7")), "7 x 7", "--image-size", "multiple of 2")
+    refusal(lambda: open_unet(options(unet=str(folder), image_size="7")), "--image-size 7x7", "multiples of 2")
 
 
 def test_program_is_read_as_what_was_declared(tmp_path: Path) -> None:
