@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from decimal import ROUND_FLOOR, Decimal
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -44,7 +44,7 @@ class Certificate:
 
     n_a: of the n estimation samples, those that voted for the class that n0 others selected. p_lower: the bound on its
     probability, at alpha less what the noise's finite precision is charged. An anytime rule selects nothing: n0 is 0, n
-    what it took, and outcomes what came of each radius.
+    what it took, and outcomes what came of each radius. stopped: time was up before the rule had decided.
     """
 
     predict: int | None
@@ -55,6 +55,7 @@ class Certificate:
     alpha: float
     p_lower: float
     outcomes: tuple[EpsOutcome, ...] = ()
+    stopped: bool = False
 
     def covers(self, label: int | None, radius: float) -> bool:
         """Whether `label` is certified at `radius`."""
@@ -92,6 +93,11 @@ def l2_radius(p_lower: float, sigma: float) -> float | None:
 def floored(radius: float) -> str:
     """A radius with three decimals, never above the radius itself."""
     return str(Decimal(radius).quantize(RADIUS_DIGITS, ROUND_FLOOR))
+
+
+def raised(probability: float) -> str:
+    """A probability with two digits, never below the probability itself."""
+    return str(Context(prec=2, rounding=ROUND_CEILING).create_decimal_from_float(probability))
 
 
 def check_sampling(n0: int, n: int, alpha: float) -> None:
@@ -150,14 +156,18 @@ class FixedRule:
             p_lower=p_lower,
         )
 
-
-def predicted(counts: Counts, alpha: float) -> int | None:
-    """Cohen's PREDICT: the top class, or None when the runner-up could be it (two-sided binomial test at alpha)."""
-    second, first = (int(count) for count in np.sort(counts)[-2:])
-    if first == second:
-        return None
-    p_value = 2 * special.betainc(first, second + 1, 0.5)  # P(Bin(first + second, 1/2) >= first), twice
-    return int(counts.argmax()) if p_value <= alpha else None
+    def stopped(self, selection: Counts, estimation: Counts, taken: int) -> Certificate:
+        """The abstention after `taken` samples, when time was up: of fewer than n this rule says nothing."""
+        return Certificate(
+            predict=None,
+            radius=None,
+            n0=min(taken, self.n0),
+            n=max(0, taken - self.n0),
+            n_a=int(estimation[selection.argmax()]),
+            alpha=self.alpha,
+            p_lower=0.0,
+            stopped=True,
+        )
 
 
 def certified_accuracy(

@@ -7,11 +7,12 @@ import datetime
 import math
 import platform
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from densepure_rt import __version__
 from densepure_rt.certification import Certificate, certified_accuracy
@@ -23,27 +24,48 @@ from densepure_rt.runtime.bundle import FileRef
 from densepure_rt.runtime.device import installed_versions
 from densepure_rt.runtime.noise import NOISE_LAW, smoothing_law, vote_law
 from densepure_rt.runtime.schedule import Coefficients
-from densepure_rt.smoothing import Settings, SmoothedClassifier, commitment
+from densepure_rt.smoothing import UNLIMITED, Budget, Settings, SmoothedClassifier, commitment
 
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the papers' CIFAR-10 tables
 
 
+Abstention = Literal["gave up", "at n", "out of reach", "out of time"]
+
+
 @dataclass(frozen=True)
 class Summary:
-    """done: images certified, of `asked`; fewer after Ctrl-C.
+    """done: images certified, of `asked`; fewer when `interrupted`, by Ctrl-C, or when the run's budget was spent.
 
-    accuracy: certified accuracy at each of `radii`; None where n cannot reach.
+    accuracy: certified accuracy at each of `radii`; None where n cannot reach. reasons: how many abstained for each.
+    samples: what an image was judged by, in the mean.
     """
 
     done: int
     asked: int
+    interrupted: bool
     radii: Sequence[float]
     accuracy: Sequence[float | None]
     abstained: int
+    reasons: Mapping[Abstention, int]
+    samples: float
     not_finite: int
 
 
-def manifest(classifier: SmoothedClassifier, images: ImageSet, settings: Settings, seed: int | None) -> dict[str, Any]:
+def abstention(certificate: Certificate) -> Abstention | None:
+    """Why nothing was certified; None when something was."""
+    if certificate.predict is not None:
+        return None
+    if certificate.stopped:
+        return "out of time"
+    result = certificate.outcomes[0].result if certificate.outcomes else "abstained"
+    if result == "gave up":
+        return "gave up"
+    return "out of reach" if result == "skipped" else "at n"
+
+
+def manifest(
+    classifier: SmoothedClassifier, images: ImageSet, settings: Settings, budget: Budget, seed: int | None
+) -> dict[str, Any]:
     """What was run. `identity` is all that a result depends on; `provenance` is who ran it where and when."""
     bundle, chain = classifier.bundle, classifier.chain(settings)
     pixels = math.prod(bundle.unet.image)
@@ -78,6 +100,9 @@ def manifest(classifier: SmoothedClassifier, images: ImageSet, settings: Setting
             "votes": settings.effective.votes,
             "tie_rule": "the label seen first",
             **rule_of(settings, pixels),
+            "budget_seconds": {
+                name: None if math.isinf(seconds) else seconds for name, seconds in dataclasses.asdict(budget).items()
+            },
             "noise": {
                 "law": NOISE_LAW,
                 "smoothing_table_sha256": smoothing_law(settings.sigma).sha256,
@@ -120,25 +145,32 @@ def run(
     expected: Forecast,
     out: Path,
     seed: int | None,
+    budget: Budget = UNLIMITED,
 ) -> Summary:
     """Certify `images` into the folder `out`, a line an image. Ctrl-C ends it after the images that are done."""
     radii = settings.grid if settings.method == "sequential" else RADII
     results: list[tuple[int | None, Certificate]] = []
-    not_finite = 0
+    samples = not_finite = 0
+    interrupted = True
 
     def summary() -> Summary:
-        abstained = sum(certificate.predict is None for _, certificate in results)
+        reasons = Counter(why for _, certificate in results if (why := abstention(certificate)) is not None)
         accuracy = certified_accuracy(results, radii, expected.reach)
-        return Summary(len(results), len(images), radii, accuracy, abstained, not_finite)
+        mean = samples / max(1, len(results))
+        return Summary(
+            len(results), len(images), interrupted, radii, accuracy, reasons.total(), dict(reasons), mean, not_finite
+        )
 
     status = Status()
-    described = manifest(classifier, images, settings, seed)
+    described = manifest(classifier, images, settings, budget, seed)
     with RunFolder(out, described, classifier.secret if seed is None else None) as folder, suppress(KeyboardInterrupt):
-        for result in track(classifier.certify_each(images, settings), len(images), status):
+        for result in track(classifier.certify_each(images, settings, budget), len(images), status):
             folder.add(result)
             results.append((result.image.label, result.certificate))
+            samples += result.cost.samples
             not_finite += result.cost.not_finite
             status.text = accuracy_so_far(summary()) if images.labelled else ""
+        interrupted = False
     return summary()
 
 

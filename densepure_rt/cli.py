@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import math
 import os
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,10 +23,10 @@ from densepure_rt.errors import DensePureError, EnvironmentFault, UsageError
 from densepure_rt.model_commands import ProviderName, bench, export, parity
 
 if TYPE_CHECKING:
-    from densepure_rt.certify_run import Summary
+    from densepure_rt.certify_run import Abstention, Summary
     from densepure_rt.datasets import ImageSet
-    from densepure_rt.forecast import Forecast
-    from densepure_rt.smoothing import Settings, SmoothedClassifier
+    from densepure_rt.forecast import Forecast, Range
+    from densepure_rt.smoothing import Predicted, Settings, SmoothedClassifier
 
 INTERRUPTED = 130  # the shell's code for Ctrl-C
 SHIPPED_MAX = 25  # of the 500 shipped images, so that a plain `certify` ends within 10 minutes on 2 cores
@@ -116,22 +118,35 @@ def certify(
     method: Annotated[
         str,
         typer.Option(
-            help="fixed: Cohen et al. 2019, n0 and n samples an image. sequential: stop as soon as it is clear which "
-            "of --radii hold. radius: stop near the largest radius. The label of an image, where it has one, is then "
-            "the class that is asked about: it must not come from a run with the same secret."
+            help="sequential: stop as soon as it is clear which of --radii hold. radius: stop near the largest radius. "
+            "fixed: Cohen et al. 2019, n0 and n samples an image. With the first two, the label of an image that has "
+            "one is the class that is asked about: it must not come from a run with the same secret."
         ),
-    ] = "fixed",
+    ] = "sequential",
     radii: Annotated[
         str | None, typer.Option(help="sequential: l2 radii with commas, in [0, 1] pixel units; default: 0 and sigma.")
     ] = None,
     radii_sigma: Annotated[str | None, typer.Option(help="The same in multiples of sigma, such as 0,0.5,1.")] = None,
-    n0: Annotated[int, typer.Option(help="fixed: samples that select the class.")] = 100,
-    n: Annotated[int, typer.Option(help="Samples that bound its probability; sequential, radius: at most.")] = 1000,
+    radius_loss: Annotated[
+        float | None,
+        typer.Option(help="radius: the share of the radius to give up for stopping early; default: 0.05."),
+    ] = None,
+    n: Annotated[
+        int, typer.Option(help="Samples an image: at most; fixed: those that bound its probability.")
+    ] = 10_000,
+    n0: Annotated[int, typer.Option(help="fixed: samples that select the class, before the n.")] = 100,
     alpha: Alpha = 0.001,
     timestep_rule: Rule = None,
     preset: Annotated[
         str | None, typer.Option(help="paper: --steps 10 --votes 40 --n0 100 --n 100000, as published.")
     ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Time an image may take, such as 30s, 5min or 1h: then its best radius so far is its answer."
+        ),
+    ] = None,
+    run_budget: Annotated[str | None, typer.Option(help="Time that the whole run may take, such as 2h.")] = None,
     batch: BatchSize = None,
     threads: Threads = None,
     provider: ProviderName = "cpu",
@@ -147,8 +162,10 @@ def certify(
     """Certify images: for each, a label and the l2 radius within which the smoothed classifier keeps to it."""
     from densepure_rt import certify_run
     from densepure_rt.forecast import forecast
+    from densepure_rt.smoothing import Budget
 
-    asked: dict[str, Any] = {"method": method, "radii": radii_of(radii, radii_sigma, sigma)}
+    seconds = Budget(seconds_of(budget, "--budget"), seconds_of(run_budget, "--run-budget"))
+    asked: dict[str, Any] = {"method": method, "radii": radii_of(radii, radii_sigma, sigma), "radius_loss": radius_loss}
     asked |= {"sigma": sigma, "steps": steps, "votes": votes, "n0": n0, "n": n, "alpha": alpha}
     settings = make_settings(context, preset, **asked, timestep_rule=timestep_rule)
     with open_classifier(engine, classifier, batch, threads, provider, engine_sha256, trust, seed) as smoothed:
@@ -160,10 +177,12 @@ def certify(
                 print(json.dumps(dataclasses.asdict(expected)))
             return
         folder = out or Path("runs") / datetime.datetime.now().strftime("certify-%Y%m%d-%H%M%S")
-        summary = certify_run.run(smoothed, chosen, settings, expected, folder, seed)
+        summary = certify_run.run(smoothed, chosen, settings, expected, folder, seed, seconds)
         print_summary(summary, chosen.labelled, folder, as_json)
         if summary.done < summary.asked:
-            stderr.print(f"stopped after {summary.done} of {summary.asked} images; what is done is kept in {folder}")
+            why = "stopped" if summary.interrupted else "the time was up"
+            stderr.print(f"{why} after {summary.done} of {summary.asked} images; what is done is kept in {folder}")
+        if summary.interrupted:
             raise typer.Exit(INTERRUPTED)
 
 
@@ -176,7 +195,7 @@ def predict(
     sigma: Sigma = 0.5,
     steps: Steps = 2,
     votes: Votes = 5,
-    n: Annotated[int, typer.Option(help="Noise samples an image.")] = 100,
+    n: Annotated[int, typer.Option(help="Noise samples an image at most; 13 that agree are enough.")] = 1000,
     alpha: Alpha = 0.001,
     timestep_rule: Rule = None,
     batch: BatchSize = None,
@@ -189,26 +208,19 @@ def predict(
     trust: Trust = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout.")] = False,
 ) -> None:
-    """Label images with the smoothed classifier, or abstain (-1). Without --seed every call draws new noise."""
+    """Label images with the smoothed classifier, or abstain (-1). Without --seed every call draws new noise.
+
+    An image is sampled until one class has more than half of all votes but for probability alpha, or n are taken.
+    """
     settings = make_settings(
         context, sigma=sigma, steps=steps, votes=votes, n=n, alpha=alpha, timestep_rule=timestep_rule
     )
     with open_classifier(engine, classifier, batch, threads, provider, engine_sha256, trust, seed) as smoothed:
         chosen = open_image_set(images, smoothed, skip, limit)
         if not as_json:
-            print("idx\tlabel\tpredict\tcorrect\tname")
+            print("idx\tlabel\tpredict\tcorrect\tname\tvotes\terror_bound")
         for found in track(smoothed.predict_each(chosen, settings), len(chosen), Status()):
-            image, label = found.image, found.label
-            if as_json:
-                names = smoothed.class_names
-                votes_by_class = {name: int(count) for name, count in zip(names, found.votes, strict=True) if count}
-                line = {"idx": image.idx, "label": image.label, "predict": label, "votes": votes_by_class}
-                print(json.dumps(line), flush=True)
-            else:
-                name = "abstain" if label is None else smoothed.class_names[label]
-                right = int(label is not None and label == image.label)
-                columns = (image.idx, none_as(-1, image.label), none_as(-1, label), right, name)
-                print(*columns, sep="\t", flush=True)
+            print_prediction(found, smoothed.class_names, as_json)
 
 
 app.command()(export)
@@ -318,12 +330,33 @@ def radii_of(radii: str | None, radii_sigma: str | None, sigma: float) -> tuple[
     return numbers if radii is not None else tuple(sigma * number for number in numbers)
 
 
+def seconds_of(text: str | None, option: str) -> float:
+    """The seconds of 30s, 5min, 1.5h or 90; endless for None."""
+    if text is None:
+        return math.inf
+    number = text.strip().rstrip("abcdefghijklmnopqrstuvwxyz ")
+    unit = {"": 1, "s": 1, "min": 60, "h": 3600}.get(text.strip()[len(number) :].strip())
+    try:
+        seconds = float(number) * (unit or 0)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < math.inf:
+        raise UsageError(f"{option} {text}: a time is a number above 0 with s, min or h behind it, such as 30s")
+    return seconds
+
+
 def none_as(default: int, value: int | None) -> int:
     return default if value is None else value
 
 
-def between(low: float, high: float, unit: str = "") -> str:
-    return f"{low:,.0f}{unit}" if low == high else f"{low:,.0f} to {high:,.0f}{unit}"
+def ranged(found: Range, show: Callable[[float], str]) -> str:
+    """What is expected, and how little or much it can be."""
+    least, expected, most = (show(value) for value in found)
+    return least if least == most else f"about {expected} ({least} to {most})"
+
+
+def counted(value: float) -> str:
+    return f"{value:,.0f}"
 
 
 def print_forecast(smoothed: SmoothedClassifier, images: ImageSet, settings: Settings, expected: Forecast) -> None:
@@ -332,24 +365,56 @@ def print_forecast(smoothed: SmoothedClassifier, images: ImageSet, settings: Set
     timesteps = ", ".join(str(t) for t in smoothed.chain(settings).timesteps) or "none"
     rule = settings.timestep_rule or unet.timestep_rule
     timesteps += "" if rule == "nearest" else f" ({rule}'s rule)"
-    low, high = (duration(seconds) for seconds in expected.seconds)
     lines = {
         "device": ", ".join(f"{value}" if name == "provider" else f"{name} {value}" for name, value in device.items()),
         "engine": f"{smoothed.bundle.unet_path}, {unet.precision}, sha256 {unet.file.sha256[:16]}",
         "images": f"{expected.images} of {images.name}",
         "noise": f"sigma {sigma:g} in [0, 1] pixel units ({2 * sigma:g} in the network's [-1, 1])",
         "steps": f"{settings.steps}, timesteps {timesteps}; {plural(settings.effective.votes, 'vote')} a sample",
-        "UNet calls": f"{between(*expected.unet_calls)} an image",
-        "time": low if low == high else f"{low} to {high}, as early as ballots are decided",
+        "method": settings.method,
+        "samples": f"{ranged(expected.samples, counted)} an image",
+        "UNet calls": f"{ranged(expected.unet_calls, counted)} an image",
+        "time": ranged(expected.seconds, duration),
         "reach": f"no radius beyond {expected.reach:.3f} can be certified with n = {settings.n}",
     }
-    if settings.method != "fixed":
-        lines["method"] = f"{settings.method}, {between(*settings.samples)} samples an image"
-    if settings.method == "sequential":
-        skipped = ", ".join(f"{radius:g}" for radius in settings.grid if radius > expected.reach)
-        decided = ", ".join(f"{radius:g}" for radius in settings.grid if radius <= expected.reach)
-        lines["radii"] = decided + (f"; skipped, since n cannot reach them: {skipped}" if skipped else "")
+    if expected.radii:
+        lines["radii"] = ", ".join(
+            f"{radius:g} skipped: beyond reach" if agreeing is None else f"{radius:g} from {counted(agreeing)} samples"
+            for radius, agreeing in expected.radii
+        )
     rows(stderr, lines.items())
+
+
+def abstentions(reasons: Mapping[Abstention, int]) -> str:
+    words: Mapping[Abstention, str] = {
+        "gave up": "given up as futile",
+        "at n": "undecided after all n samples",
+        "out of reach": "with no radius within reach",
+        "out of time": "out of time",
+    }
+    each = ", ".join(f"{reasons[reason]} {said}" for reason, said in words.items() if reasons.get(reason))
+    return f"{sum(reasons.values())} abstained" + (f" ({each})" if each else "")
+
+
+def print_prediction(found: Predicted, names: Sequence[str], as_json: bool) -> None:
+    from densepure_rt.certification import raised
+
+    image, label = found.image, found.label
+    if as_json:
+        votes = {name: int(count) for name, count in zip(names, found.votes, strict=True) if count}
+        line = {"idx": image.idx, "label": image.label, "predict": label, "error_bound": found.error_bound}
+        print(json.dumps(line | {"n": found.n, "votes": votes}), flush=True)
+        return
+    columns = (
+        image.idx,
+        none_as(-1, image.label),
+        none_as(-1, label),
+        int(label is not None and label == image.label),
+        "abstain" if label is None else names[label],
+        f"{found.votes.max()}/{found.n}",
+        "-" if found.error_bound is None else raised(found.error_bound),
+    )
+    print(*columns, sep="\t", flush=True)
 
 
 def print_summary(summary: Summary, labelled: bool, folder: Path, as_json: bool) -> None:
@@ -367,7 +432,7 @@ def print_summary(summary: Summary, labelled: bool, folder: Path, as_json: bool)
         cells = ("-" if share is None else f"{100 * share:.1f} %" for share in summary.accuracy)
         table.add_row("certified", *cells)
         stdout.print(table)
-    stdout.print(f"{summary.abstained} abstained; results in {folder}")
+    stdout.print(f"{abstentions(summary.reasons)}; {summary.samples:,.0f} samples an image; results in {folder}")
     if summary.not_finite:
         stderr.print(f"warning: {summary.not_finite} samples were NaN or Inf and counted against the class")
 

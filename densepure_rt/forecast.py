@@ -2,44 +2,67 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
-from densepure_rt.certification import clopper_pearson_lower
 from densepure_rt.errors import UsageError
 from densepure_rt.runtime.device import Batch, Device, Kind
 from densepure_rt.runtime.schedule import Chain
+from densepure_rt.sequential import RadiusRule, SequentialRule
 from densepure_rt.smoothing import Settings, SmoothedClassifier
 
 ROUNDS = 2  # timed batches for each caller, after one round that is not
+# Deciles of the share of samples that voted for the label, over the shipped images at sigma 0.25, 0.5 and 1.0
+# (`make table`): what an image is expected to be like before its first sample.
+TYPICAL_P = (0.02, 0.85, 0.99, 0.998, 0.9995, 0.9999, 0.9999, 0.9999, 0.9999, 0.9999)
+
+
+class Range(NamedTuple):
+    """least, most: whatever the images are like. expected: of images like TYPICAL_P whose votes agree."""
+
+    least: float
+    expected: float
+    most: float
+
+
+class RadiusCost(NamedTuple):
+    """agreeing: the samples that certify `radius` when all agree; None when n do not, so that it is skipped."""
+
+    radius: float
+    agreeing: int | None
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """For one image: least and most calls, as ballots end early or late; for the run: seconds, least and most.
+    """For one image: samples and calls; for the run: seconds.
 
-    reach: the largest radius, in [0, 1] pixel units, that n samples can certify.
+    reach: the largest radius, in [0, 1] pixel units, that n samples can certify. radii: of method "sequential".
     """
 
     images: int
     reach: float
-    unet_calls: tuple[int, int]
-    classifier_calls: tuple[int, int]
-    seconds: tuple[float, float]
+    radii: tuple[RadiusCost, ...]
+    samples: Range
+    unet_calls: Range
+    classifier_calls: Range
+    seconds: Range
 
 
-def calls_per_image(settings: Settings, samples: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """(least, most) UNet calls and (least, most) classifier calls for so many samples.
+def calls_a_sample(settings: Settings) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(least, most) UNet calls and (least, most) classifier calls, as its ballot ends early or late.
 
     The first step is shared: a sample of v votes takes 1 + v (b - 1) UNet calls.
     """
     votes = (settings.ballot().needed, settings.effective.votes)
     shared, branched = min(1, settings.steps), max(0, settings.steps - 1)
-    least, most = (samples * (shared + v * branched) for v in votes)
-    return (least, most), (samples * votes[0], samples * votes[1])
+    least, most = (shared + v * branched for v in votes)
+    return (least, most), votes
 
 
 def seconds_per_item(device: Device, chain: Chain, kind: Kind) -> float:
@@ -68,26 +91,58 @@ def seconds_per_item(device: Device, chain: Chain, kind: Kind) -> float:
     return seconds / (ROUNDS * slots)
 
 
+def reach_of(settings: Settings, pixels: int) -> float | None:
+    """The largest radius of a labelled image, when all its samples agree; None when even that certifies nothing."""
+    if settings.method == "fixed":
+        return settings.rule(pixels).largest_radius(settings.sigma)
+    return settings.anytime_rule(pixels, labelled=True).reach()
+
+
+def costs_of(rule: SequentialRule) -> tuple[RadiusCost, ...]:
+    return tuple(RadiusCost(radius, rule.needed(radius)) for radius in rule.radii)
+
+
+def samples_of(settings: Settings, rule: SequentialRule | RadiusRule | None) -> Range:
+    """Of one image. rule: None for "fixed"."""
+    least, most = settings.samples
+    if rule is None:
+        return Range(most, most, most)
+    return Range(least, sum(expected_samples(rule, p) for p in TYPICAL_P) / len(TYPICAL_P), most)
+
+
+def expected_samples(rule: SequentialRule | RadiusRule, p: float) -> float:
+    """Of a labelled image whose label each sample votes for with probability p: exact, or of one run with "radius"."""
+    if isinstance(rule, SequentialRule):
+        return rule.forecast(p).samples
+    decider, draw = rule.start(0), random.Random(0)
+    while not decider.add(int(draw.random() > p)):
+        pass
+    return decider.n
+
+
 def forecast(classifier: SmoothedClassifier, settings: Settings, images: int) -> Forecast:
     """Time a few batches and add up. Raises UsageError when n is too small to certify any radius at all."""
     chain = classifier.chain(settings)  # first: it refuses a sigma that no table should be made for
     pixels = math.prod(classifier.bundle.unet.image)
-    if settings.method == "fixed":
-        reach = settings.rule(pixels).largest_radius(settings.sigma)
-    else:
-        reach = settings.anytime_rule(pixels, labelled=True).reach()
-    if reach is None:
-        enough = next(n for n in range(1, 100_000) if clopper_pearson_lower(n, n, settings.alpha) > 0.5)
+    rule = None if settings.method == "fixed" else settings.anytime_rule(pixels, labelled=True)
+    if (reach := reach_of(settings, pixels)) is None:
+        enough = next(n for n in itertools.count(settings.n) if reach_of(replace(settings, n=n), pixels) is not None)
         raise UsageError(
             f"n = {settings.n} samples cannot certify any radius at alpha = {settings.alpha:g}, even when all agree: "
             f"ask for --n {enough} at least"
         )
-    few, many = (calls_per_image(settings, samples) for samples in settings.samples)
-    unet_calls, classifier_calls = ((least, most) for (least, _), (_, most) in zip(few, many, strict=True))
+    samples = samples_of(settings, rule)
+    (unet_least, unet_most), (label_least, label_most) = calls_a_sample(settings)
+    unet_calls = Range(samples.least * unet_least, samples.expected * unet_least, samples.most * unet_most)
+    labels = Range(samples.least * label_least, samples.expected * label_least, samples.most * label_most)
     per_step = seconds_per_item(classifier.device, chain, "step") if len(chain) else 0.0
     per_label = seconds_per_item(classifier.device, chain, "classify")
-    least, most = (
-        images * (unets * per_step + labels * per_label)
-        for unets, labels in zip(unet_calls, classifier_calls, strict=True)
+    return Forecast(
+        images=images,
+        reach=reach,
+        radii=costs_of(rule) if isinstance(rule, SequentialRule) else (),
+        samples=samples,
+        unet_calls=unet_calls,
+        classifier_calls=labels,
+        seconds=Range(*(images * (u * per_step + c * per_label) for u, c in zip(unet_calls, labels, strict=True))),
     )
-    return Forecast(images, reach, unet_calls, classifier_calls, (least, most))

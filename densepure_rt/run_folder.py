@@ -58,6 +58,7 @@ def record(result: Certified) -> dict[str, Any]:
         "n_a": certificate.n_a,
         "alpha": certificate.alpha,
         "p_lower": certificate.p_lower,
+        "stopped": certificate.stopped,
     } | ({"outcomes": [outcome._asdict() for outcome in certificate.outcomes]} if certificate.outcomes else {})
 
 

@@ -6,6 +6,7 @@ never what comes of it.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator
@@ -21,11 +22,12 @@ from densepure_rt.runtime.noise import Purpose
 from densepure_rt.runtime.reverse import Outcome
 
 Phases = tuple[tuple[Purpose, int], ...]  # what its samples are for, and the most of each, in their order
+MOST_OPEN = 256  # images held at a time: enough for the others to go on beside one that takes thousands of samples
 
 
 @dataclass
 class Cost:
-    """What an image took. samples: those that it was judged by; more may have been drawn to fill batches."""
+    """What an image took. samples: those that it was judged by; the calls are of all that were drawn, in vain too."""
 
     samples: int = 0
     unet_calls: int = 0
@@ -75,10 +77,11 @@ class Tally:
 
 
 class UnderWay(Generic[J]):
-    """An image that is being sampled. handles: on the device, one a phase."""
+    """An image that is being sampled. handles: on the device, one a phase. deadline: when it is stopped undecided."""
 
-    def __init__(self, image: LabelledImage, handles: list[int], judge: J) -> None:
-        self.image, self.handles, self.judge = image, handles, judge
+    def __init__(self, image: LabelledImage, handles: list[int], judge: J, deadline: float = math.inf) -> None:
+        self.image, self.handles, self.judge, self.deadline = image, handles, judge, deadline
+        self.stopped = False
         self.cost = Cost()
         self.returned = self.drawn = 0
         self._samples = (
@@ -90,7 +93,13 @@ class UnderWay(Generic[J]):
 
     @property
     def decided(self) -> bool:
-        return self.judge.needed == 0
+        """Whether no further label is taken."""
+        return self.stopped or self.judge.needed == 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing of it is under way."""
+        return self.returned == self.drawn
 
     @property
     def wants(self) -> bool:
@@ -119,12 +128,12 @@ class UnderWay(Generic[J]):
 class Scheduler(Generic[J]):
     """The work of `runtime.reverse.decide`: (image handle, sample) pairs, of many images at once.
 
-    The oldest image that needs a sample for certain comes first; then a new image, while fewer than `most_open` are
-    undecided; then, with images running out, a sample that may be needed, for a batch is no cheaper with a gap in it.
-    None, when all that there is to know is under way.
+    The oldest image that needs a sample for certain comes first; then a new image; then, with no more images or with
+    `most_open` of them held, a sample that may be needed, for a batch is no cheaper with a gap in it. None, when all
+    that there is to know is under way.
     """
 
-    def __init__(self, images: Iterator[UnderWay[J]], most_open: int) -> None:
+    def __init__(self, images: Iterator[UnderWay[J]], most_open: int = MOST_OPEN) -> None:
         self._images, self._most_open, self._exhausted = images, most_open, False
         self._undecided: list[UnderWay[J]] = []
         self._in_order: deque[UnderWay[J]] = deque()
@@ -135,7 +144,7 @@ class Scheduler(Generic[J]):
             image = self._next()
             if image is not None:
                 yield image.draw()
-            elif self._undecided:
+            elif self._in_order:
                 yield None
             else:
                 return
@@ -144,7 +153,7 @@ class Scheduler(Generic[J]):
         for image in self._undecided:
             if image.wants:
                 return image
-        while not self._exhausted and len(self._undecided) < self._most_open:
+        while not self._exhausted and len(self._in_order) < self._most_open:
             opened = next(self._images, None)
             if opened is None:
                 self._exhausted = True
@@ -154,22 +163,34 @@ class Scheduler(Generic[J]):
                 self._undecided.append(opened)
                 self._by_handle |= dict.fromkeys(opened.handles, opened)
                 return opened
-        return next((image for image in self._undecided if image.may_want), None) if self._exhausted else None
+        return next((image for image in self._undecided if image.may_want), None)
 
     def add(self, outcome: Outcome) -> Iterator[UnderWay[J]]:
         """Count an outcome. Yields its image once it is decided and nothing more of it is under way."""
         image = self._by_handle[outcome.image]
         image.add(outcome)
+        yield from self._decided(image)
+
+    def stop_late(self, now: float) -> Iterator[UnderWay[J]]:
+        """Decide the images whose deadline has come by what they have. Yields those of which nothing is under way."""
+        for image in [image for image in self._undecided if image.deadline <= now]:
+            image.stopped = True
+            yield from self._decided(image)
+
+    def _decided(self, image: UnderWay[J]) -> Iterator[UnderWay[J]]:
         if image.decided and image in self._undecided:
             self._undecided.remove(image)
-        if image.decided and image.returned == image.drawn:
+        if image.decided and image.idle:
             for handle in image.handles:
                 del self._by_handle[handle]
             yield image
 
     def finished(self) -> Iterator[UnderWay[J]]:
-        """Images whose turn it is and that are decided, in the order in which they came."""
-        while self._in_order and self._in_order[0].decided:
+        """Images whose turn it is and that are decided, in the order in which they came.
+
+        Those that were not stopped have nothing under way any more, so that their cost is whole.
+        """
+        while self._in_order and self._in_order[0].decided and (self._in_order[0].idle or self._in_order[0].stopped):
             yield self._in_order.popleft()
 
     @property

@@ -13,7 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, reduce
 from itertools import accumulate, pairwise, takewhile
@@ -99,6 +99,14 @@ def anytime_lower(successes: int, n: int, level: float, any_class: bool = False,
 def anytime_radius(successes: int, n: int, level: float, sigma: float, any_class: bool = False) -> float | None:
     """The radius of `anytime_lower`: sound whenever and why ever sampling stopped, as when time ran out."""
     return l2_radius(anytime_lower(successes, n, level, any_class), sigma)
+
+
+def error_at_most(successes: int, n: int) -> float:
+    """The least alpha at which `prediction_rule` answers a class with so many of n votes: 2 / E against p <= 1/2.
+
+    It bounds the probability that any class with p <= 1/2 ever has evidence such as this. At most 1.
+    """
+    return min(1.0, 2 * math.exp(BOUND_MARGIN - log_e(successes, n, 0.5))) if successes else 1.0
 
 
 @dataclass(frozen=True)
@@ -229,8 +237,9 @@ class _Limits:
         """The first look after n samples; n_max after that."""
         return min(self.n_max, (n // self.look + 1) * self.look)
 
-    def looks(self) -> Iterator[int]:
-        yield from range(self.look, self.n_max, self.look)
+    def looks(self, after: int = 0) -> Iterator[int]:
+        """The looks beyond so many samples."""
+        yield from range(self.next_look(after), self.n_max, self.look)
         yield self.n_max
 
     def test(self, p0: float, reserve: float) -> EpsTest:
@@ -414,7 +423,7 @@ class _Decider(ABC):
         self.n = 0
         self.decision: Decision | None = None
         self._limits, self._label, self._level = limits, label, anytime_level
-        self._next_look = limits.next_look(0)
+        self._next_look = self._deciding_look = limits.next_look(0)
         self._counts: Counter[int] = Counter()
         self._bound, self._looked_at = Bound(0.0, self._votes()), list[Votes]()  # the latter is not in the bound yet
 
@@ -428,12 +437,19 @@ class _Decider(ABC):
                 self._looked_at.append(self._votes())
                 self.decision = self._look()
                 self._next_look = self._limits.next_look(self.n)
+                if self._next_look > self._deciding_look and self.decision is None:
+                    self._deciding_look = self._earliest()
         return self.decision is not None
 
     @property
-    def until_look(self) -> int:
-        """Samples before anything more can be decided; 0 when all is."""
-        return 0 if self.decision else self._next_look - self.n
+    def needed(self) -> int:
+        """Samples before all can be decided, at the earliest; 0 when all is."""
+        return 0 if self.decision else self._deciding_look - self.n
+
+    @property
+    def counts(self) -> Mapping[int, int]:
+        """The votes for each class that has any."""
+        return self._counts
 
     def so_far(self) -> Decision:
         """What may be claimed if sampling is stopped from outside now, for whatever reason. Changes nothing."""
@@ -442,6 +458,10 @@ class _Decider(ABC):
     @abstractmethod
     def _look(self) -> Decision | None:
         """Called at a look."""
+
+    def _earliest(self) -> int:
+        """A look before which nothing can be decided."""
+        return self._next_look
 
     @abstractmethod
     def _claim(self, bound: Bound, failed: Result) -> Decision:
@@ -482,6 +502,22 @@ class GridDecider(_Decider):
         ]
         if self._standing.decided:
             self.decision = self._certified()
+        else:
+            self._deciding_look = self._earliest()
+
+    def _earliest(self) -> int:
+        """The first look where the first j radii can be certified and the next one given up, for any j.
+
+        The class in question then has at least the votes that it has now, and at most all that come until then.
+        """
+        (certified, still_open), successes = self._standing, self._votes().n_a
+        for n in self._limits.looks(self.n):
+            certify, give_up = self._rule.limits(n)
+            most = successes + n - self.n
+            for j in range(certified, still_open + 1):
+                if (j == certified or most >= certify[j - 1]) and (j == still_open or successes <= give_up[j]):
+                    return n
+        return self._limits.n_max
 
     def _look(self) -> Decision | None:
         before, (label, n, n_a) = self._standing, self._votes()

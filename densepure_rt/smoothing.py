@@ -6,11 +6,10 @@ import hashlib
 import math
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from importlib.resources import files
-from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
@@ -18,7 +17,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from densepure_rt.certification import Certificate, FixedRule, check_sampling, predicted
+from densepure_rt.certification import Certificate, FixedRule, check_sampling
 from densepure_rt.datasets import LabelledImage
 from densepure_rt.errors import UsageError
 from densepure_rt.runtime.bundle import Bundle, open_bundle
@@ -34,12 +33,23 @@ from densepure_rt.runtime.noise import Purpose, image_key, smoothing_law
 from densepure_rt.runtime.reverse import decide
 from densepure_rt.runtime.schedule import Chain, TimestepRule, make_chain
 from densepure_rt.scheduling import Cost, Judge, Phases, Scheduler, Tally, UnderWay
-from densepure_rt.sequential import LOOK, Decision, GridDecider, RadiusDecider, RadiusRule, SequentialRule
+from densepure_rt.sequential import (
+    LOOK,
+    RADIUS_LOSS,
+    Decision,
+    GridDecider,
+    RadiusDecider,
+    RadiusRule,
+    SequentialRule,
+    error_at_most,
+    prediction_rule,
+)
 from densepure_rt.voting import Ballot
 
 Method = Literal["fixed", "sequential", "radius"]
 SECRET_BYTES = 32
 MAX_VOTES = 1000  # published work uses up to 40
+PREDICT_N = 1000  # samples of a prediction at most; 13 that agree are enough
 J = TypeVar("J", bound=Judge)
 
 
@@ -47,20 +57,22 @@ J = TypeVar("J", bound=Judge)
 class Settings:
     """What is certified, apart from the engines.
 
-    sigma: std of the smoothing noise in [0, 1] pixel units. method: "fixed" (Cohen et al. 2019); "sequential", which
-    decides `radii` one after another and stops when all are; or "radius", which stops near the largest one. n0 is for
-    "fixed" alone; n is what the others take at most. radii: l2, ascending; None for 0 and sigma. timestep_rule: see
-    `make_chain`; None for the one that the engine's sidecar names.
+    sigma: std of the smoothing noise in [0, 1] pixel units. method: "sequential", which decides `radii` one after
+    another and stops when all are; "radius", which stops when it has all but `radius_loss` of the largest one; or
+    "fixed" (Cohen et al. 2019). n: what an image takes at most; with "fixed", what it takes after n0 that select its
+    class. radii: l2, ascending; None for 0 and sigma. timestep_rule: see `make_chain`; None for the one that the
+    engine's sidecar names.
     """
 
     sigma: float = 0.5
     steps: int = 2
     votes: int = 5
     n0: int = 100
-    n: int = 1000
+    n: int = 10_000
     alpha: float = 0.001
-    method: Method = "fixed"
+    method: Method = "sequential"
     radii: tuple[float, ...] | None = None
+    radius_loss: float | None = None
     timestep_rule: TimestepRule | None = None
 
     def __post_init__(self) -> None:
@@ -73,6 +85,8 @@ class Settings:
             raise UsageError(f"--method {self.method} is not known: {', '.join(get_args(Method))}")
         if self.radii is not None and self.method != "sequential":
             raise UsageError(f"radii are what --method sequential decides, and {self.method} was asked for")
+        if self.radius_loss is not None and self.method != "radius":
+            raise UsageError(f"a radius loss is what --method radius accepts, and {self.method} was asked for")
         if self.timestep_rule not in (None, *get_args(TimestepRule)):
             raise UsageError(f"--timestep-rule {self.timestep_rule} is not known: {', '.join(get_args(TimestepRule))}")
 
@@ -94,8 +108,13 @@ class Settings:
             "charge": self._charge(pixels),
         }
         if self.method == "radius":
-            return RadiusRule(**limits, labelled=labelled)
+            loss = RADIUS_LOSS if self.radius_loss is None else self.radius_loss
+            return RadiusRule(**limits, labelled=labelled, radius_loss=loss)
         return SequentialRule(**limits, labelled=labelled, radii=self.grid)
+
+    def prediction_rule(self, pixels: int) -> SequentialRule:
+        """Which class has more than half of the votes, from n samples at most, its alpha charged as in `rule`."""
+        return prediction_rule(self.n, self.alpha, self._charge(pixels))
 
     def _charge(self, pixels: int) -> float:
         """What alpha pays for n samples of noise that is not exactly normal."""
@@ -115,19 +134,37 @@ class Settings:
         return Ballot(self.effective.votes)
 
 
-PAPER = Settings(steps=10, votes=40, n0=100, n=100_000)  # Xiao et al. 2023: K = 40, b = 10, N = 100,000
+PAPER = Settings(steps=10, votes=40, n0=100, n=100_000, method="fixed")  # Xiao et al. 2023: K = 40, b = 10
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Wall seconds: for an image, from its first sample on, and for a run. What has come by then decides.
+
+    Time is looked at as samples come in, so that a stop is late by up to a batch of each kind.
+    """
+
+    image: float = math.inf
+    run: float = math.inf
+
+    def __post_init__(self) -> None:
+        if not min(self.image, self.run) > 0:
+            raise UsageError(f"a budget is seconds above 0, got {self.image:g} an image and {self.run:g} a run")
+
+
+UNLIMITED = Budget()
 
 
 class AnytimeJudge:
-    """A decider of `densepure_rt.sequential`, fed with at most n samples."""
+    """A decider of `densepure_rt.sequential`, fed with at most n samples for one purpose."""
 
-    def __init__(self, decider: GridDecider | RadiusDecider, n: int) -> None:
+    def __init__(self, decider: GridDecider | RadiusDecider, purpose: Purpose, n: int) -> None:
         self.decider = decider
-        self.phases: Phases = (("certify", n),)
+        self.phases: Phases = ((purpose, n),)
 
     @property
     def needed(self) -> int:
-        return self.decider.until_look
+        return self.decider.needed
 
     def add(self, label: int) -> None:
         self.decider.add(label)
@@ -137,7 +174,7 @@ class AnytimeJudge:
         return self.decider.so_far()
 
 
-def certificate_of(decision: Decision, alpha: float) -> Certificate:
+def certificate_of(decision: Decision, alpha: float, stopped: bool = False) -> Certificate:
     """A decision as a certificate; there was no selection."""
     return Certificate(
         predict=decision.predict,
@@ -148,12 +185,8 @@ def certificate_of(decision: Decision, alpha: float) -> Certificate:
         alpha=alpha,
         p_lower=decision.p_lower,
         outcomes=decision.outcomes,
+        stopped=stopped,
     )
-
-
-def most_open(device: Device) -> int:
-    """Images that may be undecided at a time: enough to fill the device with samples that they are sure to need."""
-    return 2 + device.batch * (3 + device.in_flight) // LOOK
 
 
 class Certified(NamedTuple):
@@ -163,11 +196,17 @@ class Certified(NamedTuple):
 
 
 class Predicted(NamedTuple):
-    """label: None when the vote among the n samples is too close. votes: how many samples chose each class."""
+    """label: None where n samples leave it open. votes: how many of the n samples taken chose each class.
+
+    error_bound: the smoothed classifier's label is another one with probability at most this, over the sampling; None
+    without a label.
+    """
 
     image: LabelledImage
     label: int | None
+    n: int
     votes: NDArray[np.int64]
+    error_bound: float | None
     cost: Cost
 
 
@@ -231,13 +270,19 @@ class SmoothedClassifier:
         sigma: float = Settings.sigma,
         steps: int = Settings.steps,
         votes: int = Settings.votes,
+        method: Method = Settings.method,
+        radii: Sequence[float] | None = None,
         n0: int = Settings.n0,
         n: int = Settings.n,
         alpha: float = Settings.alpha,
+        budget: float = math.inf,
     ) -> Certificate:
-        """The certificate of one image, uint8 [C, H, W]."""
-        settings = Settings(sigma, steps, votes, n0, n, alpha)
-        return next(iter(self.certify_each([self._checked(image, 0)], settings))).certificate
+        """The certificate of one image, uint8 [C, H, W], every class being tested. budget: wall seconds."""
+        settings = Settings(
+            sigma, steps, votes, n0, n, alpha, method=method, radii=None if radii is None else tuple(radii)
+        )
+        images = [self._checked(image, 0)]
+        return next(iter(self.certify_each(images, settings, Budget(image=budget)))).certificate
 
     def predict(
         self,
@@ -246,7 +291,7 @@ class SmoothedClassifier:
         sigma: float = Settings.sigma,
         steps: int = Settings.steps,
         votes: int = Settings.votes,
-        n: int = Settings.n0,
+        n: int = PREDICT_N,
         alpha: float = Settings.alpha,
     ) -> list[int | None]:
         """The smoothed classifier's label of each image, uint8 [C, H, W], or None where n samples leave it open.
@@ -257,36 +302,52 @@ class SmoothedClassifier:
         labelled = (self._checked(image, idx) for idx, image in enumerate(images))
         return [found.label for found in self.predict_each(labelled, settings)]
 
-    def certify_each(self, images: Iterable[LabelledImage], settings: Settings) -> Iterator[Certified]:
+    def certify_each(
+        self, images: Iterable[LabelledImage], settings: Settings, budget: Budget = UNLIMITED
+    ) -> Iterator[Certified]:
         """The certificates of `images`, in their order. Memory does not grow with n or with the number of images.
 
         With an anytime method the label of an image, where it has one, is the class that is asked about: it must not
-        come from a run with the same secret.
+        come from a run with the same secret. With a budget the images that a run came to before its end are answered:
+        by the best radius of an anytime method, which holds whenever it is stopped, and by an abstention with "fixed".
         """
         pixels = math.prod(self.bundle.unet.image)
         if settings.method == "fixed":
-            rule = settings.rule(pixels)
-            phases: Phases = (("select", settings.n0), ("certify", settings.n))
-            for counted, tally in self._judged(images, settings, lambda _: Tally(phases, len(self.class_names))):
-                selection, estimation = tally.counts
-                yield Certified(counted.image, rule.certify(selection, estimation, settings.sigma), counted.cost)
+            yield from self._certify_fixed(images, settings, settings.rule(pixels), budget)
             return
         rules = {labelled: settings.anytime_rule(pixels, labelled) for labelled in (False, True)}
 
         def judge(image: LabelledImage) -> AnytimeJudge:
-            return AnytimeJudge(rules[image.label is not None].start(image.label), settings.n)
+            return AnytimeJudge(rules[image.label is not None].start(image.label), "certify", settings.n)
 
-        for decided, found in self._judged(images, settings, judge):
-            yield Certified(decided.image, certificate_of(found.decision, settings.alpha), decided.cost)
+        for decided, found in self._judged(images, settings, judge, budget):
+            certificate = certificate_of(found.decision, settings.alpha, decided.stopped)
+            yield Certified(decided.image, certificate, decided.cost)
+
+    def _certify_fixed(
+        self, images: Iterable[LabelledImage], settings: Settings, rule: FixedRule, budget: Budget
+    ) -> Iterator[Certified]:
+        phases: Phases = (("select", settings.n0), ("certify", settings.n))
+        for counted, tally in self._judged(images, settings, lambda _: Tally(phases, len(self.class_names)), budget):
+            selection, estimation = tally.counts
+            if counted.stopped:
+                certificate = rule.stopped(selection, estimation, counted.cost.samples)
+            else:
+                certificate = rule.certify(selection, estimation, settings.sigma)
+            yield Certified(counted.image, certificate, counted.cost)
 
     def predict_each(self, images: Iterable[LabelledImage], settings: Settings) -> Iterator[Predicted]:
-        """The labels of `images` from n samples each, in their order (Cohen et al. 2019, PREDICT)."""
-        level = settings.rule(math.prod(self.bundle.unet.image)).test_level
-        phases: Phases = (("predict", settings.n),)
-        for image, tally in self._judged(images, settings, lambda _: Tally(phases, len(self.class_names))):
-            (votes,) = tally.counts
-            label = predicted(np.append(votes, tally.not_finite), level)  # what was not finite is a rival, not dropped
-            yield Predicted(image.image, None if label == len(votes) else label, votes, image.cost)
+        """The labels of `images`, in their order, from n samples each at most (see `prediction_rule`)."""
+        rule = settings.prediction_rule(math.prod(self.bundle.unet.image))
+
+        def judge(image: LabelledImage) -> AnytimeJudge:
+            return AnytimeJudge(rule.start(), "predict", settings.n)
+
+        for image, found in self._judged(images, settings, judge, UNLIMITED):
+            decision, counts = found.decision, found.decider.counts
+            votes = np.array([counts.get(label, 0) for label in range(len(self.class_names))])
+            bound = None if decision.predict is None else error_at_most(decision.n_a, decision.n) + rule.charge
+            yield Predicted(image.image, decision.predict, decision.n, votes, bound, image.cost)
 
     def _checked(self, image: NDArray[np.uint8], idx: int) -> LabelledImage:
         if image.dtype != np.uint8 or image.shape != self.bundle.unet.image:
@@ -297,34 +358,43 @@ class SmoothedClassifier:
         return LabelledImage(idx, image, None)
 
     def _judged(
-        self, images: Iterable[LabelledImage], settings: Settings, new_judge: Callable[[LabelledImage], J]
+        self,
+        images: Iterable[LabelledImage],
+        settings: Settings,
+        new_judge: Callable[[LabelledImage], J],
+        budget: Budget,
     ) -> Iterator[tuple[UnderWay[J], J]]:
-        """Each image with its judge, when it has all that it needs."""
+        """Each image with its judge, when it has all that it needs or its time is up."""
         chain = self.chain(settings)
+        started = answered = time.perf_counter()
+        end = started + budget.run
 
         def opened() -> Iterator[UnderWay[J]]:
             for image in images:
+                if (now := time.perf_counter()) >= end:
+                    return
                 judge = new_judge(image)
                 phases = judge.phases if judge.needed else ()  # of one that is decided already nothing is drawn
                 handles = [self._open(image, purpose, settings.sigma, chain) for purpose, _ in phases]
-                yield UnderWay(image, handles, judge)
+                yield UnderWay(image, handles, judge, min(end, now + budget.image))
 
         if self._busy:
             raise UsageError("this classifier is already at work: finish or close that iteration, or load another one")
         self._busy = True
-        started = time.perf_counter()
-        scheduler = Scheduler(opened(), most_open(self.device))
+        scheduler = Scheduler(opened())
         try:
-            with closing(decide(self.device, chain, scheduler, settings.ballot)) as outcomes:
-                while True:
-                    for ready in scheduler.finished():
-                        ready.cost.seconds, started = time.perf_counter() - started, time.perf_counter()
-                        yield ready, ready.judge
-                    if scheduler.done:
-                        return
-                    for outcome in islice(outcomes, 1):  # none, when the last images needed no sample
-                        for closed in scheduler.add(outcome):
+            while not scheduler.done:
+                with closing(decide(self.device, chain, scheduler, settings.ballot)) as outcomes:
+                    for outcome in outcomes:
+                        for closed in (*scheduler.add(outcome), *scheduler.stop_late(time.perf_counter())):
                             self._close(closed)
+                        for ready in scheduler.finished():
+                            ready.cost.seconds, answered = time.perf_counter() - answered, time.perf_counter()
+                            yield ready, ready.judge
+                        if scheduler.done:
+                            return
+                for ready in scheduler.finished():  # images that needed no sample
+                    yield ready, ready.judge
         finally:
             for unfinished in scheduler.open:
                 self._close(unfinished)

@@ -24,7 +24,7 @@ from densepure_rt.certification import (
     clopper_pearson_lower,
     floored,
     l2_radius,
-    predicted,
+    raised,
 )
 from densepure_rt.errors import UsageError
 
@@ -268,29 +268,16 @@ def test_samples_that_are_not_finite_are_not_dropped() -> None:
     assert found.radius < 0.95 * dropped
 
 
-@settings(deadline=None)
-@given(
-    st.lists(st.one_of(st.integers(0, 10), st.integers(0, 2000)), min_size=2, max_size=6),
-    st.sampled_from([0.3, 0.05, 0.01, 0.001, 1e-6]),
-)
-def test_prediction_is_the_two_sided_binomial_test(votes: list[int], alpha: float) -> None:
-    second, first = sorted(votes)[-2:]
-    abstain = first == second or stats.binomtest(first, first + second, 0.5).pvalue > alpha
-    assert predicted(counts(*votes), alpha) == (None if abstain else votes.index(first))
+@pytest.mark.parametrize(("taken", "n0", "n"), [(0, 0, 0), (7, 7, 0), (10, 10, 0), (52, 10, 42)])
+def test_a_fixed_n_says_nothing_of_fewer_samples(taken: int, n0: int, n: int) -> None:
+    found = FixedRule(10, 100, 0.001).stopped(counts(n0, 0), counts(n, 0), taken)
+    assert (found.predict, found.radius, found.p_lower, found.stopped) == (None, None, 0.0, True)
+    assert (found.n0, found.n, found.n_a) == (n0, n, n)
 
 
-def test_prediction_switches_exactly_where_the_binomial_test_does() -> None:
-    """Every split of up to 40 votes between two classes; a p-value that is off by a factor would show."""
-    for n in range(1, 41):
-        for first in range(n // 2 + 1, n + 1):
-            p_value = stats.binomtest(first, n, 0.5).pvalue
-            for alpha in (0.3, 0.05, 0.01, 0.001):
-                assert predicted(counts(n - first, first), alpha) == (1 if p_value <= alpha else None)
-
-
-@pytest.mark.parametrize("votes", [(5, 5), (0, 0), (3, 500, 500), (1000, 1000, 1000)])
-def test_a_tie_abstains_at_every_alpha(votes: tuple[int, ...]) -> None:
-    assert predicted(counts(*votes), 0.499) is None
+@given(st.floats(1e-300, 1.0))
+def test_a_printed_probability_is_never_below_the_real_one(probability: float) -> None:
+    assert probability <= float(raised(probability)) <= probability * 1.1
 
 
 def certificate(predict: int | None, radius: float | None) -> Certificate:

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ENGINES = ROOT / "engines"
 CODE = "from densepure_rt.cli import main; main()"
 N0, N, ALPHA, SIGMA = 4, 20, 0.001, 0.5
-TINY = f"--n {N} --n0 {N0} --batch 4 --threads 1 --steps 1".split()
+TINY = f"--method fixed --n {N} --n0 {N0} --batch 4 --threads 1 --steps 1".split()
 
 
 class Run(NamedTuple):
@@ -81,7 +81,7 @@ def seeded(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
 
     def new(name: str, batch: int, threads: int, seed: int = 7) -> Run:
         options = f"--n 20 --n0 4 --steps 2 --votes 3 --max 2 --seed {seed} --batch {batch} --threads {threads}"
-        finished = certify(folder / name, *options.split())
+        finished = certify(folder / name, "--method", "fixed", *options.split())
         assert finished.done.returncode == 0, finished.done.stderr
         return finished
 
@@ -130,6 +130,8 @@ def abstained(coin: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         coin,
         "--images",
         folder / "grey.npz",
+        "--method",
+        "fixed",
         "--n",
         20,
         "--n0",
@@ -161,7 +163,7 @@ def test_the_table_has_the_header_of_the_field_and_a_line_an_image_in_index_orde
 
 def test_the_records_have_these_keys_and_no_times(run: Run) -> None:
     for record in run.records:
-        assert list(record) == "idx label predict radius correct n0 n n_a alpha p_lower".split()
+        assert list(record) == "idx label predict radius correct n0 n n_a alpha p_lower stopped".split()
         assert (record["n0"], record["n"], record["alpha"]) == (N0, N, ALPHA)
 
 
@@ -328,7 +330,7 @@ def test_without_steps_the_unet_is_not_called(abstained: Run) -> None:
 
 @pytest.mark.parametrize("name", ["run[/b]", "run[red]", "run with spaces"])
 def test_a_folder_is_named_as_it_was_given(tmp_path: Path, name: str) -> None:
-    finished = certify(tmp_path / name, "--n", 10, "--n0", 1, "--steps", 0, "--max", 1, "--batch", 4, "--threads", 1)
+    finished = certify(tmp_path / name, "--n", 20, "--steps", 0, "--max", 1, "--batch", 4, "--threads", 1)
     assert finished.done.returncode == 0
     assert str(tmp_path / name) in finished.done.stdout
     assert len(finished.rows) == 1

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shlex
@@ -18,14 +19,15 @@ import numpy as np
 import pytest
 import typer
 from PIL import Image
-from scipy import stats
+from scipy import integrate, stats
 from typer.core import TyperGroup
 
 from densepure_rt import __version__
-from densepure_rt.cli import SHIPPED_MAX, app, main
+from densepure_rt.cli import SHIPPED_MAX, app, main, seconds_of
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINES = ROOT / "engines"
+FIXED = ("--method", "fixed")
 DRY = "certify --dry-run --steps 1 --batch 4 --threads 1".split()
 TINY = "--n 6 --alpha 0.2 --steps 1 --batch 4 --threads 1".split()
 COMMANDS = ("certify", "predict", "export", "parity", "bench", "inspect", "doctor")
@@ -165,7 +167,7 @@ def test_every_command_in_the_readme_parses() -> None:
 
 
 def test_a_dry_run_prints_cost_and_reach_and_certifies_nothing(tmp_path: Path) -> None:
-    done = cli(*DRY, "--n", 50, "--n0", 10, "--max", 3, "--out", "run", cwd=tmp_path)
+    done = cli(*DRY, *FIXED, "--n", 50, "--n0", 10, "--max", 3, "--out", "run", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "")
     assert list(tmp_path.iterdir()) == []
     printed = one_line(done.stderr)
@@ -183,19 +185,20 @@ def test_a_dry_run_makes_no_runs_folder_either(tmp_path: Path) -> None:
 
 
 def test_the_forecast_can_be_read_by_a_program() -> None:
-    done = cli(*DRY, "--steps", 2, "--votes", 5, "--n", 50, "--n0", 10, "--max", 3, "--json")
+    done = cli(*DRY, *FIXED, "--steps", 2, "--votes", 5, "--n", 50, "--n0", 10, "--max", 3, "--json")
     assert done.returncode == 0
     forecast = json.loads(done.stdout)
     assert forecast["images"] == 3
-    assert forecast["unet_calls"] == [60 * (1 + 3), 60 * (1 + 5)]
-    assert forecast["classifier_calls"] == [60 * 3, 60 * 5]
+    assert forecast["samples"] == [60, 60, 60]
+    assert forecast["unet_calls"] == [60 * (1 + 3), 60 * (1 + 3), 60 * (1 + 5)]
+    assert forecast["classifier_calls"] == [60 * 3, 60 * 3, 60 * 5]
     assert forecast["reach"] == pytest.approx(0.5 * stats.norm.ppf(stats.beta.ppf(0.001, 50, 1)), rel=1e-6)
-    assert 0 < forecast["seconds"][0] <= forecast["seconds"][1]
+    assert 0 < forecast["seconds"][0] <= forecast["seconds"][2]
 
 
 @pytest.mark.parametrize("steps", [0, 1])
 def test_with_fewer_than_two_steps_votes_are_set_to_1_and_it_is_said(steps: int) -> None:
-    done = cli(*DRY, "--steps", steps, "--votes", 5, "--max", 1, "--n", 20, "--n0", 4)
+    done = cli(*DRY, *FIXED, "--steps", steps, "--votes", 5, "--max", 1, "--n", 20, "--n0", 4)
     assert done.returncode == 0
     assert "votes set to 1" in done.stderr
     assert f"UNet calls {24 * steps} an image" in one_line(done.stderr)
@@ -212,7 +215,7 @@ def test_the_preset_of_the_paper_is_10_steps_40_votes_and_100000_samples() -> No
     printed = one_line(done.stderr)
     assert re.search(r"steps 10, timesteps ([0-9]+, ){9}[0-9]+; 40 votes", printed)
     assert "n = 100000" in printed
-    assert f"{100_100 * 361:,} an image" in printed
+    assert f"{100_100 * 361:,}) an image" in printed
 
 
 def test_options_that_are_typed_win_over_the_preset() -> None:
@@ -223,7 +226,7 @@ def test_options_that_are_typed_win_over_the_preset() -> None:
 
 
 def test_without_max_a_part_of_the_shipped_images_is_taken() -> None:
-    assert f"images {SHIPPED_MAX} of Fashion-MNIST" in one_line(cli(*DRY, "--n", 10, "--n0", 1).stderr)
+    assert f"images {SHIPPED_MAX} of Fashion-MNIST" in one_line(cli(*DRY, "--n", 20).stderr)
 
 
 # engines
@@ -251,7 +254,7 @@ def edit_sidecar(engine: Path, **fields: object) -> None:
 @pytest.mark.parametrize("upper", [False, True])
 def test_the_right_engine_hash_is_accepted(upper: bool) -> None:
     pin = sha256(ENGINES / "unet.onnx")
-    assert cli(*DRY, "--max", 1, "--n", 10, "--engine-sha256", pin.upper() if upper else pin).returncode == 0
+    assert cli(*DRY, "--max", 1, "--n", 20, "--engine-sha256", pin.upper() if upper else pin).returncode == 0
 
 
 @pytest.mark.parametrize("command", ["certify", "predict"])
@@ -309,7 +312,7 @@ def test_engine_and_classifier_in_each_others_place_exit_2() -> None:
 def test_a_classifier_can_be_named(bundle: Path) -> None:
     shutil.move(bundle / "classifier.onnx", bundle / "other.onnx")
     shutil.move(bundle / "classifier.onnx.json", bundle / "other.onnx.json")
-    engine = ("--engine", bundle / "unet.onnx", "--max", 1, "--n", 10)
+    engine = ("--engine", bundle / "unet.onnx", "--max", 1, "--n", 20)
     assert cli(*DRY, *engine, "--classifier", bundle / "other.onnx").returncode == 0
     refused(cli(*DRY, *engine), 2, "no classifier at")
 
@@ -332,7 +335,7 @@ def test_an_engine_is_named_as_its_path_is(bundle: Path, folder: str) -> None:
     target = bundle.parent / folder
     target.parent.mkdir(exist_ok=True)  # one of the names has a slash in it
     bundle.rename(target)
-    done = cli(*DRY, "--engine", target / "unet.onnx", "--max", 1, "--n", 10)
+    done = cli(*DRY, "--engine", target / "unet.onnx", "--max", 1, "--n", 20)
     assert done.returncode == 0
     assert str(target / "unet.onnx") in done.stderr
 
@@ -363,11 +366,17 @@ def test_an_engine_is_named_as_its_path_is(bundle: Path, folder: str) -> None:
         (["--skip", "0"], ["skip", "0"]),
         (["--max", "0"], ["max", "0"]),
         (["--method", "other"], ["--method other", "fixed"]),
+        (["--radius-loss", "0.1"], ["radius loss", "sequential was asked for"]),
+        (["--method", "radius", "--radius-loss", "1"], ["radius loss", "1"]),
+        (["--budget", "30 parsecs"], ["--budget 30 parsecs", "such as 30s"]),
+        (["--budget", "0s"], ["--budget 0s"]),
+        (["--run-budget", "s"], ["--run-budget s"]),
+        (["--run-budget", "nan"], ["--run-budget nan"]),
         (["--preset", "other"], ["--preset other", "paper"]),
-        (["--radii", "0,0.25"], ["--method sequential", "fixed was asked for"]),
-        (["--method", "sequential", "--radii", "0,x"], ["radii are numbers", "0,x"]),
-        (["--method", "sequential", "--radii", "0.5,0"], ["from 0 up and ascending"]),
-        (["--method", "sequential", "--radii", "0", "--radii-sigma", "0"], ["--radii and --radii-sigma", "give one"]),
+        (["--method", "fixed", "--radii", "0,0.25"], ["--method sequential", "fixed was asked for"]),
+        (["--radii", "0,x"], ["radii are numbers", "0,x"]),
+        (["--radii", "0.5,0"], ["from 0 up and ascending"]),
+        (["--radii", "0", "--radii-sigma", "0"], ["--radii and --radii-sigma", "give one"]),
     ],
     ids=lambda value: "-".join(value) if value and value[0].startswith("--") else "",
 )
@@ -390,7 +399,7 @@ def test_an_impossible_option_of_predict_exits_2(here: Callable[..., Done], opti
 
 
 def test_too_small_an_n_exits_2_and_names_the_n_that_is_enough() -> None:
-    refused(cli(*DRY, "--n", 9), 2, "n = 9", "alpha = 0.001", "--n 10")
+    refused(cli(*DRY, *FIXED, "--n", 9), 2, "n = 9", "alpha = 0.001", "--n 10")
     assert stats.beta.ppf(0.001, 9, 1) <= 0.5 < stats.beta.ppf(0.001, 10, 1)
 
 
@@ -483,7 +492,7 @@ def test_export_without_its_packages_exits_3_with_the_pip_command(tmp_path: Path
 
 def test_certify_and_predict_need_neither_torch_nor_onnx() -> None:
     without = ("torch", "onnx", "diffusers", "safetensors", "matplotlib")
-    assert cli(*DRY, "--max", 1, "--n", 10, without=without).returncode == 0
+    assert cli(*DRY, "--max", 1, "--n", 20, without=without).returncode == 0
     assert cli("predict", *TINY, "--max", 1, without=without).returncode == 0
 
 
@@ -494,7 +503,7 @@ def predicted(*options: object) -> list[list[str]]:
     done = cli("predict", *TINY, *options)
     assert done.returncode == 0, done.stderr
     header, *lines = done.stdout.splitlines()
-    assert header == "idx\tlabel\tpredict\tcorrect\tname"
+    assert header == "idx\tlabel\tpredict\tcorrect\tname\tvotes\terror_bound"
     return [line.split("\t") for line in lines]
 
 
@@ -504,7 +513,7 @@ def test_predict_prints_a_table_of_labels() -> None:
     rows = predicted("--max", 3, "--skip", 2)
     assert [int(row[0]) for row in rows] == shipped["index"][:6:2].tolist()
     assert [int(row[1]) for row in rows] == shipped["y"][:6:2].tolist()
-    for _, label, predict, correct, name in rows:
+    for _, label, predict, correct, name, *_ in rows:
         assert name == ("abstain" if predict == "-1" else names[int(predict)])
         assert correct == str(int(label == predict))
 
@@ -516,25 +525,40 @@ def test_predict_answers_the_same_for_the_same_seed() -> None:
     assert len(first.splitlines()) == 2
 
 
-def test_predict_as_json_gives_the_votes_and_the_test_can_be_repeated() -> None:
-    done = cli("predict", *TINY, "--n", 12, "--max", 3, "--json", "--sigma", 1.0)
+def evidence(votes: int, n: int) -> float:
+    prior = stats.beta(0.5, 0.5)
+    mean, _ = integrate.quad(lambda p: prior.pdf(p) * (2 * p) ** votes * (2 * (1 - p)) ** (n - votes), 0.5, 1)
+    return float(mean / prior.sf(0.5))
+
+
+def test_predict_as_json_says_how_sure_it_is_and_the_test_can_be_repeated() -> None:
+    """The bound against the definition of the evidence: the likelihood ratio to 1/2, averaged over Beta(1/2, 1/2)."""
+    done = cli("predict", *TINY, "--n", 40, "--max", 3, "--json", "--sigma", 1.0)
     assert done.returncode == 0
     names = json.loads((ENGINES / "classifier.onnx.json").read_text())["class_names"]
     for line in done.stdout.splitlines():
         found = json.loads(line)
-        assert list(found) == ["idx", "label", "predict", "votes"]
-        votes = sorted(found["votes"].values(), reverse=True)
-        assert sum(votes) == 12
-        first, second = [*votes, 0][:2]
-        certain = stats.binomtest(first, first + second, 0.5).pvalue <= 0.2
-        top = max(found["votes"], key=found["votes"].__getitem__)
-        assert found["predict"] == (names.index(top) if certain else None)
+        assert list(found) == ["idx", "label", "predict", "error_bound", "n", "votes"]
+        assert sum(found["votes"].values()) == found["n"] <= 40
+        if found["predict"] is None:
+            assert found["error_bound"] is None
+            continue
+        most = found["votes"][names[found["predict"]]]
+        assert most == max(found["votes"].values())
+        assert found["error_bound"] == pytest.approx(2 / evidence(most, found["n"]), rel=1e-4)
+        assert found["error_bound"] <= 0.2
 
 
 def test_predict_abstains_with_minus_1_where_n_leaves_it_open() -> None:
-    """Two votes can never reject a fair coin at 0.001."""
+    """Two votes can never give a class more than half of all at 0.001."""
     for row in predicted("--n", 2, "--alpha", 0.001, "--max", 2):
-        assert row[2:] == ["-1", "0", "abstain"]
+        assert row[2:5] == ["-1", "0", "abstain"]
+        assert row[6] == "-"
+
+
+def test_thirteen_votes_that_agree_are_a_prediction() -> None:
+    (row,) = predicted("--n", 100, "--alpha", 0.001, "--max", 1, "--sigma", 0.1, "--seed", 1)
+    assert row[5:] == ["13/13", "0.00079"]  # 2 / E, with E = 2540 by the closed form for 13 of 13
 
 
 def test_an_image_without_a_label_is_never_predicted_correctly(images: Path) -> None:
@@ -622,12 +646,42 @@ def test_labels_reach_a_file_while_a_terminal_shows_the_bar(tmp_path: Path) -> N
 # anytime methods
 
 
+@pytest.mark.parametrize("option", ["--budget", "--run-budget"])
+def test_time_that_is_up_leaves_the_best_radius_so_far(here: Callable[..., Done], tmp_path: Path, option: str) -> None:
+    """No time at all: what comes back with the first batches decides, and it is not a full run's answer."""
+    given = f"certify --sigma 0.1 --radii 0,0.2 --steps 1 --max 3 --seed 1 --batch 4 --threads 1 {option} 0.001s"
+    done = here(*given.split(), "--out", tmp_path / "run", "--json")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert not summary["interrupted"]
+    assert summary["done"] == 3 if option == "--budget" else 1 <= summary["done"] <= 3
+    records = [json.loads(line) for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines()]
+    assert len(records) == summary["done"]
+    for record in records:
+        assert record["stopped"]
+        assert record["n"] < 64
+        assert (record["radius"] or 0.0) < 0.2
+    if option == "--run-budget" and summary["done"] < 3:
+        assert f"the time was up after {summary['done']} of 3 images" in done.stderr
+    budget = json.loads((tmp_path / "run" / "manifest.json").read_text())["identity"]["budget_seconds"]
+    assert budget == {"image": None, "run": None} | {"image" if option == "--budget" else "run": 0.001}
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("30s", 30), ("1.5 min", 90), (" 2h ", 7200)])
+def test_times_are_said_in_seconds_minutes_or_hours(text: str, seconds: float) -> None:
+    assert seconds_of(text, "--budget") == seconds
+
+
+def test_no_budget_is_no_limit() -> None:
+    assert seconds_of(None, "--budget") == math.inf
+
+
 def test_a_sequential_run_names_its_radii_and_what_it_skips(here: Callable[..., Done], tmp_path: Path) -> None:
     given = "certify --method sequential --radii-sigma 0,1,9 --sigma 0.25 --n 64 --alpha 0.2 --steps 1 --max 2".split()
     done = here(*given, "--seed", 1, "--batch", 8, "--threads", 1, "--out", tmp_path / "run", "--json")
     assert done.returncode == 0, done.stderr
-    assert "sequential, 32 to 64 samples an image" in done.stderr
-    assert "0, 0.25; skipped, since n cannot reach them: 2.25" in done.stderr
+    assert "(32 to 64) an image" in done.stderr
+    assert "0 from 32 samples, 0.25 from 32 samples, 2.25 skipped: beyond reach" in done.stderr
     assert set(json.loads(done.stdout)["accuracy"]) == {"0", "0.25", "2.25"}
     identity = json.loads((tmp_path / "run" / "manifest.json").read_text())["identity"]
     assert (identity["method"], identity["radii"], identity["look"]) == ("sequential", [0.0, 0.25, 2.25], 32)
@@ -642,4 +696,4 @@ def test_the_papers_preset_keeps_radii_in_multiples_of_sigma(here: Callable[...,
     given = "certify --dry-run --preset paper --method sequential --radii-sigma 0,2 --steps 1 --max 1".split()
     done = here(*given, "--batch", 4, "--threads", 1)
     assert done.returncode == 0, done.stderr
-    assert "radii       0, 1" in done.stderr
+    assert "radii       0 from 32 samples, 1 from 384 samples" in done.stderr

@@ -5,7 +5,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from tests.densepure_rt.test_cli import Done, cli, commands, edit_sidecar, here,
 __all__ = ["here"]  # a fixture
 ENGINES = shipped_engine().parent
 PARITY = "parity --max 1 --n 4 --steps 1 --batch 4 --threads 1".split()
+PROCEDURE = "bench --procedure --max 1 --steps 2 --votes 2 --n 64 --threads 1".split()
 BENCH = "bench --rounds 2 --batch 2 --threads 1 --no-compile".split()
 OTHER_MODEL = "--unet none --image-size 1x28x28".split()
 WITH_MODELS = ("export", "parity", "bench")
@@ -184,7 +185,7 @@ def test_a_folder_that_cannot_be_written_is_said_before_the_work(here: Here, tmp
 def test_a_report_that_cannot_be_written_after_all_is_one_plain_error(tmp_path: Path) -> None:
     (tmp_path / "parity.json").mkdir()
     with pytest.raises(EnvironmentFault, match=r"cannot write .*--out"):
-        write_report(tmp_path, {}, lambda path: None)
+        write_report(tmp_path, "parity", {}, lambda path: None)
 
 
 def test_without_matplotlib_the_numbers_are_there_and_the_picture_is_left_out(
@@ -259,3 +260,99 @@ def test_bench_prints_tables_for_a_person(here: Here) -> None:
 )
 def test_bench_refuses_what_it_cannot_do(here: Here, options: list[object], code: int, words: list[str]) -> None:
     refused(here(*BENCH, *options), code, *words)
+
+
+# bench --procedure
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The published procedure, smaller still."""
+    from densepure_rt.export import procedure
+    from densepure_rt.smoothing import Settings
+
+    monkeypatch.setitem(
+        procedure.compare.__kwdefaults__ or {},
+        "small",
+        Settings(steps=2, votes=2, n0=2, n=6, method="fixed"),
+    )
+
+
+@pytest.mark.usefixtures("tiny")
+def test_bench_procedure_as_json_has_both_ratios_at_the_top_and_writes_its_report(here: Here, tmp_path: Path) -> None:
+    done = here(*PROCEDURE, "--json", "--out", tmp_path / "new" / "folder")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["engine_sha256"] == sha256(shipped_engine())
+    assert (found["images"], found["sigma"], found["seed"], found["threads"]) == (1, 0.25, 0, 1)
+    assert found["published"]["unet_calls"] == 100_100 * 2 * 2
+    assert found["small"]["unet_calls"] == 8 * 2 * 2
+    assert found["ours"]["certified"] == 1.0
+    assert found["ours"]["settings"]["n"] == 64
+    assert found["unet_call_ratio"] > 1000
+    assert found["time_ratio"] > 100
+    assert "1/1 images" in done.stderr
+    assert "n0 2, n 6, K 2, b 2" in done.stderr
+    assert json.loads((tmp_path / "new" / "folder" / "procedure.json").read_text()) == found
+    with Image.open(tmp_path / "new" / "folder" / "procedure.png") as picture:
+        picture.load()
+        assert picture.format == "PNG"
+
+
+@pytest.mark.usefixtures("tiny")
+def test_bench_procedure_prints_a_table_and_bars_and_leaves_the_picture_out_without_matplotlib(
+    here: Here, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    done = here(*PROCEDURE, "--sigma", 0.2, "--seed", 7, "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    for words in ("seed 7", "the radius 0.2", "published, priced", "share the first step", "times fewer UNet calls"):
+        assert words in done.stdout
+    assert "the picture was left out: the picture needs matplotlib" in done.stderr
+    assert (tmp_path / "procedure.json").is_file()
+    assert not (tmp_path / "procedure.png").exists()
+
+
+@pytest.mark.usefixtures("tiny")
+def test_ctrl_c_ends_bench_procedure_in_one_line(here: Here, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupted(work: Iterable[object], total: int) -> Iterator[object]:
+        yield next(iter(work))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("densepure_rt.model_commands.watched", interrupted)
+    done = here(*PROCEDURE, "--max", 2, "--out", tmp_path)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr.endswith("\nstopped\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--rounds", 3], ["--rounds: only for a single step"]),
+        (["--no-compile"], ["--no-compile: only for a single step"]),
+        (["--rounds", 3, "--compile"], ["--rounds, --compile: only for a single step"]),
+        (["--steps", 0], ["--steps 1 or more"]),
+        (["--steps", 10_000], ["steps do not fit"]),
+        (["--votes", 0], ["votes"]),
+        (["--n", 20], ["--n 20", "ask for --n"]),
+        (["--max", 0], ["0 images"]),
+        (["--sigma", 0], ["sigma"]),
+        (["--batch", 0], ["--batch 0"]),
+        (["--threads", 0], ["--threads 0"]),
+        (["--provider", "nonsense"], ["--provider nonsense", "cpu, cuda, tensorrt"]),
+        (["--engine", "none.onnx"], ["none.onnx", "densepure-rt export"]),
+        (OTHER_MODEL, ["a diffusion network"]),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else str(value),
+)
+def test_bench_procedure_refuses_what_it_cannot_do(here: Here, options: list[object], words: list[str]) -> None:
+    refused(here(*PROCEDURE, *options), 2, *words)
+
+
+def test_options_of_whole_certifications_are_refused_without_procedure(here: Here, tmp_path: Path) -> None:
+    options = {"--max": 1, "--steps": 1, "--votes": 1, "--n": 50, "--seed": 0, "--out": tmp_path / "new"}
+    refused(here(*BENCH, *(word for pair in options.items() for word in pair)), 2, ", ".join(options), "--procedure")
+    for option, value in options.items():
+        refused(here(*BENCH, option, value), 2, f"{option}: only for --procedure")
+    assert not (tmp_path / "new").exists()

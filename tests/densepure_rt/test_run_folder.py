@@ -151,7 +151,7 @@ def test_a_wrong_label_is_not_correct() -> None:
 
 
 def test_the_record_has_these_keys_in_this_order_and_no_times() -> None:
-    assert list(record(result())) == "idx label predict radius correct n0 n n_a alpha p_lower".split()
+    assert list(record(result())) == "idx label predict radius correct n0 n n_a alpha p_lower stopped".split()
 
 
 @given(st.floats(0, 10, allow_subnormal=False))
@@ -181,7 +181,7 @@ def complete_lines(path: Path) -> list[str]:
 def certify_into(out: Path, before: str = "") -> subprocess.CompletedProcess[str]:
     """A run of many cheap images, after the statements `before`."""
     code = f"{before}\nfrom densepure_rt.cli import main; main()"
-    options = "certify --steps 0 --n 10 --n0 1 --max 300 --batch 8 --threads 1 --seed 1 --out".split()
+    options = "certify --method fixed --steps 0 --n 10 --n0 1 --max 300 --batch 8 --threads 1 --seed 1 --out".split()
     command = [sys.executable, "-c", code, *options, str(out)]
     env = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "300"}
     return subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)

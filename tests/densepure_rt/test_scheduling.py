@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -104,10 +105,64 @@ def test_every_image_is_judged_as_if_it_were_alone(
 def test_nothing_is_drawn_in_vain_while_images_are_left() -> None:
     """With enough images open, every sample but the last images' is one that a look was waiting for."""
     patients = [Patient(look=8, last=1 + i % 5, enough=99) for i in range(40)]
-    finished, drawn = run(patients, most_open=6, room=24, take=lambda waiting: 8)
+    finished, drawn = run(patients, most_open=40, room=24, take=lambda waiting: 8)
     needed = sum(each.cost.samples for each in finished)
     assert needed == sum(8 * patient.last for patient in patients)
     assert needed <= drawn <= needed + 24
+
+
+def test_no_more_images_are_held_than_may_be() -> None:
+    """One that takes long holds back those behind it; then its own samples fill the room."""
+    patients = [Patient(look=4, last=30, enough=999), *(Patient(look=4, last=1, enough=999) for _ in range(50))]
+    read = 0
+
+    def images() -> Iterator[UnderWay[Patient]]:
+        nonlocal read
+        for read, patient in enumerate(patients, start=1):
+            yield UnderWay(image(read), [read], patient)
+
+    scheduler = Scheduler(images(), most_open=6)
+    work, left = iter(scheduler), 0
+    while not scheduler.done:
+        for handle, sample in filter(None, itertools.islice(work, 8)):
+            list(scheduler.add(Outcome(handle, sample, label_of(handle, sample), 1, 1)))
+        assert read - left <= 6
+        left += len(list(scheduler.finished()))
+    assert left == 51
+
+
+def test_late_images_are_decided_by_what_they_have() -> None:
+    """The first one is late with two samples back and two under way, the second is not late."""
+    late, other = (
+        UnderWay(image(i), [i], Patient(look=4, last=2, enough=99), deadline) for i, deadline in enumerate((5.0, 9.0))
+    )
+    scheduler = Scheduler(iter([late, other]))
+    drawn = list(itertools.islice(scheduler, 6))
+    assert drawn == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1)]
+    for sample in range(2):
+        assert list(scheduler.add(Outcome(0, sample, 1, 1, 1))) == []
+    assert list(scheduler.stop_late(4.9)) == []
+    assert list(scheduler.finished()) == []
+    assert list(scheduler.stop_late(5.0)) == []  # two of its samples are under way: its handle stays
+    assert list(scheduler.finished()) == [late]
+    assert (late.stopped, late.judge.seen, late.cost.samples) == (True, [1, 1], 2)
+    assert list(scheduler.add(Outcome(0, 2, 1, 1, 1))) == []
+    assert list(scheduler.add(Outcome(0, 3, 1, 1, 1))) == [late]
+    assert late.judge.seen == [1, 1]
+    assert scheduler.open == {other}
+
+
+def test_a_late_image_with_nothing_under_way_is_closed_at_once() -> None:
+    only = UnderWay(image(0), [0], Patient(look=2, last=2, enough=99), deadline=1.0)
+    scheduler = Scheduler(iter([only]))
+    drawn = list(itertools.islice(scheduler, 2))
+    for handle, sample in filter(None, drawn):
+        assert list(scheduler.add(Outcome(handle, sample, 1, 1, 1))) == []
+    assert list(scheduler.stop_late(2.0)) == [only]
+    assert list(scheduler.finished()) == [only]
+    assert scheduler.done is False  # whether there are more images is not known yet
+    assert next(iter(scheduler), None) is None
+    assert scheduler.done
 
 
 def test_one_image_alone_fills_batches_with_samples_that_it_may_need() -> None:

@@ -663,9 +663,10 @@ def test_decision_depends_on_nothing_but_the_labels_up_to_it(
     decider, fed = rule.start(label), 0
     for batch in itertools.chain(batches, itertools.repeat(64)):
         for voted in labels[fed : fed + batch]:
-            missing = decider.until_look
+            needed = decider.needed
             assert decider.add(voted) == (decider.n == whole.n)
-            assert decider.until_look == missing - 1 or missing <= 1
+            assert (decider.needed == 0) == (decider.decision is not None)
+            assert decider.needed == needed - 1 or needed <= 1
         decider.so_far()
         fed += batch
         if fed >= len(labels):
@@ -746,7 +747,7 @@ def test_nothing_within_reach_is_decided_before_the_first_sample() -> None:
     decider = rule.start(3)
     assert decider.decision is not None
     assert decider.add(3)
-    assert (decider.n, decider.decision.predict, decider.until_look) == (0, None, 0)
+    assert (decider.n, decider.decision.predict, decider.needed) == (0, None, 0)
     assert decider.decision.outcomes == ((4.0, "skipped", None, None),)
 
 

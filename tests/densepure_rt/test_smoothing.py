@@ -7,6 +7,7 @@ import math
 import signal
 import subprocess
 import sys
+import time
 import tracemalloc
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -25,8 +26,10 @@ from densepure_rt.certification import Certificate
 from densepure_rt.datasets import LabelledImage, open_images
 from densepure_rt.errors import UsageError
 from densepure_rt.runtime.noise import Key, Purpose, image_key, smoothing_law, smoothing_noise, vote_noise
+from densepure_rt.sequential import LOOK, anytime_radius
 from densepure_rt.smoothing import (
     PAPER,
+    Budget,
     Settings,
     SmoothedClassifier,
     commitment,
@@ -40,8 +43,10 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 SHAPE = (1, 28, 28)
 NAMES = [str(label) for label in range(10)]
 SECRET = bytes(range(32))
-WIDE = Settings(sigma=1.0, steps=2, votes=3, n0=5, n=12, alpha=0.3)  # so much noise that samples disagree
-CHEAP = Settings(sigma=0.25, steps=0, votes=1, n0=20, n=80, alpha=0.05)  # the classifier alone
+WIDE = Settings(
+    sigma=1.0, steps=2, votes=3, n0=5, n=12, alpha=0.3, method="fixed"
+)  # so much noise that samples disagree
+CHEAP = Settings(sigma=0.25, steps=0, votes=1, n0=20, n=80, alpha=0.05, method="fixed")  # the classifier alone
 
 Votes = list[list[int]]
 
@@ -183,7 +188,7 @@ def test_certify_of_one_image_equals_certify_each(
     shipped: SmoothedClassifier, images: list[LabelledImage], baseline: tuple[list[Any], Votes]
 ) -> None:
     for image, (_, expected) in zip(images, baseline[0], strict=False):
-        found = shipped.certify(image.pixels, sigma=1.0, steps=2, votes=3, n0=5, n=12, alpha=0.3)
+        found = shipped.certify(image.pixels, sigma=1.0, steps=2, votes=3, n0=5, n=12, alpha=0.3, method="fixed")
         assert isinstance(found, densepure_rt.Certificate)
         assert found == expected
 
@@ -234,8 +239,8 @@ def test_counts_equal_those_of_a_plain_loop_without_a_network(
         assert found.certificate.n_a == estimation[candidate]
         assert found.certificate.predict in (candidate, None)
         told_apart += plain.counts(pixels, "select", CHEAP, CHEAP.n)[candidate] != estimation[candidate]
-        (votes,) = votes_of(shipped, [found.image], CHEAP)
-        assert votes == plain.counts(pixels, "predict", CHEAP, CHEAP.n)
+        (predicted,) = shipped.predict_each([found.image], CHEAP)
+        assert predicted.votes.tolist() == plain.counts(pixels, "predict", CHEAP, predicted.n)
     assert told_apart
 
 
@@ -243,9 +248,10 @@ def test_counts_equal_those_of_a_plain_loop_without_a_network(
 def test_counts_equal_those_of_a_plain_loop_in_which_nothing_is_shared(
     shipped: SmoothedClassifier, images: list[LabelledImage], plain: PlainPipeline, steps: int, votes: int
 ) -> None:
-    settings = Settings(sigma=1.0, steps=steps, votes=votes, n0=2, n=5, alpha=0.3)
+    settings = Settings(sigma=1.0, steps=steps, votes=votes, n0=2, n=5, alpha=0.3, method="fixed")
     for image in images[:2]:
-        assert votes_of(shipped, [image], settings) == [plain.counts(image.pixels, "predict", settings, settings.n)]
+        (predicted,) = shipped.predict_each([image], settings)
+        assert predicted.votes.tolist() == plain.counts(image.pixels, "predict", settings, predicted.n)
         ((_, found),) = certificates(shipped, [image], settings)
         selection = plain.counts(image.pixels, "select", settings, settings.n0)
         candidate = selection.index(max(selection))
@@ -257,7 +263,9 @@ def test_counts_equal_those_of_a_plain_loop_in_which_nothing_is_shared(
 def test_fewer_than_two_steps_take_one_vote(
     shipped: SmoothedClassifier, images: list[LabelledImage], steps: int
 ) -> None:
-    one, seven = (Settings(sigma=0.5, steps=steps, votes=votes, n0=3, n=9, alpha=0.3) for votes in (1, 7))
+    one, seven = (
+        Settings(sigma=0.5, steps=steps, votes=votes, n0=3, n=9, alpha=0.3, method="fixed") for votes in (1, 7)
+    )
     (found,) = shipped.certify_each(images[:1], seven)
     assert found.cost.classifier_calls == 12
     assert found.cost.unet_calls == 12 * steps
@@ -269,7 +277,7 @@ def test_fewer_than_two_steps_take_one_vote(
 def test_cost_lies_between_unanimous_and_every_vote(
     shipped: SmoothedClassifier, images: list[LabelledImage], steps: int, votes: int
 ) -> None:
-    settings = Settings(sigma=1.0, steps=steps, votes=votes, n0=3, n=6)
+    settings = Settings(sigma=1.0, steps=steps, votes=votes, n0=3, n=6, method="fixed")
     for found in shipped.certify_each(images[:2], settings):
         cost = found.cost
         assert 9 * math.ceil(votes / 2) <= cost.classifier_calls <= 9 * votes
@@ -290,7 +298,7 @@ def test_predictions_of_easy_images_are_their_labels(shipped: SmoothedClassifier
 
 def test_certificates_of_easy_images_are_their_labels(shipped: SmoothedClassifier) -> None:
     easy = open_images(None, SHAPE, NAMES).select(50, 10)
-    found = list(shipped.certify_each(easy, Settings(sigma=0.1, steps=1, n0=4, n=24)))
+    found = list(shipped.certify_each(easy, Settings(sigma=0.1, steps=1, n0=4, n=24, method="fixed")))
     assert sum(each.certificate.covers(each.image.label, 0.0) for each in found) >= 6
     reach = 0.1 * 0.6745  # Phi^-1(0.001^(1/24)) = Phi^-1(0.7499)
     assert max(each.certificate.radius or 0.0 for each in found) == pytest.approx(reach, rel=0.01)
@@ -388,7 +396,7 @@ def test_images_are_read_as_they_are_needed_and_answered_as_they_are_done(
             drawn += 1
             yield image
 
-    settings = Settings(sigma=0.25, steps=0, votes=1, n0=100, n=400)
+    settings = Settings(sigma=0.25, steps=0, votes=1, n0=100, n=400, method="fixed")
     found = list(itertools.islice(shipped.certify_each(forever(), settings), 3))
     assert [each.image.idx for each in found] == [image.idx for image in images[:3]]
     assert drawn <= 4
@@ -421,7 +429,7 @@ def test_two_runs_at_once_do_not_disturb_each_other(images: list[LabelledImage])
 
 def peak_memory(classifier: SmoothedClassifier, image: LabelledImage, n: int) -> int:
     """The most bytes that Python and numpy held at once."""
-    settings = Settings(sigma=0.25, steps=0, votes=1, n0=5, n=n)
+    settings = Settings(sigma=0.25, steps=0, votes=1, n0=5, n=n, method="fixed")
     tracemalloc.start()
     try:
         list(classifier.certify_each([image], settings))
@@ -533,11 +541,68 @@ def test_a_sequential_run_takes_far_fewer_samples_than_it_may(
     assert min(each.certificate.n for each in clear) == 64  # all agree
 
 
+@pytest.mark.parametrize("labelled", [True, False])
+def test_an_image_whose_time_is_up_has_the_anytime_radius_of_its_samples(
+    shipped: SmoothedClassifier, images: list[LabelledImage], labelled: bool
+) -> None:
+    """Stopped as soon as anything has come back, before the first look."""
+    chosen = [image if labelled else dataclasses.replace(image, label=None) for image in images[:4]]
+    settings = Settings(sigma=0.25, steps=1, n=10_000, radii=(0.7,))
+    for (image, certificate, _), plain in zip(
+        shipped.certify_each(chosen, settings, Budget(image=1e-6)), images, strict=False
+    ):
+        assert certificate.stopped
+        assert certificate.n < LOOK
+        rule = settings.anytime_rule(784, labelled)
+        level = (1 - rule.reserve) * rule.test_level  # type: ignore[union-attr]
+        assert certificate.radius == anytime_radius(certificate.n_a, certificate.n, level, 0.25, not labelled)
+        if labelled:
+            assert certificate.predict in (plain.label, None)
+        assert image.idx == plain.idx
+
+
+def test_a_fixed_n_that_time_cuts_short_abstains(shipped: SmoothedClassifier, images: list[LabelledImage]) -> None:
+    settings = dataclasses.replace(CHEAP, n=100_000)
+    found = list(shipped.certify_each(images[:2], settings, Budget(image=0.1)))
+    assert [each.certificate.stopped for each in found] == [True, True]
+    assert {(each.certificate.predict, each.certificate.radius) for each in found} == {(None, None)}
+    assert all(each.certificate.n + each.certificate.n0 == each.cost.samples < 100_020 for each in found)
+
+
+def test_a_run_whose_time_is_up_ends_and_leaves_the_device_clean(
+    shipped: SmoothedClassifier, images: list[LabelledImage], baseline: tuple[list[Any], Votes]
+) -> None:
+    endless = itertools.cycle(images)
+    started = time.monotonic()
+    found = list(shipped.certify_each(endless, Settings(sigma=0.25, steps=1), Budget(run=1.0)))
+    assert time.monotonic() - started < 30
+    assert found
+    assert found[-1].certificate.stopped
+    assert certificates(shipped, images[:3], WIDE) == baseline[0]
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, math.nan])
+def test_a_budget_of_no_time_is_refused(seconds: float) -> None:
+    with pytest.raises(UsageError, match="budget"):
+        Budget(image=seconds)
+
+
+def test_what_an_image_cost_counts_what_was_drawn_in_vain(
+    shipped: SmoothedClassifier, images: list[LabelledImage]
+) -> None:
+    """One image alone: batches are filled with samples that it turns out not to need."""
+    ((image, certificate, cost),) = shipped.certify_each(images[:1], Settings(sigma=0.1, steps=1, radii=(0.05,)))
+    assert cost.samples == certificate.n
+    assert certificate.n < cost.unet_calls == cost.classifier_calls
+
+
 def test_radii_and_methods_that_do_not_fit_are_refused() -> None:
     with pytest.raises(UsageError, match="--method often is not known: fixed, sequential, radius"):
         Settings(method="often")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="radii are what --method sequential decides"):
-        Settings(radii=(0.0, 0.25))
+        Settings(method="fixed", radii=(0.0, 0.25))
+    with pytest.raises(UsageError, match="radius loss is what --method radius accepts"):
+        Settings(radius_loss=0.1)
     with pytest.raises(UsageError, match="from 0 up and ascending"):
         Settings(method="sequential", radii=(0.25, 0.0)).anytime_rule(784, True)
 

@@ -443,7 +443,7 @@ def test_two_runs_count_the_same(
     flavour: Flavour,
     precision: str,
 ) -> None:
-    settings = Settings(SIGMA, STEPS, votes=5, n0=50, n=300)
+    settings = Settings(SIGMA, STEPS, votes=5, n0=50, n=300, method="fixed")
 
     def counts(device: TensorRTDevice) -> list[Any]:
         certified = SmoothedClassifier(plan, device, SECRET).certify_each(images[:4], settings)
@@ -604,7 +604,7 @@ def test_throughput_is_measured(
             waiting -= 1
 
     calls = calls_a_second(run, device.batch, wait)
-    settings = Settings(SIGMA, STEPS, votes=5, n0=100, n=1000)
+    settings = Settings(SIGMA, STEPS, votes=5, n0=100, n=1000, method="fixed")
     begun = time.perf_counter()
     certified = list(SmoothedClassifier(plan, device, SECRET).certify_each(images[:5], settings))
     seconds = (time.perf_counter() - begun) / len(certified)
