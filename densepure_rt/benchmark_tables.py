@@ -12,7 +12,7 @@ from densepure_rt.console import rows, stderr, stdout
 
 if TYPE_CHECKING:
     from densepure_rt.export.bench import Benchmark
-    from densepure_rt.export.machine import Clock
+    from densepure_rt.export.machine import Clock, Load
 
 OTHER_LOAD = 0.5  # cores that other programs may use before the timings are doubted
 CLOCKS: Mapping[Clock, str] = {
@@ -52,11 +52,14 @@ def print_benchmark(found: Benchmark, console: Console = stdout) -> None:
     for when, state in zip(("before", "after"), found.load.gpu, strict=True):
         if state:
             console.print(f"GPU {when}: " + ", ".join(f"{name} {value or 'unknown'}" for name, value in state.items()))
-    others = found.load.average[0] if found.load.others is None else found.load.others
+    warn_of_others(found.load, found.cores, found.clock)
+
+
+def warn_of_others(load: Load, cores: int, clock: Clock) -> None:
+    """Say so where other programs used so much of the machine that timings are doubtful."""
+    others = load.average[0] if load.others is None else load.others
     if others is not None and others > OTHER_LOAD:
-        stderr.print(
-            f"warning: other programs used {others:.1f} cores meanwhile, of {found.cores} here: {DOUBT[found.clock]}"
-        )
+        stderr.print(f"warning: other programs used {others:.1f} cores meanwhile, of {cores} here: {DOUBT[clock]}")
 
 
 def route_table(found: Benchmark) -> Table:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.table import Table
@@ -16,6 +16,7 @@ from densepure_rt.benchmark_tables import print_benchmark
 from densepure_rt.console import Json, Status, plural, stderr, stdout, track
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.model_options import ModelOptions, with_models
+from densepure_rt.procedure_tables import draw_procedures, print_procedures
 
 if TYPE_CHECKING:
     from densepure_rt.export.agreement import Agreement
@@ -28,8 +29,11 @@ ProviderName = Annotated[
     str, typer.Option("--provider", help="What ONNX Runtime runs .onnx engines on: cpu, cuda or tensorrt.")
 ]
 COMPARED = 5  # images, by `parity`, unless told
+CERTIFIED = 10  # images, by `bench --procedure`, unless told
 CHECKS, PLANS = "Checks", "Plans"  # the panels of --help
+STEP, PROCEDURE = "A reverse step", "Whole certifications"
 PARITY_SAMPLES = 20
+T = TypeVar("T")
 
 
 @with_models
@@ -267,7 +271,7 @@ def parity(
     else:
         print_agreement(found)
     if out is not None:
-        write_report(out, report, lambda path: draw(found, path))
+        write_report(out, "parity", report, lambda path: draw(found, path))
     for line in failed:
         stderr.print(f"error: {line}")
     if failed:
@@ -290,10 +294,10 @@ def make_folder(out: Path) -> None:
         raise unwritable(out, error) from error
 
 
-def write_report(out: Path, report: dict[str, Any], draw: Callable[[Path], None]) -> None:
+def write_report(out: Path, name: str, report: dict[str, Any], draw: Callable[[Path], None]) -> None:
     try:
-        (out / "parity.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        draw(out / "parity.png")
+        (out / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        draw(out / f"{name}.png")
     except EnvironmentFault as fault:  # no matplotlib: the numbers are written all the same
         stderr.print(f"the picture was left out: {fault}")
     except OSError as error:
@@ -333,20 +337,91 @@ def bench(
     images: Annotated[
         Path | None, typer.Option(help="Images of the engine's size; default: the shipped ones, or made up.")
     ] = None,
-    rounds: Annotated[int, typer.Option(help="Calls of each route, in turns.")] = 20,
-    sigma: Annotated[float, typer.Option(help="Standard deviation of the noise, in [0, 1] units.")] = 0.5,
+    sigma: Annotated[
+        float | None,
+        typer.Option(
+            help="Standard deviation of the noise, in [0, 1] units; default: 0.5, with --procedure 0.25, which is the "
+            "radius too."
+        ),
+    ] = None,
     batch: Annotated[int | None, typer.Option(help="Items a call; default: as certify runs the engine.")] = None,
     threads: Annotated[int | None, typer.Option(help="Cores for each route; default: all.")] = None,
     provider: ProviderName = "cpu",
+    rounds: Annotated[
+        int | None, typer.Option(help="Calls of each route, in turns; default: 20.", rich_help_panel=STEP)
+    ] = None,
     compiled: Annotated[
-        bool, typer.Option("--compile/--no-compile", help="Time torch.compile too, which takes a minute to start.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Time torch.compile too, which takes a minute to start; default: yes.",
+            rich_help_panel=STEP,
+        ),
+    ] = None,
+    procedure: Annotated[
+        bool,
+        typer.Option(
+            "--procedure",
+            help="Compare whole certifications: the published procedure in PyTorch, run small and priced at n = "
+            "100,000, with ours, run for real, which can take minutes an image.",
+            rich_help_panel=PROCEDURE,
+        ),
+    ] = False,
+    limit: Annotated[
+        int | None,
+        typer.Option("--max", help="How many images; default: 10, or what there is.", rich_help_panel=PROCEDURE),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Reverse steps (b) of both; default: 10.", rich_help_panel=PROCEDURE)
+    ] = None,
+    votes: Annotated[
+        int | None, typer.Option(help="Votes a noise sample (K) of both; default: 40.", rich_help_panel=PROCEDURE)
+    ] = None,
+    n: Annotated[
+        int | None,
+        typer.Option(help="Samples of an image that ours takes at most; default: 10000.", rich_help_panel=PROCEDURE),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Public seed of both; default: 0.", rich_help_panel=PROCEDURE)
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for procedure.json and procedure.png.", rich_help_panel=PROCEDURE)
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Time an engine against PyTorch eager and torch.compile in one run, and say where the time goes.
+    """Time an engine against PyTorch in one run: a reverse step by stages, or with --procedure whole certifications.
 
-    Speed is a ratio in one run on one machine; with other work on the cores, --threads 1 is the steadier.
+    Speed is a ratio in one run on one machine; with other work on the cores, --threads 1 is the steadier. The picture
+    needs densepure-rt\\[report].
     """
+    from densepure_rt.smoothing import provider_of
+
+    shared = {"sigma": sigma, "batch": batch, "threads": threads, "provider": provider_of(provider)}
+    of_step = {"rounds": rounds, "compile": compiled}
+    of_procedure = {"steps": steps, "votes": votes, "n": n, "seed": seed}
+    if procedure:
+        refuse_given(of_step, "a single step, which --procedure does not time: leave them out")
+        bench_procedure(models, engine, images, limit, given(shared | of_procedure), out, as_json)
+    else:
+        refuse_given({"max": limit, **of_procedure, "out": out}, "--procedure: add it, or leave them out")
+        bench_step(models, engine, images, given(shared | of_step), as_json)
+
+
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that were typed; what is not is left to the defaults of what they are for."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def refuse_given(options: dict[str, Any], owner: str) -> None:
+    """Raise UsageError for options that were typed where they mean nothing."""
+    if typed := [("--no-" if value is False else "--") + name for name, value in given(options).items()]:
+        raise UsageError(f"{', '.join(typed)}: only for {owner}")
+
+
+def bench_step(
+    models: ModelOptions, engine: Path | None, images: Path | None, options: dict[str, Any], as_json: bool
+) -> None:
+    """Time a reverse step. options: of `densepure_rt.export.bench.bench`."""
     try:
         from densepure_rt.export.bench import bench as measure
         from densepure_rt.export.sources import comparison_images, open_models
@@ -355,27 +430,53 @@ def bench(
     import numpy as np
 
     from densepure_rt.runtime.bundle import open_bundle
-    from densepure_rt.smoothing import provider_of, shipped_engine
+    from densepure_rt.smoothing import shipped_engine
 
     unet, classifier = open_models(models)
     pixels = np.stack([image.pixels for image in comparison_images(unet, classifier, images, None, say)])
-    found = measure(
-        unet,
-        classifier,
-        open_bundle(engine or shipped_engine()),
-        pixels,
-        batch=batch,
-        rounds=rounds,
-        threads=threads,
-        compile=compiled,
-        provider=provider_of(provider),
-        say=say,
-        sigma=sigma,
-    )
+    found = measure(unet, classifier, open_bundle(engine or shipped_engine()), pixels, say=say, **options)
     if as_json:
         print(json.dumps(dataclasses.asdict(found)))
     else:
         print_benchmark(found)
+
+
+def bench_procedure(
+    models: ModelOptions,
+    engine: Path | None,
+    images: Path | None,
+    limit: int | None,
+    options: dict[str, Any],
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Compare whole certifications. options: of `densepure_rt.export.procedure.compare`."""
+    try:
+        from densepure_rt.export.procedure import compare
+        from densepure_rt.export.sources import comparison_images, open_models
+    except ImportError as error:
+        raise EnvironmentFault(needs_pytorch("bench", error)) from error
+    from densepure_rt.runtime.bundle import open_bundle
+    from densepure_rt.smoothing import shipped_engine
+
+    if out is not None:
+        make_folder(out)  # first: what follows may take long
+    unet, classifier = open_models(models)
+    chosen = comparison_images(unet, classifier, images, limit, say, CERTIFIED)
+    found = compare(
+        unet, classifier, open_bundle(engine or shipped_engine()), chosen, say=say, watch=watched, **options
+    )
+    report = finite(dataclasses.asdict(found))
+    if as_json:
+        print(json.dumps(report))
+    else:
+        print_procedures(found)
+    if out is not None:
+        write_report(out, "procedure", report, lambda path: draw_procedures(found, path))
+
+
+def watched(work: Iterable[T], total: int) -> Iterable[T]:
+    return track(work, total, Status())
 
 
 def words(value: str, option: str, known: Sequence[str]) -> list[str]:

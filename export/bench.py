@@ -173,14 +173,9 @@ def bench(
     Raises UsageError when the bundle is of other models, EnvironmentFault when its engines or PyTorch cannot run here.
     """
     threads = available_cores() if threads is None else threads
-    on_gpu = bundle.unet.plan is not None or provider != "cpu"
-    refuse_impossible(batch, rounds, threads)
+    refuse_impossible(batch, threads, rounds)
     refuse_other_models(unet, classifier, bundle)
-    if on_gpu and not torch.cuda.is_available():
-        raise EnvironmentFault(
-            f"the engine runs on the GPU, but this PyTorch ({torch.__version__}) cannot use one: install one that was "
-            f"built for CUDA, or compare an .onnx engine with PyTorch on the CPU"
-        )
+    on_gpu = runs_on_gpu(bundle, provider)
     clock: Clock = "events" if on_gpu else "core" if threads == 1 else "wall"
     chain = make_chain(unet.schedule, unet.variance, sigma, STEPS, unet.timestep_rule)
     before, average = gpu_state() if on_gpu else {}, load_average()
@@ -235,7 +230,18 @@ def bench(
         )
 
 
-def refuse_impossible(batch: int | None, rounds: int, threads: int) -> None:
+def runs_on_gpu(bundle: Bundle, provider: Provider) -> bool:
+    """Whether the engine runs on the GPU. Raises EnvironmentFault when it does and PyTorch could not beside it."""
+    on_gpu = bundle.unet.plan is not None or provider != "cpu"
+    if on_gpu and not torch.cuda.is_available():
+        raise EnvironmentFault(
+            f"the engine runs on the GPU, but this PyTorch ({torch.__version__}) cannot use one: install one that was "
+            f"built for CUDA, or compare an .onnx engine with PyTorch on the CPU"
+        )
+    return on_gpu
+
+
+def refuse_impossible(batch: int | None, threads: int, rounds: int = ROUNDS) -> None:
     if batch is not None and not 1 <= batch <= MAX_BATCH:
         raise UsageError(f"--batch {batch}: between 1 and {MAX_BATCH}")
     if not 1 <= threads <= MAX_THREADS:
