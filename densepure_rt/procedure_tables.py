@@ -145,7 +145,7 @@ def draw_procedures(found: ProcedureBenchmark, path: Path) -> None:
     )
     axes.bar_label(drawn, [bar.text for bar in shown], padding=5, fontweight="bold")
     axes.set_xscale("log")
-    axes.set_xlim(start, end * (end / start) ** 0.2)  # room for the words beside the longest bar
+    axes.set_xlim(start, end * (end / start) ** 0.26)  # room for the words beside the longest bar
     ticks = [seconds for seconds in TICKS if start <= seconds <= end]
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -158,8 +158,8 @@ def draw_procedures(found: ProcedureBenchmark, path: Path) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     settings = found.ours.settings
     axes.set_xlabel(
-        f"time an image (log scale), {plural(found.threads, 'thread')}, {found.gpu or found.processor}; "
-        f"{found.precision} engine, {plural(found.images, 'image')}",
+        f"{CLOCKS[found.clock]} of an image (log scale), {plural(found.threads, 'thread')}, "
+        f"{found.gpu or found.processor}; {found.precision} engine, {plural(found.images, 'image')}",
         color="#374151",
     )
     figure.suptitle(
