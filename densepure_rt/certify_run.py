@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
+import hashlib
 import math
 import platform
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from densepure_rt import __version__
-from densepure_rt.certification import Certificate, certified_accuracy
 from densepure_rt.console import Status, track
 from densepure_rt.datasets import ImageSet
 from densepure_rt.forecast import Forecast
-from densepure_rt.run_folder import SCHEMA_VERSION, RunFolder
-from densepure_rt.runtime.bundle import FileRef
+from densepure_rt.records import (
+    SCHEMA_VERSION,
+    Abstention,
+    BudgetIdentity,
+    Identity,
+    ImageRecord,
+    ImagesIdentity,
+    Manifest,
+    NamedFile,
+    NoiseIdentity,
+    Provenance,
+    RuleIdentity,
+    Summary,
+    TimingRecord,
+)
+from densepure_rt.run_folder import RunFolder
+from densepure_rt.runtime.bundle import FileRef, sidecar_path
 from densepure_rt.runtime.device import installed_versions
 from densepure_rt.runtime.noise import NOISE_LAW, smoothing_law, vote_law
 from densepure_rt.runtime.schedule import Coefficients
@@ -29,113 +42,149 @@ from densepure_rt.smoothing import UNLIMITED, Budget, Settings, SmoothedClassifi
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the papers' CIFAR-10 tables
 
 
-Abstention = Literal["gave up", "at n", "out of reach", "out of time"]
-
-
-@dataclass(frozen=True)
-class Summary:
-    """done: images certified, of `asked`; fewer when `interrupted`, by Ctrl-C, or when the run's budget was spent.
-
-    accuracy: certified accuracy at each of `radii`; None where n cannot reach. reasons: how many abstained for each.
-    samples: what an image was judged by, in the mean.
-    """
-
-    done: int
-    asked: int
-    interrupted: bool
-    radii: Sequence[float]
-    accuracy: Sequence[float | None]
-    abstained: int
-    reasons: Mapping[Abstention, int]
-    samples: float
-    not_finite: int
-
-
-def abstention(certificate: Certificate) -> Abstention | None:
+def abstention(record: ImageRecord) -> Abstention | None:
     """Why nothing was certified; None when something was."""
-    if certificate.predict is not None:
+    if record.predict is not None:
         return None
-    if certificate.stopped:
+    if record.stopped:
         return "out of time"
-    result = certificate.outcomes[0].result if certificate.outcomes else "abstained"
+    result = record.outcomes[0].result if record.outcomes else "abstained"
     if result == "gave up":
         return "gave up"
     return "out of reach" if result == "skipped" else "at n"
 
 
-def manifest(
+def summarize(
+    done: Sequence[tuple[ImageRecord, TimingRecord]],
+    asked: int,
+    interrupted: bool,
+    radii: Sequence[float],
+    reach: float | None,
+) -> Summary:
+    """radii: of the accuracy; reach: the largest radius that n can certify."""
+    records, timings = [record for record, _ in done], [timing for _, timing in done]
+    reasons = Counter(why for record in records if (why := abstention(record)) is not None)
+    labelled = [record for record in records if record.label is not None]
+    return Summary(
+        done=len(done),
+        asked=asked,
+        interrupted=interrupted,
+        radii=tuple(radii),
+        accuracy=tuple(accuracy_at(labelled, radius, reach) for radius in radii),
+        abstained=reasons.total(),
+        reasons=dict(reasons),
+        samples=sum(timing.samples for timing in timings) / max(1, len(timings)),
+        unet_calls=sum(timing.unet_calls for timing in timings),
+        not_finite=sum(timing.not_finite for timing in timings),
+        stopped=sum(record.stopped for record in records),
+    )
+
+
+def radii_of(settings: Settings) -> tuple[float, ...]:
+    """At which a run's accuracy is told."""
+    return settings.grid if settings.method == "sequential" else RADII
+
+
+def accuracy_at(labelled: Sequence[ImageRecord], radius: float, reach: float | None) -> float | None:
+    """The share of images that are certified for their own label at the radius; None of none, or beyond reach."""
+    if not labelled or radius > (reach or 0.0):
+        return None
+    return sum(bool(record.correct) and (record.radius or 0.0) >= radius for record in labelled) / len(labelled)
+
+
+def manifest_of(
     classifier: SmoothedClassifier, images: ImageSet, settings: Settings, budget: Budget, seed: int | None
-) -> dict[str, Any]:
-    """What was run. `identity` is all that a result depends on; `provenance` is who ran it where and when."""
+) -> Manifest:
+    """What is to be run. `identity` is all that a result depends on; `provenance` is who runs it where and when."""
+    identity = identity_of(classifier, images, settings, budget, seed)
+    bundle = classifier.bundle
+    provenance = Provenance(
+        argv=tuple(sys.argv),
+        device=dict(classifier.device.describe()),
+        started=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        host=platform.node(),
+        python=platform.python_version(),
+        platform=platform.platform(),
+        versions={"densepure-rt": __version__} | installed_versions("numpy", "scipy", "onnxruntime"),
+        weights_sha256={"unet": bundle.unet.weights_sha256, "classifier": bundle.classifier.weights_sha256},
+        seed_note=None if seed is None else "seed public: valid only for images fixed before the seed was chosen",
+    )
+    return Manifest(SCHEMA_VERSION, identity.sha256, identity, provenance)
+
+
+def identity_of(
+    classifier: SmoothedClassifier, images: ImageSet, settings: Settings, budget: Budget, seed: int | None
+) -> Identity:
     bundle, chain = classifier.bundle, classifier.chain(settings)
-    pixels = math.prod(bundle.unet.image)
-
-    device = dict(classifier.device.describe())
-
-    def file(ref: FileRef) -> dict[str, str]:
-        return {"name": ref.name, "sha256": ref.sha256}
-
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "identity": {
-            "engine": file(bundle.unet.file),
-            "classifier": file(bundle.classifier.file),
-            "precision": bundle.unet.precision,
-            "provider": device.pop("provider"),
-            "onnxruntime": device.pop("onnxruntime"),
-            "schedule": dataclasses.asdict(bundle.unet.schedule),
-            "variance": bundle.unet.variance,
-            "prediction": bundle.unet.prediction,
-            "clip": bundle.unet.clip,
-            "class_names": list(bundle.classifier.class_names),
-            "images": {"name": images.name, "count": len(images), "sha256": images.sha256()},
-            "sigma": settings.sigma,
-            "sigma_in_network_units": 2 * settings.sigma,
-            "steps": settings.steps,
-            "timestep_rule": settings.timestep_rule or bundle.unet.timestep_rule,
-            "timesteps": list(chain.timesteps),
-            "conditioning": chain.t.tolist(),
-            "coefficients": [Coefficients(*row)._asdict() for row in chain.coef.tolist()],
-            "alpha_bar": chain.scale**2,
-            "votes": settings.effective.votes,
-            "tie_rule": "the label seen first",
-            **rule_of(settings, pixels),
-            "budget_seconds": {
-                name: None if math.isinf(seconds) else seconds for name, seconds in dataclasses.asdict(budget).items()
-            },
-            "noise": {
-                "law": NOISE_LAW,
-                "smoothing_table_sha256": smoothing_law(settings.sigma).sha256,
-                "vote_table_sha256": vote_law().sha256,
-            },
-            "secret_commitment": commitment(classifier.secret),
-            "public_seed": seed,
-        },
-        "provenance": {
-            "argv": sys.argv,
-            "device": device,
-            "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "versions": {"densepure-rt": __version__} | installed_versions("numpy", "scipy", "onnxruntime"),
-            "seed_note": None
-            if seed is None
-            else "seed public: valid only for images fixed before the seed was chosen",
-        },
-    }
+    device = classifier.device.describe()
+    library = "tensorrt" if "tensorrt" in device else "onnxruntime"
+    capability = device.get("compute_capability")
+    return Identity(
+        engine=named_file(bundle.unet.file, bundle.unet_path),
+        classifier=named_file(bundle.classifier.file, bundle.classifier_path),
+        precision=bundle.unet.precision,
+        runs_on=f"{device['provider']}, {library} {device[library]}",
+        compute_capability=None if capability is None else str(capability),
+        schedule=bundle.unet.schedule,
+        variance=bundle.unet.variance,
+        prediction=bundle.unet.prediction,
+        clip=bundle.unet.clip,
+        class_names=bundle.classifier.class_names,
+        image=bundle.unet.image,
+        images=ImagesIdentity(images.name, len(images), images.sha256()),
+        sigma=settings.sigma,
+        sigma_in_network_units=2 * settings.sigma,
+        steps=settings.steps,
+        timestep_rule=settings.timestep_rule or bundle.unet.timestep_rule,
+        timesteps=chain.timesteps,
+        conditioning=tuple(chain.t.tolist()),
+        coefficients=tuple(Coefficients(*row)._asdict() for row in chain.coef.tolist()),
+        alpha_bar=chain.scale**2,
+        votes=settings.effective.votes,
+        tie_rule="the label seen first",
+        rule=rule_of(settings, math.prod(bundle.unet.image)),
+        budget_seconds=BudgetIdentity(*(None if math.isinf(s) else s for s in (budget.image, budget.run))),
+        noise=NoiseIdentity(NOISE_LAW, smoothing_law(settings.sigma).sha256, vote_law().sha256),
+        secret_commitment=commitment(classifier.secret),
+        public_seed=seed,
+    )
 
 
-def rule_of(settings: Settings, pixels: int) -> dict[str, Any]:
+def settings_of(identity: Identity) -> Settings:
+    """What a run was asked for."""
+    rule = identity.rule
+    return Settings(
+        sigma=identity.sigma,
+        steps=identity.steps,
+        votes=identity.votes,
+        n0=Settings.n0 if rule.n0 is None else rule.n0,
+        n=rule.n,
+        alpha=rule.alpha,
+        method=rule.method,
+        radii=rule.radii,
+        radius_loss=rule.radius_loss,
+        timestep_rule=identity.timestep_rule,
+    )
+
+
+def named_file(ref: FileRef, path: Path) -> NamedFile:
+    sidecar = sidecar_path(path)
+    content = sidecar.read_bytes() if sidecar.exists() else None  # a plan may be taken for what its name says
+    return NamedFile(ref.name, ref.sha256, None if content is None else hashlib.sha256(content).hexdigest())
+
+
+def rule_of(settings: Settings, pixels: int) -> RuleIdentity:
     """How samples become certificates."""
+    given: dict[str, Any] = {"method": settings.method, "n": settings.n, "alpha": settings.alpha}
     if settings.method == "fixed":
         fixed = settings.rule(pixels)
-        charge, method = fixed.charge, {"method": "fixed", "n0": fixed.n0}
-    else:
-        rule = settings.anytime_rule(pixels, labelled=False)
-        own = ("radii", "reserve", "radius_loss", "look")
-        charge, method = rule.charge, {name: getattr(rule, name) for name in own if hasattr(rule, name)}
-        method |= {"method": settings.method, "tested": "the label of an image that has one, else every class"}
-    return method | {"n": settings.n, "alpha": settings.alpha, "alpha_charged_for_noise": charge}
+        return RuleIdentity(
+            **given, alpha_charged_for_noise=fixed.charge, n0=fixed.n0, tested="the class that n0 samples select"
+        )
+    rule = settings.anytime_rule(pixels, labelled=False)
+    own = {name: getattr(rule, name) for name in ("radii", "reserve", "radius_loss", "look") if hasattr(rule, name)}
+    tested = "the label of an image that has one, else every class"
+    return RuleIdentity(**given, **own, alpha_charged_for_noise=rule.charge, tested=tested)
 
 
 def run(
@@ -147,31 +196,29 @@ def run(
     seed: int | None,
     budget: Budget = UNLIMITED,
 ) -> Summary:
-    """Certify `images` into the folder `out`, a line an image. Ctrl-C ends it after the images that are done."""
-    radii = settings.grid if settings.method == "sequential" else RADII
-    results: list[tuple[int | None, Certificate]] = []
-    samples = not_finite = 0
+    """Certify `images` into the folder `out`, a line an image, and go on where an earlier run of them ended.
+
+    Ctrl-C ends it after the images that are done.
+    """
     interrupted = True
 
     def summary() -> Summary:
-        reasons = Counter(why for _, certificate in results if (why := abstention(certificate)) is not None)
-        accuracy = certified_accuracy(results, radii, expected.reach)
-        mean = samples / max(1, len(results))
-        return Summary(
-            len(results), len(images), interrupted, radii, accuracy, reasons.total(), dict(reasons), mean, not_finite
-        )
+        return summarize(folder.done, len(images), interrupted, radii_of(settings), expected.reach)
 
     status = Status()
-    described = manifest(classifier, images, settings, budget, seed)
-    with RunFolder(out, described, classifier.secret if seed is None else None) as folder, suppress(KeyboardInterrupt):
-        for result in track(classifier.certify_each(images, settings, budget), len(images), status):
-            folder.add(result)
-            results.append((result.image.label, result.certificate))
-            samples += result.cost.samples
-            not_finite += result.cost.not_finite
-            status.text = accuracy_so_far(summary()) if images.labelled else ""
-        interrupted = False
-    return summary()
+    manifest = manifest_of(classifier, images, settings, budget, seed)
+    with RunFolder(out, manifest, classifier.secret if seed is None else None) as folder:
+        with suppress(KeyboardInterrupt):
+            finished = {record.idx for record, _ in folder.done}
+            left = (image for image in images if image.idx not in finished)
+            work = classifier.certify_each(left, settings, budget, folder.ledger)
+            for result in track(work, len(images), status, before=len(finished)):
+                folder.add(result)
+                status.text = accuracy_so_far(summary()) if images.labelled else ""
+            interrupted = False
+        found = summary()
+        folder.finish(found)
+        return found
 
 
 def accuracy_so_far(summary: Summary) -> str:

@@ -18,14 +18,15 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from densepure_rt import __version__
+from densepure_rt.audit_commands import audit, replay, reveal
 from densepure_rt.console import Json, Status, duration, plural, rows, stderr, stdout, track
 from densepure_rt.errors import DensePureError, EnvironmentFault, UsageError
 from densepure_rt.model_commands import ProviderName, bench, export, parity
 
 if TYPE_CHECKING:
-    from densepure_rt.certify_run import Abstention, Summary
     from densepure_rt.datasets import ImageSet
     from densepure_rt.forecast import Forecast, Range
+    from densepure_rt.records import Abstention, Summary
     from densepure_rt.smoothing import Predicted, Settings, SmoothedClassifier
 
 INTERRUPTED = 130  # the shell's code for Ctrl-C
@@ -155,20 +156,31 @@ def certify(
     seed: Seed = None,
     engine_sha256: EngineHash = None,
     trust: Trust = False,
-    out: Annotated[Path | None, typer.Option(help="A new folder for the results; default: runs/certify-TIME.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the results; a run that is there goes on. Default: runs/certify-TIME, new."),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with the run in --out, which happens anyway: for scripts that say so."),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cost and the reach, certify nothing.")] = False,
     as_json: Json = False,
 ) -> None:
     """Certify images: for each, a label and the l2 radius within which the smoothed classifier keeps to it."""
     from densepure_rt import certify_run
     from densepure_rt.forecast import forecast
+    from densepure_rt.run_folder import secret_to_go_on
     from densepure_rt.smoothing import Budget
 
     seconds = Budget(seconds_of(budget, "--budget"), seconds_of(run_budget, "--run-budget"))
     asked: dict[str, Any] = {"method": method, "radii": radii_of(radii, radii_sigma, sigma), "radius_loss": radius_loss}
     asked |= {"sigma": sigma, "steps": steps, "votes": votes, "n0": n0, "n": n, "alpha": alpha}
     settings = make_settings(context, preset, **asked, timestep_rule=timestep_rule)
-    with open_classifier(engine, classifier, batch, threads, provider, engine_sha256, trust, seed) as smoothed:
+    if resume and out is None:
+        raise UsageError("--resume goes on with a run: name its folder with --out")
+    secret = secret_to_go_on(out) if out is not None and seed is None and not dry_run else None
+    with open_classifier(engine, classifier, batch, threads, provider, engine_sha256, trust, seed, secret) as smoothed:
         chosen = open_image_set(images, smoothed, skip, limit)
         expected = forecast(smoothed, settings, len(chosen))
         print_forecast(smoothed, chosen, settings, expected)
@@ -226,6 +238,9 @@ def predict(
 app.command()(export)
 app.command()(parity)
 app.command()(bench)
+app.command()(audit)
+app.command()(replay)
+app.command()(reveal)
 
 
 @app.command()
@@ -294,13 +309,15 @@ def open_classifier(
     sha256: str | None,
     trust: bool,
     seed: int | None,
+    secret: bytes | None = None,
 ) -> SmoothedClassifier:
+    """secret: where there is no public seed; None for a new one."""
     from densepure_rt.smoothing import load, seeded_secret
 
     return load(
         engine,
         classifier,
-        secret=None if seed is None else seeded_secret(seed),
+        secret=secret if seed is None else seeded_secret(seed),
         batch=batch,
         threads=threads,
         provider=provider,
@@ -419,9 +436,8 @@ def print_prediction(found: Predicted, names: Sequence[str], as_json: bool) -> N
 
 def print_summary(summary: Summary, labelled: bool, folder: Path, as_json: bool) -> None:
     if as_json:
-        accuracy = (
-            dict(zip((f"{radius:g}" for radius in summary.radii), summary.accuracy, strict=True)) if labelled else None
-        )
+        shares = dict(zip((f"{radius:g}" for radius in summary.radii), summary.accuracy, strict=True))
+        accuracy = shares if labelled else None
         print(json.dumps(dataclasses.asdict(summary) | {"accuracy": accuracy, "out": str(folder)}))
         return
     if labelled:

@@ -46,12 +46,16 @@ class Status:
     text = ""
 
 
-def track(work: Iterable[T], total: int, status: Status) -> Iterator[T]:
-    """`work`, item by item, while images done, rate, time left and `status` are shown."""
-    return _bar(work, total, status) if stderr.is_terminal else _lines(work, total, status)
+def track(work: Iterable[T], total: int, status: Status, before: int = 0) -> Iterator[T]:
+    """`work`, item by item, while images done, rate, time left and `status` are shown.
+
+    total: with those that were done `before`.
+    """
+    show = _bar if stderr.is_terminal else _lines
+    return show(work, total, status, before)
 
 
-def _bar(work: Iterable[T], total: int, status: Status) -> Iterator[T]:
+def _bar(work: Iterable[T], total: int, status: Status, before: int) -> Iterator[T]:
     columns = (
         MofNCompleteColumn(),
         TextColumn("images"),
@@ -61,21 +65,21 @@ def _bar(work: Iterable[T], total: int, status: Status) -> Iterator[T]:
         TextColumn("{task.fields[status]}"),
     )
     with Progress(*columns, console=stderr, transient=True, redirect_stdout=stdout.is_terminal) as progress:
-        task = progress.add_task("", total=total, rate="", status="")
+        task = progress.add_task("", total=total, completed=before, rate="", status="")
         started = time.monotonic()
         for done, item in enumerate(work, start=1):
             yield item
             rate = f"{duration((time.monotonic() - started) / done)} an image"
-            progress.update(task, completed=done, rate=rate, status=status.text)
+            progress.update(task, completed=before + done, rate=rate, status=status.text)
 
 
-def _lines(work: Iterable[T], total: int, status: Status) -> Iterator[T]:
+def _lines(work: Iterable[T], total: int, status: Status, before: int) -> Iterator[T]:
     started = said = time.monotonic()
     for done, item in enumerate(work, start=1):
         yield item
         now = time.monotonic()
-        if now - said >= PLAIN_EVERY or done == total:
+        if now - said >= PLAIN_EVERY or before + done == total:
             said = now
-            each = (now - started) / done
-            line = f"{done}/{total} images, {duration(each)} an image, {duration(each * (total - done))} left"
+            each, left = (now - started) / done, total - before - done
+            line = f"{before + done}/{total} images, {duration(each)} an image, {duration(each * left)} left"
             print(f"{line}; {status.text}" if status.text else line, file=sys.stderr, flush=True)

@@ -1,97 +1,197 @@
-"""What a run leaves behind, written as it goes: a manifest, a line an image in each results file, the key.
+"""What a run leaves behind, and how it goes on after it was cut short.
 
 manifest.json   what was run, on what, with which engines; written before the first sample
+ledger.sqlite   the truth while the run goes on: every label, and every certificate
 results.tsv     idx label predict radius correct time, the field's format (-1 and 0.0 abstain; radius rounded down)
 results.jsonl   the same with full precision and the counts, no times: equal for equal runs
 timing.jsonl    what each image took
+summary.json    the run in numbers; written when it ends
+seal.json       SHA-256 of all these, written when the run is complete: what `densepure-rt audit` holds them against
 secret.key      what the noise was keyed with, readable by its owner alone; absent with a public seed
+
+The results are appended to in the order of the images, as they are done. They are written anew from the ledger when a
+run goes on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import errno
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
-from densepure_rt.certification import floored
-from densepure_rt.errors import EnvironmentFault, UsageError
+from densepure_rt.certification import Certificate, floored
+from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
+from densepure_rt.ledger import NAME as LEDGER
+from densepure_rt.ledger import Ledger
+from densepure_rt.records import (
+    ImageRecord,
+    Manifest,
+    OutcomeRecord,
+    Summary,
+    TimingRecord,
+    line,
+    page,
+    parsed,
+)
+from densepure_rt.runtime.noise import image_sha256
 from densepure_rt.smoothing import Certified
 
-SCHEMA_VERSION = 1
+MANIFEST, SUMMARY, SEAL, KEY, REVEALED = "manifest.json", "summary.json", "seal.json", "secret.key", "secret.revealed"
 TSV_COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")  # locuslab/smoothing
 RESULTS = ("results.tsv", "results.jsonl", "timing.jsonl")
-FILES = ("manifest.json", "secret.key", *RESULTS)
+SEALED = (MANIFEST, *RESULTS, SUMMARY)  # and the ledger's content
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 ABSTAIN = -1  # in the TSV alone, as in locuslab/smoothing
 
 
-def tsv_line(result: Certified) -> str:
-    image, certificate, cost = result
+class Lines(NamedTuple):
+    """What one image adds to each of RESULTS."""
+
+    tsv: str
+    record: str
+    timing: str
+
+
+def record_of(idx: int, image_sha256: str, label: int | None, certificate: Certificate) -> ImageRecord:
+    """The record of one image; abstention is null, not a label."""
+    return ImageRecord(
+        idx=idx,
+        image_sha256=image_sha256,
+        label=label,
+        predict=certificate.predict,
+        radius=certificate.radius,
+        correct=None if label is None else certificate.covers(label, 0.0),
+        n0=certificate.n0,
+        n=certificate.n,
+        n_a=certificate.n_a,
+        alpha=certificate.alpha,
+        p_lower=certificate.p_lower,
+        stopped=certificate.stopped,
+        outcomes=tuple(OutcomeRecord(*outcome) for outcome in certificate.outcomes),
+    )
+
+
+def tsv_line(record: ImageRecord, seconds: float) -> str:
     columns = (
-        image.idx,
-        ABSTAIN if image.label is None else image.label,
-        ABSTAIN if certificate.predict is None else certificate.predict,
-        "0.0" if certificate.radius is None else floored(certificate.radius),
-        int(certificate.covers(image.label, 0.0)),
-        str(datetime.timedelta(seconds=cost.seconds)),
+        record.idx,
+        ABSTAIN if record.label is None else record.label,
+        ABSTAIN if record.predict is None else record.predict,
+        "0.0" if record.radius is None else floored(record.radius),
+        int(record.correct or False),
+        str(datetime.timedelta(seconds=seconds)),
     )
     return "\t".join(str(column) for column in columns) + "\n"
 
 
-def record(result: Certified) -> dict[str, Any]:
-    """The record of one image; abstention is null, not a label."""
-    image, certificate, _ = result
-    return {
-        "idx": image.idx,
-        "label": image.label,
-        "predict": certificate.predict,
-        "radius": certificate.radius,
-        "correct": None if image.label is None else certificate.covers(image.label, 0.0),
-        "n0": certificate.n0,
-        "n": certificate.n,
-        "n_a": certificate.n_a,
-        "alpha": certificate.alpha,
-        "p_lower": certificate.p_lower,
-        "stopped": certificate.stopped,
-    } | ({"outcomes": [outcome._asdict() for outcome in certificate.outcomes]} if certificate.outcomes else {})
+def lines_of(record: ImageRecord, timing: TimingRecord) -> Lines:
+    return Lines(tsv_line(record, timing.seconds), line(record), line(timing))
 
 
-def timing(result: Certified) -> dict[str, Any]:
-    return {"idx": result.image.idx} | vars(result.cost)
+def results_of(done: Iterable[tuple[ImageRecord, TimingRecord]]) -> Lines:
+    """The whole content of each of RESULTS."""
+    head = Lines("\t".join(TSV_COLUMNS) + "\n", "", "")
+    return Lines(*map("".join, zip(head, *(lines_of(record, timing) for record, timing in done), strict=True)))
+
+
+def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The fields, by dotted names, in which two identities differ."""
+    for name in sorted({*ours, *theirs}):
+        one, other = ours.get(name), theirs.get(name)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            yield from differing(one, other, f"{prefix}{name}.")
+        elif json.dumps(one) != json.dumps(other):
+            yield prefix + name, one, other
+
+
+def secret_to_go_on(path: Path) -> bytes | None:
+    """The secret of the run in this folder, or None where there is no such run or its seed is public.
+
+    Raises UsageError when it was revealed, for then no new noise may be drawn with it, or when the file is no key.
+    """
+    if (path / REVEALED).exists():
+        raise UsageError(
+            f"the secret of the run in {path} has been revealed, so that no more noise may be drawn with it: start a "
+            f"new run with another --out"
+        )
+    return stored_key(path / KEY)
+
+
+def stored_key(file: Path) -> bytes | None:
+    """The secret in a key file; None where there is none."""
+    try:
+        text = file.read_text(encoding="ascii").strip()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise EnvironmentFault(f"cannot read the key {file} ({error})") from error
+    if not re.fullmatch("[0-9a-f]{64,}", text) or len(text) % 2:
+        raise UsageError(f"{file} is no key: it must hold 64 hexadecimal digits or more")
+    return bytes.fromhex(text)
+
+
+def reveal(path: Path) -> str:
+    """Make the secret of a run public: into its manifest, and the key file takes another name. The secret, hex.
+
+    From then on anybody can draw the run's noise again, and no new noise is drawn with it. Raises UsageError where
+    there is no secret to reveal.
+    """
+    manifest = read_manifest(path)
+    if manifest.provenance.revealed_secret is not None:
+        return manifest.provenance.revealed_secret
+    secret = stored_key(path / KEY)
+    if secret is None:
+        public = manifest.identity.public_seed is not None
+        why = "its seed is public already" if public else f"{KEY} is missing"
+        raise UsageError(f"the run in {path} has no secret to reveal: {why}")
+    if hashlib.sha256(secret).hexdigest() != manifest.identity.secret_commitment:
+        raise CheckFailed(f"{path / KEY} is not the key that the run committed itself to")
+    with writing(path), Ledger(path / LEDGER) as ledger:
+        (path / KEY).replace(path / REVEALED)  # first: what may be public is never drawn with again
+        provenance = replace(manifest.provenance, revealed_secret=secret.hex())
+        replaced(path / MANIFEST, page(replace(manifest, provenance=provenance)))
+        if (path / SEAL).exists():
+            seal(path, ledger)
+    return secret.hex()
 
 
 class RunFolder:
-    """A new folder for one run: a context manager. `add` appends an image to each file and flushes.
+    """One run's folder, new or gone on with: a context manager. `add` is durable when it returns.
 
-    Raises UsageError when the folder already holds a run, EnvironmentFault when it cannot be written.
+    done: (record, timing) of the images that were finished before, in their order.
+
+    Raises UsageError when the folder holds a run of another identity, or files of no run that can go on;
+    EnvironmentFault when it cannot be written or another process works on it.
     """
 
-    def __init__(self, path: Path, manifest: Mapping[str, Any], secret: bytes | None) -> None:
-        self.path = path
+    def __init__(self, path: Path, manifest: Manifest, secret: bytes | None) -> None:
+        self.path, self.manifest = path, manifest
         self._files: dict[str, TextIO] = {}
+        self._ledger: Ledger | None = None
+        self.done: list[tuple[ImageRecord, TimingRecord]] = []
         with writing(path), closed_on_failure(self):
-            if found := [name for name in FILES if (path / name).exists()]:
+            if (path / LEDGER).exists() and (path / MANIFEST).exists():
+                self._refuse_another()
+            elif found := [name for name in (*RESULTS, LEDGER) if (path / name).exists()]:
                 raise UsageError(
-                    f"{path} already holds a run ({', '.join(found)}): choose another folder with --out, "
-                    f"or move that one away"
+                    f"{path} holds {', '.join(found)} of a run that cannot go on: choose another folder with --out, or "
+                    f"move that one away"
                 )
-            path.mkdir(parents=True, exist_ok=True)
-            if secret is not None:
-                descriptor = os.open(path / "secret.key", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-                with os.fdopen(descriptor, "w") as key:
-                    key.write(secret.hex() + "\n")
-            new = path / "manifest.json.new"
-            new.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-            new.replace(path / "manifest.json")
-            for name in RESULTS:
-                self._files[name] = (path / name).open("x", encoding="utf-8", newline="\n")
-            self._append("results.tsv", "\t".join(TSV_COLUMNS) + "\n")
+            else:
+                self._found(secret)
+            self.ledger = self._ledger = Ledger(path / LEDGER)
+            self._read_done()
+            (path / SEAL).unlink(missing_ok=True)
+            self._write_results()
 
     def __enter__(self) -> RunFolder:
         return self
@@ -104,18 +204,101 @@ class RunFolder:
     def close(self) -> None:
         """Close the files. Safe to call twice; what a full disk did not take was reported when it was written."""
         for file in self._files.values():
-            with suppress(OSError):
+            with contextlib.suppress(OSError):
                 file.close()
+        if self._ledger is not None:
+            self._ledger.close()
 
     def add(self, result: Certified) -> None:
+        """The next image, in the order of the run's images."""
+        image, certificate, cost = result
+        record = record_of(image.idx, image_sha256(image.pixels).hex(), image.label, certificate)
+        timing = TimingRecord(image.idx, **vars(cost))
+        lines = lines_of(record, timing)
         with writing(self.path):
-            self._append("results.jsonl", json.dumps(record(result)) + "\n")
-            self._append("timing.jsonl", json.dumps(timing(result)) + "\n")
-            self._append("results.tsv", tsv_line(result))
+            self.ledger.finish(len(self.done), record.idx, lines.record, lines.timing)
+            self.done.append((record, timing))
+            for name, text in zip(RESULTS, lines, strict=True):
+                self._files[name].write(text)
+                self._files[name].flush()
 
-    def _append(self, name: str, line: str) -> None:
-        self._files[name].write(line)
-        self._files[name].flush()
+    def finish(self, summary: Summary) -> None:
+        """Write the results anew, the summary and, of a complete run, the seal."""
+        with writing(self.path):
+            self.ledger.commit()
+            self._write_results()
+            replaced(self.path / SUMMARY, page(summary))
+            if summary.done == summary.asked:
+                seal(self.path, self.ledger)
+
+    def _refuse_another(self) -> None:
+        """Take over the manifest that is there, unless its identity is another one."""
+        there = read_manifest(self.path)
+        fields = list(differing(asdict(there.identity), asdict(self.manifest.identity)))
+        if fields:
+            shown = "; ".join(f"{name}: {brief(one)} there, {brief(other)} now" for name, one, other in fields[:4])
+            more = f"; and {len(fields) - 4} more" if len(fields) > 4 else ""
+            raise UsageError(
+                f"{self.path} already holds a run of another identity ({shown}{more}): choose another folder with "
+                f"--out, or ask for what that run was started with"
+            )
+        self.manifest = there
+
+    def _found(self, secret: bytes | None) -> None:
+        """A new folder: the key, then the manifest, which commits to it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if secret is not None and not (self.path / KEY).exists():
+            descriptor = os.open(self.path / KEY, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "w") as key:
+                key.write(secret.hex() + "\n")
+        replaced(self.path / MANIFEST, page(self.manifest))
+
+    def _read_done(self) -> None:
+        self.ledger.set_value("identity_sha256", self.manifest.identity_sha256)
+        for place, image in enumerate(self.ledger.done()):
+            what = f"{self.path / LEDGER}, image {image.idx},"
+            if image.place != place:
+                raise UsageError(f"{self.path / LEDGER} has no image at place {place}: the run cannot go on")
+            self.done.append((parsed(ImageRecord, image.record, what), parsed(TimingRecord, image.timing, what)))
+
+    def _write_results(self) -> None:
+        for file in self._files.values():
+            file.close()
+        for name, text in zip(RESULTS, results_of(self.done), strict=True):
+            replaced(self.path / name, text)
+            self._files[name] = (self.path / name).open("a", encoding="utf-8", newline="\n")
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a run folder. Raises UsageError when there is none, CheckFailed when it is damaged."""
+    try:
+        return parsed(Manifest, (path / MANIFEST).read_bytes(), str(path / MANIFEST))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UsageError(f"{path} holds no run: there is no {MANIFEST} in it") from None
+    except OSError as error:
+        raise EnvironmentFault(f"cannot read {path / MANIFEST} ({error.strerror})") from error
+
+
+def seal(path: Path, ledger: Ledger) -> None:
+    """Write down what the files of a complete run hash to."""
+    found = {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in SEALED}
+    found[LEDGER] = ledger.content_sha256()
+    replaced(path / SEAL, json.dumps(found, indent=2) + "\n")
+
+
+def brief(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def replaced(path: Path, text: str) -> None:
+    """Write a file whole, or leave the one that is there."""
+    new = path.with_name(f"{path.name}.new")
+    with new.open("w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
 
 
 @contextmanager

@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate
-from typing import Generic, Protocol, TypeVar
+from itertools import accumulate, islice
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from densepure_rt.datasets import LabelledImage
 from densepure_rt.runtime.device import NOT_FINITE
@@ -34,6 +35,26 @@ class Cost:
     classifier_calls: int = 0
     not_finite: int = 0
     seconds: float = 0.0
+
+
+class Taken(NamedTuple):
+    """What is known of an image from earlier: the labels of its first samples, int32 [n], and the calls they took."""
+
+    labels: NDArray[np.int32]
+    unet_calls: int
+    classifier_calls: int
+
+
+NOTHING = Taken(np.empty(0, np.int32), 0, 0)
+
+
+class Journal(Protocol):
+    """Where the labels that judge an image are kept as they come, so that a run can go on from them."""
+
+    def taken(self, idx: int) -> Taken: ...
+
+    def add(self, idx: int, outcome: Outcome) -> None:
+        """The next label of an image."""
 
 
 class Judge(Protocol):
@@ -77,19 +98,35 @@ class Tally:
 
 
 class UnderWay(Generic[J]):
-    """An image that is being sampled. handles: on the device, one a phase. deadline: when it is stopped undecided."""
+    """An image that is being sampled, from where `taken` ends.
 
-    def __init__(self, image: LabelledImage, handles: list[int], judge: J, deadline: float = math.inf) -> None:
-        self.image, self.handles, self.judge, self.deadline = image, handles, judge, deadline
+    handles: on the device, one a phase; none when what was taken decides it. deadline: when it is stopped undecided.
+    journal: takes each label that judges it.
+    """
+
+    def __init__(
+        self,
+        image: LabelledImage,
+        judge: J,
+        open_handles: Callable[[Phases], list[int]],
+        deadline: float = math.inf,
+        journal: Journal | None = None,
+    ) -> None:
+        self.image, self.judge, self.deadline, self.journal = image, judge, deadline, journal
         self.stopped = False
-        self.cost = Cost()
-        self.returned = self.drawn = 0
-        self._samples = (
+        taken = NOTHING if journal is None else journal.taken(image.idx)
+        self.cost = Cost(unet_calls=taken.unet_calls, classifier_calls=taken.classifier_calls)
+        for label in taken.labels.tolist():
+            self._judge(label)
+        self.returned = self.drawn = len(taken.labels)
+        self.handles = open_handles(judge.phases) if judge.needed else []
+        self._most = sum(samples for _, samples in judge.phases)
+        every = (
             (handle, sample)
-            for handle, (_, samples) in zip(handles, judge.phases, strict=True)
+            for handle, (_, samples) in zip(self.handles, judge.phases, strict=True)
             for sample in range(samples)
         )
-        self._most = sum(samples for _, samples in judge.phases)
+        self._samples = islice(every, self.drawn, None)
 
     @property
     def decided(self) -> bool:
@@ -120,9 +157,14 @@ class UnderWay(Generic[J]):
         self.cost.classifier_calls += outcome.votes
         if self.decided:  # drawn in vain
             return
+        self._judge(outcome.label)
+        if self.journal is not None:
+            self.journal.add(self.image.idx, outcome)
+
+    def _judge(self, label: int) -> None:
         self.cost.samples += 1
-        self.cost.not_finite += outcome.label == NOT_FINITE
-        self.judge.add(outcome.label)
+        self.cost.not_finite += label == NOT_FINITE
+        self.judge.add(label)
 
 
 class Scheduler(Generic[J]):

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from types import TracebackType
@@ -32,7 +33,7 @@ from densepure_rt.runtime.device import (
 from densepure_rt.runtime.noise import Purpose, image_key, smoothing_law
 from densepure_rt.runtime.reverse import decide
 from densepure_rt.runtime.schedule import Chain, TimestepRule, make_chain
-from densepure_rt.scheduling import Cost, Judge, Phases, Scheduler, Tally, UnderWay
+from densepure_rt.scheduling import Cost, Journal, Judge, Phases, Scheduler, Tally, UnderWay
 from densepure_rt.sequential import (
     LOOK,
     RADIUS_LOSS,
@@ -303,32 +304,46 @@ class SmoothedClassifier:
         return [found.label for found in self.predict_each(labelled, settings)]
 
     def certify_each(
-        self, images: Iterable[LabelledImage], settings: Settings, budget: Budget = UNLIMITED
+        self,
+        images: Iterable[LabelledImage],
+        settings: Settings,
+        budget: Budget = UNLIMITED,
+        journal: Journal | None = None,
     ) -> Iterator[Certified]:
         """The certificates of `images`, in their order. Memory does not grow with n or with the number of images.
 
         With an anytime method the label of an image, where it has one, is the class that is asked about: it must not
         come from a run with the same secret. With a budget the images that a run came to before its end are answered:
         by the best radius of an anytime method, which holds whenever it is stopped, and by an abstention with "fixed".
+        With a journal each image goes on from the labels that it already has there.
         """
         pixels = math.prod(self.bundle.unet.image)
         if settings.method == "fixed":
-            yield from self._certify_fixed(images, settings, settings.rule(pixels), budget)
+            yield from self._certify_fixed(images, settings, settings.rule(pixels), budget, journal)
             return
         rules = {labelled: settings.anytime_rule(pixels, labelled) for labelled in (False, True)}
 
         def judge(image: LabelledImage) -> AnytimeJudge:
             return AnytimeJudge(rules[image.label is not None].start(image.label), "certify", settings.n)
 
-        for decided, found in self._judged(images, settings, judge, budget):
+        for decided, found in self._judged(images, settings, judge, budget, journal):
             certificate = certificate_of(found.decision, settings.alpha, decided.stopped)
             yield Certified(decided.image, certificate, decided.cost)
 
     def _certify_fixed(
-        self, images: Iterable[LabelledImage], settings: Settings, rule: FixedRule, budget: Budget
+        self,
+        images: Iterable[LabelledImage],
+        settings: Settings,
+        rule: FixedRule,
+        budget: Budget,
+        journal: Journal | None,
     ) -> Iterator[Certified]:
         phases: Phases = (("select", settings.n0), ("certify", settings.n))
-        for counted, tally in self._judged(images, settings, lambda _: Tally(phases, len(self.class_names)), budget):
+
+        def judge(image: LabelledImage) -> Tally:
+            return Tally(phases, len(self.class_names))
+
+        for counted, tally in self._judged(images, settings, judge, budget, journal):
             selection, estimation = tally.counts
             if counted.stopped:
                 certificate = rule.stopped(selection, estimation, counted.cost.samples)
@@ -343,7 +358,7 @@ class SmoothedClassifier:
         def judge(image: LabelledImage) -> AnytimeJudge:
             return AnytimeJudge(rule.start(), "predict", settings.n)
 
-        for image, found in self._judged(images, settings, judge, UNLIMITED):
+        for image, found in self._judged(images, settings, judge):
             decision, counts = found.decision, found.decider.counts
             votes = np.array([counts.get(label, 0) for label in range(len(self.class_names))])
             bound = None if decision.predict is None else error_at_most(decision.n_a, decision.n) + rule.charge
@@ -362,7 +377,8 @@ class SmoothedClassifier:
         images: Iterable[LabelledImage],
         settings: Settings,
         new_judge: Callable[[LabelledImage], J],
-        budget: Budget,
+        budget: Budget = UNLIMITED,
+        journal: Journal | None = None,
     ) -> Iterator[tuple[UnderWay[J], J]]:
         """Each image with its judge, when it has all that it needs or its time is up."""
         chain = self.chain(settings)
@@ -373,10 +389,8 @@ class SmoothedClassifier:
             for image in images:
                 if (now := time.perf_counter()) >= end:
                     return
-                judge = new_judge(image)
-                phases = judge.phases if judge.needed else ()  # of one that is decided already nothing is drawn
-                handles = [self._open(image, purpose, settings.sigma, chain) for purpose, _ in phases]
-                yield UnderWay(image, handles, judge, min(end, now + budget.image))
+                open_handles = partial(self._open, image, settings.sigma, chain)
+                yield UnderWay(image, new_judge(image), open_handles, min(end, now + budget.image), journal)
 
         if self._busy:
             raise UsageError("this classifier is already at work: finish or close that iteration, or load another one")
@@ -400,9 +414,9 @@ class SmoothedClassifier:
                 self._close(unfinished)
             self._busy = False
 
-    def _open(self, image: LabelledImage, purpose: Purpose, sigma: float, chain: Chain) -> int:
-        key = image_key(self.secret, purpose, sigma, image.pixels)
-        return self.device.open_image(image.pixels, key, sigma, chain.scale)
+    def _open(self, image: LabelledImage, sigma: float, chain: Chain, phases: Phases) -> list[int]:
+        keys = [image_key(self.secret, purpose, sigma, image.pixels) for purpose, _ in phases]
+        return [self.device.open_image(image.pixels, key, sigma, chain.scale) for key in keys]
 
     def _close(self, image: UnderWay[J]) -> None:
         for handle in image.handles:

@@ -39,14 +39,19 @@ LARGEST_STD = 65_536  # grid steps; 1.2 million thresholds
 TAIL = 12  # standard deviations; the mass beyond is below 2^-107
 
 
+def image_sha256(pixels: NDArray[np.uint8]) -> bytes:
+    """Of the shape and the pixels of an image."""
+    digest = hashlib.sha256(struct.pack(f"<{1 + pixels.ndim}q", pixels.ndim, *pixels.shape))
+    digest.update(np.ascontiguousarray(pixels).tobytes())
+    return digest.digest()
+
+
 def image_key(secret: bytes, purpose: Purpose, sigma: float, pixels: NDArray[np.uint8]) -> Key:
     """The Philox key of one image: the first 128 bits of HMAC-SHA256(secret, version, purpose, sigma, image).
 
     The engine, steps, votes, rule, n, alpha and batch are left out on purpose: equal noise makes comparisons paired.
     """
-    image = hashlib.sha256(struct.pack(f"<{1 + pixels.ndim}q", pixels.ndim, *pixels.shape))
-    image.update(np.ascontiguousarray(pixels).tobytes())
-    message = b"\0".join([NOISE_LAW.encode(), purpose.encode(), struct.pack("<d", sigma) + image.digest()])
+    message = b"\0".join([NOISE_LAW.encode(), purpose.encode(), struct.pack("<d", sigma) + image_sha256(pixels)])
     low, high = struct.unpack("<2Q", hmac.digest(secret, message, "sha256")[:16])
     return low, high
 

@@ -5,13 +5,14 @@ import hashlib
 import json
 import math
 import os
+import random
 import signal
 import stat
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -146,8 +147,14 @@ def abstained(coin: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return finished
 
 
+def canonical_sha256(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def test_a_run_leaves_these_files(run: Run, first: Run) -> None:
-    always = {"manifest.json", "results.tsv", "results.jsonl", "timing.jsonl"}
+    tables = {"results.tsv", "results.jsonl", "timing.jsonl"}
+    always = tables | {"manifest.json", "ledger.sqlite", "summary.json", "seal.json"}
     assert {path.name for path in run.out.iterdir()} == always | {"secret.key"}
     assert {path.name for path in first.out.iterdir()} == always
 
@@ -163,7 +170,8 @@ def test_the_table_has_the_header_of_the_field_and_a_line_an_image_in_index_orde
 
 def test_the_records_have_these_keys_and_no_times(run: Run) -> None:
     for record in run.records:
-        assert list(record) == "idx label predict radius correct n0 n n_a alpha p_lower stopped".split()
+        names = "idx image_sha256 label predict radius correct n0 n n_a alpha p_lower stopped outcomes"
+        assert list(record) == names.split()
         assert (record["n0"], record["n"], record["alpha"]) == (N0, N, ALPHA)
 
 
@@ -241,7 +249,8 @@ def test_the_key_is_the_owners_and_the_manifest_commits_to_it(run: Run) -> None:
 def test_nothing_but_the_key_gives_the_secret_away(run: Run) -> None:
     secret = (run.out / "secret.key").read_text().strip()
     others = (path for path in run.out.iterdir() if path.name != "secret.key")
-    assert all(secret not in path.read_text() for path in others)
+    assert all(secret.encode() not in path.read_bytes() for path in others)
+    assert all(bytes.fromhex(secret) not in path.read_bytes() for path in others if path.name != "secret.key")
     assert secret not in run.done.stdout + run.done.stderr
 
 
@@ -253,14 +262,18 @@ def test_a_seeded_run_is_marked_as_public(first: Run) -> None:
 def test_the_manifest_says_what_was_run(run: Run, first: Run) -> None:
     identity = run.manifest["identity"]
     for name, role in (("unet.onnx", "engine"), ("classifier.onnx", "classifier")):
-        assert identity[role] == {"name": name, "sha256": hashlib.sha256((ENGINES / name).read_bytes()).hexdigest()}
+        sidecar = hashlib.sha256((ENGINES / f"{name}.json").read_bytes()).hexdigest()
+        sha256 = hashlib.sha256((ENGINES / name).read_bytes()).hexdigest()
+        assert identity[role] == {"name": name, "sha256": sha256, "sidecar_sha256": sidecar}
     assert identity["images"]["count"] == 4
     assert (identity["sigma"], identity["sigma_in_network_units"]) == (SIGMA, 2 * SIGMA)
     assert (identity["steps"], identity["votes"]) == (1, 1)
     assert (first.manifest["identity"]["steps"], first.manifest["identity"]["votes"]) == (2, 3)
-    assert (identity["method"], identity["n0"], identity["n"], identity["alpha"]) == ("fixed", N0, N, ALPHA)
+    rule = identity["rule"]
+    assert (rule["method"], rule["n0"], rule["n"], rule["alpha"]) == ("fixed", N0, N, ALPHA)
     assert identity["alpha_bar"] == pytest.approx(1 / (1 + (2 * SIGMA) ** 2))
-    assert 0 < identity["alpha_charged_for_noise"] < ALPHA / 1e6
+    assert 0 < rule["alpha_charged_for_noise"] < ALPHA / 1e6
+    assert run.manifest["identity_sha256"] == canonical_sha256(identity)
     assert (identity["timesteps"], identity["conditioning"]) == ([258], [258.0])
     assert identity["coefficients"][0]["signal"] == pytest.approx(math.sqrt(identity["alpha_bar"]), rel=1e-6)
     assert (identity["schedule"]["steps"], identity["variance"]) == (1000, "fixed_small")
@@ -285,13 +298,35 @@ def test_another_seed_draws_other_noise(first: Run, seeded: Callable[..., Run]) 
     assert ours != theirs
 
 
-def test_an_existing_run_is_refused_and_stays_as_it_is(run: Run) -> None:
+def test_a_run_of_another_identity_is_refused_and_stays_as_it_is(run: Run) -> None:
     before = {path.name: path.read_bytes() for path in run.out.iterdir()}
     again = certify(run.out, *TINY, "--max", 1).done
     assert (again.returncode, again.stdout) == (2, "")
-    assert f"error: {run.out} already holds a run" in again.stderr
+    assert f"error: {run.out} already holds a run of another identity (images.count: 4 there, 1 now" in again.stderr
     assert "--out" in again.stderr
     assert {path.name: path.read_bytes() for path in run.out.iterdir()} == before
+
+
+def test_a_finished_run_that_is_run_again_stays_as_it_is(run: Run) -> None:
+    def files() -> dict[str, bytes]:  # the ledger's pages may differ; the seal has the hash of its content
+        return {path.name: path.read_bytes() for path in run.out.iterdir() if path.name != "ledger.sqlite"}
+
+    before = files()
+    for option in ((), ("--resume",)):
+        again = certify(run.out, *TINY, "--skip", 3, "--max", 4, *option).done
+        assert again.returncode == 0, again.stderr
+        assert again.stdout == run.done.stdout
+        assert files() == before
+
+
+def test_to_resume_what_is_not_there_starts_it_and_without_a_folder_is_refused(tmp_path: Path) -> None:
+    started = certify(tmp_path / "new", *TINY, "--max", 1, "--resume").done
+    assert started.returncode == 0
+    assert (tmp_path / "new" / "seal.json").exists()
+    options = command(*TINY, "--max", 1, "--resume")
+    refused = subprocess.run(options, capture_output=True, text=True, env=environment(), timeout=60)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "name its folder with --out" in refused.stderr
 
 
 def test_max_is_a_count_after_skip(run: Run) -> None:
@@ -316,8 +351,8 @@ def test_unlabelled_images_have_no_accuracy(abstained: Run) -> None:
 
 
 def test_a_classifier_that_is_named_is_the_one_that_is_used(abstained: Run, coin: Path) -> None:
-    expected = {"name": "coin.onnx", "sha256": hashlib.sha256(coin.read_bytes()).hexdigest()}
-    assert abstained.manifest["identity"]["classifier"] == expected
+    found = abstained.manifest["identity"]["classifier"]
+    assert (found["name"], found["sha256"]) == ("coin.onnx", hashlib.sha256(coin.read_bytes()).hexdigest())
 
 
 def test_without_steps_the_unet_is_not_called(abstained: Run) -> None:
@@ -392,6 +427,34 @@ def test_the_manifest_is_there_before_the_first_result(tmp_path: Path) -> None:
     with started("--n", 100_000, "--steps", 2, "--batch", 4, "--threads", 1, "--max", 1, "--out", out) as running:
         wait_for((out / "timing.jsonl").exists, running)
         running.kill()  # without a chance to tidy up
-    assert json.loads((out / "manifest.json").read_text())["identity"]["n"] == 100_000
+    assert json.loads((out / "manifest.json").read_text())["identity"]["rule"]["n"] == 100_000
     assert (out / "secret.key").exists()
     assert (out / "results.jsonl").read_text() == ""
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return certify(tmp_path_factory.mktemp("uninterrupted") / "run", *KILLED)
+
+
+# Many cheap images, some of which take long: the classifier alone, at little noise.
+KILLED = "--steps 0 --sigma 0.1 --radii 0,0.05,0.1 --n 3000 --max 40 --seed 3 --batch 8 --threads 1".split()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL there")
+@pytest.mark.parametrize("times", [5, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_never_was(
+    uninterrupted: Run, tmp_path: Path, times: int
+) -> None:
+    out, chance = tmp_path / "run", random.Random(times)
+    for _ in range(times):
+        with started(*KILLED, "--out", out) as running:
+            with suppress(subprocess.TimeoutExpired):
+                running.wait(0.8 + 1.5 * chance.random())  # a start takes a second
+            running.kill()
+    final = certify(out, *KILLED)
+    assert final.done.returncode == 0, final.done.stderr
+    for name in ("results.jsonl", "summary.json"):
+        assert (out / name).read_bytes() == (uninterrupted.out / name).read_bytes()
+    timeless = [[list(row.values())[:5] for row in found.rows] for found in (final, uninterrupted)]
+    assert timeless[0] == timeless[1]

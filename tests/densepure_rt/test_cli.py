@@ -30,7 +30,7 @@ ENGINES = ROOT / "engines"
 FIXED = ("--method", "fixed")
 DRY = "certify --dry-run --steps 1 --batch 4 --threads 1".split()
 TINY = "--n 6 --alpha 0.2 --steps 1 --batch 4 --threads 1".split()
-COMMANDS = ("certify", "predict", "export", "parity", "bench", "inspect", "doctor")
+COMMANDS = ("certify", "predict", "export", "parity", "bench", "audit", "replay", "reveal", "inspect", "doctor")
 Done = subprocess.CompletedProcess[str]
 
 
@@ -684,7 +684,8 @@ def test_a_sequential_run_names_its_radii_and_what_it_skips(here: Callable[..., 
     assert "0 from 32 samples, 0.25 from 32 samples, 2.25 skipped: beyond reach" in done.stderr
     assert set(json.loads(done.stdout)["accuracy"]) == {"0", "0.25", "2.25"}
     identity = json.loads((tmp_path / "run" / "manifest.json").read_text())["identity"]
-    assert (identity["method"], identity["radii"], identity["look"]) == ("sequential", [0.0, 0.25, 2.25], 32)
+    rule = identity["rule"]
+    assert (rule["method"], rule["radii"], rule["look"]) == ("sequential", [0.0, 0.25, 2.25], 32)
     for line in (tmp_path / "run" / "results.jsonl").read_text().splitlines():
         record = json.loads(line)
         assert record["n"] in (32, 64)

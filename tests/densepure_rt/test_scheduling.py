@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -49,6 +50,10 @@ def image(idx: int) -> LabelledImage:
     return LabelledImage(idx, np.zeros((1, 2, 2), np.uint8), None)
 
 
+def under_way(handle: int, judge: Patient, deadline: float = math.inf) -> UnderWay[Patient]:
+    return UnderWay(image(handle), judge, lambda phases: [handle], deadline)
+
+
 def alone(handle: int, judge: Patient) -> list[int]:
     """What a judge sees that is fed with one image's samples, one at a time."""
     sample = 0
@@ -62,7 +67,7 @@ def run(
     patients: list[Patient], most_open: int, room: int, take: Callable[[int], int]
 ) -> tuple[list[UnderWay[Patient]], int]:
     """Draw up to `room` samples ahead and return them in the order of drawing, `take(waiting)` at a time."""
-    scheduler = Scheduler((UnderWay(image(i), [i], patient) for i, patient in enumerate(patients)), most_open)
+    scheduler = Scheduler((under_way(i, patient) for i, patient in enumerate(patients)), most_open)
     work, waiting, drawn = iter(scheduler), deque[tuple[int, int]](), 0
     finished: list[UnderWay[Patient]] = []
     while not scheduler.done:
@@ -119,7 +124,7 @@ def test_no_more_images_are_held_than_may_be() -> None:
     def images() -> Iterator[UnderWay[Patient]]:
         nonlocal read
         for read, patient in enumerate(patients, start=1):
-            yield UnderWay(image(read), [read], patient)
+            yield under_way(read, patient)
 
     scheduler = Scheduler(images(), most_open=6)
     work, left = iter(scheduler), 0
@@ -133,9 +138,7 @@ def test_no_more_images_are_held_than_may_be() -> None:
 
 def test_late_images_are_decided_by_what_they_have() -> None:
     """The first one is late with two samples back and two under way, the second is not late."""
-    late, other = (
-        UnderWay(image(i), [i], Patient(look=4, last=2, enough=99), deadline) for i, deadline in enumerate((5.0, 9.0))
-    )
+    late, other = (under_way(i, Patient(look=4, last=2, enough=99), deadline) for i, deadline in enumerate((5.0, 9.0)))
     scheduler = Scheduler(iter([late, other]))
     drawn = list(itertools.islice(scheduler, 6))
     assert drawn == [(0, 0), (0, 1), (0, 2), (0, 3), (1, 0), (1, 1)]
@@ -153,7 +156,7 @@ def test_late_images_are_decided_by_what_they_have() -> None:
 
 
 def test_a_late_image_with_nothing_under_way_is_closed_at_once() -> None:
-    only = UnderWay(image(0), [0], Patient(look=2, last=2, enough=99), deadline=1.0)
+    only = under_way(0, Patient(look=2, last=2, enough=99), deadline=1.0)
     scheduler = Scheduler(iter([only]))
     drawn = list(itertools.islice(scheduler, 2))
     for handle, sample in filter(None, drawn):
@@ -166,7 +169,7 @@ def test_a_late_image_with_nothing_under_way_is_closed_at_once() -> None:
 
 
 def test_one_image_alone_fills_batches_with_samples_that_it_may_need() -> None:
-    scheduler = Scheduler(iter([UnderWay(image(0), [0], Patient(look=4, last=5, enough=99))]), most_open=3)
+    scheduler = Scheduler(iter([under_way(0, Patient(look=4, last=5, enough=99))]), most_open=3)
     work = iter(scheduler)
     assert [next(work) for _ in range(20)] == [(0, sample) for sample in range(20)]
     assert next(work) is None  # no more than it can ever need
@@ -180,8 +183,8 @@ def test_one_image_alone_fills_batches_with_samples_that_it_may_need() -> None:
 
 def test_phases_follow_each_other_with_indices_of_their_own() -> None:
     tally = Tally((("select", 2), ("certify", 3)), CLASSES)
-    under_way = UnderWay(image(0), [5, 6], tally)
-    assert [under_way.draw() for _ in range(5)] == [(5, 0), (5, 1), (6, 0), (6, 1), (6, 2)]
+    found = UnderWay(image(0), tally, lambda phases: [5, 6])
+    assert [found.draw() for _ in range(5)] == [(5, 0), (5, 1), (6, 0), (6, 1), (6, 2)]
     for label in (3, 3, 1, NOT_FINITE, 1):
         assert tally.needed > 0
         tally.add(label)

@@ -1,0 +1,279 @@
+"""What the files of a run folder hold, as types: read and checked by them, and their JSON Schemas made of them.
+
+A file that somebody else may have written is never trusted to have the right fields, types or ranges: `parsed` says in
+one line what is wrong with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from densepure_rt.certification import Result
+from densepure_rt.errors import CheckFailed
+from densepure_rt.runtime.schedule import Schedule, TimestepRule, Variance
+
+SCHEMA_VERSION: Literal[2] = 2
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Radius = Annotated[float, Field(ge=0)]
+Label = Annotated[int, Field(ge=0)]
+Method = Literal["fixed", "sequential", "radius"]
+Abstention = Literal["gave up", "at n", "out of reach", "out of time"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class OutcomeRecord:
+    """What came of one eps; see `densepure_rt.certification.EpsOutcome`."""
+
+    __pydantic_config__ = STRICT
+    eps: Radius
+    result: Result
+    n: Count | None
+    n_a: Count | None
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """A line of results.jsonl: a certificate, full precision; see `densepure_rt.certification.Certificate`.
+
+    label: None where it is not known; correct then too. predict, radius: None for an abstention. image_sha256: of
+    shape and pixels, as the noise's key takes it.
+    """
+
+    __pydantic_config__ = STRICT
+    idx: int
+    image_sha256: Sha256
+    label: Label | None
+    predict: Label | None
+    radius: Radius | None
+    correct: bool | None
+    n0: Count
+    n: Count
+    n_a: Count
+    alpha: Probability
+    p_lower: Probability
+    stopped: bool
+    outcomes: tuple[OutcomeRecord, ...] = ()
+
+
+@dataclass(frozen=True)
+class TimingRecord:
+    """A line of timing.jsonl: what an image took. samples: those that it was judged by; see `scheduling.Cost`."""
+
+    __pydantic_config__ = STRICT
+    idx: int
+    samples: Count
+    unet_calls: Count
+    classifier_calls: Count
+    not_finite: Count
+    seconds: Radius
+
+
+@dataclass(frozen=True)
+class NamedFile:
+    """A file by its name and the SHA-256 of its bytes, with that of its sidecar's."""
+
+    __pydantic_config__ = STRICT
+    name: str
+    sha256: Sha256
+    sidecar_sha256: Sha256 | None
+
+
+@dataclass(frozen=True)
+class ImagesIdentity:
+    """sha256: over idx, label, shape and pixels of each image, in order."""
+
+    __pydantic_config__ = STRICT
+    name: str
+    count: Count
+    sha256: Sha256
+
+
+@dataclass(frozen=True)
+class NoiseIdentity:
+    __pydantic_config__ = STRICT
+    law: str
+    smoothing_table_sha256: Sha256
+    vote_table_sha256: Sha256
+
+
+@dataclass(frozen=True)
+class RuleIdentity:
+    """How samples become certificates; what a method does not have is None.
+
+    alpha_charged_for_noise: what the noise's finite precision costs of alpha. tested: which classes are asked about.
+    """
+
+    __pydantic_config__ = STRICT
+    method: Method
+    n: Count
+    alpha: Probability
+    alpha_charged_for_noise: Probability
+    tested: str
+    n0: Count | None = None
+    radii: tuple[Radius, ...] | None = None
+    reserve: Probability | None = None
+    radius_loss: Probability | None = None
+    look: Count | None = None
+
+
+@dataclass(frozen=True)
+class BudgetIdentity:
+    """Wall seconds, None for no limit."""
+
+    __pydantic_config__ = STRICT
+    image: Radius | None
+    run: Radius | None
+
+
+@dataclass(frozen=True)
+class Identity:
+    """All that results depend on. Runs of equal identity give equal records, and may be resumed and merged.
+
+    image: [channels, height, width]. runs_on: what runs the engines, with its version; compute_capability: of the GPU,
+    for a plan. conditioning: what the network is told at each step; coefficients: of the step graph. alpha_bar: of the
+    first state. secret_commitment: SHA-256 of the secret. public_seed: what the secret was made of, where it is public.
+    """
+
+    __pydantic_config__ = STRICT
+    engine: NamedFile
+    classifier: NamedFile
+    precision: str
+    runs_on: str
+    compute_capability: str | None
+    schedule: Schedule
+    variance: Variance
+    prediction: str
+    clip: tuple[float, float] | None
+    class_names: tuple[str, ...]
+    image: tuple[int, int, int]
+    images: ImagesIdentity
+    sigma: Radius
+    sigma_in_network_units: Radius
+    steps: Count
+    timestep_rule: TimestepRule
+    timesteps: tuple[int, ...]
+    conditioning: tuple[float, ...]
+    coefficients: tuple[Mapping[str, float], ...]
+    alpha_bar: Probability
+    votes: Count
+    tie_rule: str
+    rule: RuleIdentity
+    budget_seconds: BudgetIdentity
+    noise: NoiseIdentity
+    secret_commitment: Sha256
+    public_seed: int | None
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(canonical(asdict(self))).hexdigest()
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Who ran it, where and when. revealed_secret: hex, once `densepure-rt reveal` has made it public."""
+
+    __pydantic_config__ = STRICT
+    argv: tuple[str, ...]
+    device: Mapping[str, str | int | bool]
+    started: str
+    host: str
+    python: str
+    platform: str
+    versions: Mapping[str, str]
+    weights_sha256: Mapping[str, Sha256]
+    seed_note: str | None
+    shard: str | None = None
+    revealed_secret: str | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """manifest.json: what was run. identity_sha256: of the identity as canonical JSON."""
+
+    __pydantic_config__ = STRICT
+    schema_version: Literal[2]
+    identity_sha256: Sha256
+    identity: Identity
+    provenance: Provenance
+
+
+@dataclass(frozen=True)
+class Summary:
+    """summary.json. done: images certified, of `asked`. interrupted: by Ctrl-C.
+
+    accuracy: certified accuracy at each of `radii`; None where n cannot reach, or nothing is labelled. reasons: how
+    many abstained for each. samples: what an image was judged by, in the mean. not_finite: samples; they count against
+    the class. stopped: images that time cut short.
+    """
+
+    __pydantic_config__ = STRICT
+    done: Count
+    asked: Count
+    interrupted: bool
+    radii: tuple[Radius, ...]
+    accuracy: tuple[Probability | None, ...]
+    abstained: Count
+    reasons: Mapping[Abstention, Count]
+    samples: Radius
+    unet_calls: Count
+    not_finite: Count
+    stopped: Count
+
+
+SCHEMAS: Mapping[str, type[Any]] = {
+    "manifest": Manifest,
+    "record": ImageRecord,
+    "timing": TimingRecord,
+    "summary": Summary,
+}
+
+
+_adapters: dict[type[Any], TypeAdapter[Any]] = {}  # making one takes longer than reading a thousand records by it
+
+
+def adapter(kind: type[T]) -> TypeAdapter[T]:
+    return _adapters.setdefault(kind, _adapters.get(kind) or TypeAdapter(kind))
+
+
+def json_schema(name: str) -> dict[str, Any]:
+    """The JSON Schema (draft 2020-12) of one of SCHEMAS."""
+    schema = adapter(SCHEMAS[name]).json_schema()
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "$id": f"densepure-rt/{name}/{SCHEMA_VERSION}",
+    } | schema
+
+
+def parsed(kind: type[T], content: str | bytes, what: str) -> T:
+    """`content` as JSON of this kind; what: the file, as messages name it. Raises CheckFailed with the first fault."""
+    try:
+        return adapter(kind).validate_json(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise CheckFailed(f"{what} is damaged{f', at {where}' if where else ''}: {first['msg']}") from None
+
+
+def canonical(value: Any) -> bytes:
+    """JSON with sorted keys and no spaces: equal values give equal bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def line(value: Any) -> str:
+    """A record as a line of JSON, its fields in their order."""
+    return json.dumps(asdict(value), ensure_ascii=False) + "\n"
+
+
+def page(value: Any) -> str:
+    """A manifest or a summary as a file."""
+    return json.dumps(asdict(value), indent=2, ensure_ascii=False) + "\n"

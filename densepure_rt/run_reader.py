@@ -1,0 +1,58 @@
+"""A finished or unfinished run, read back from its folder: for reports, comparisons and audits. Nothing is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
+from densepure_rt.records import ImageRecord, Manifest, Summary, TimingRecord, parsed
+from densepure_rt.run_folder import SUMMARY, read_manifest
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Run:
+    """records, timings: of the images that are done, in their order. summary: None until a run has ended once."""
+
+    path: Path
+    manifest: Manifest
+    records: tuple[ImageRecord, ...]
+    timings: tuple[TimingRecord, ...]
+    summary: Summary | None
+
+    @property
+    def complete(self) -> bool:
+        return len(self.records) == self.manifest.identity.images.count
+
+
+def read_run(path: Path) -> Run:
+    """The run in a folder. Raises UsageError when there is none, CheckFailed when a file of it is damaged.
+
+    A last line without its end was being written when the run was killed: it is left out.
+    """
+    manifest = read_manifest(path)
+    records, timings = read_lines(path / "results.jsonl", ImageRecord), read_lines(path / "timing.jsonl", TimingRecord)
+    done = min(len(records), len(timings))
+    for record, timing in zip(records, timings, strict=False):
+        if record.idx != timing.idx:
+            raise CheckFailed(f"{path}: results.jsonl names image {record.idx} where timing.jsonl names {timing.idx}")
+    summary = parsed(Summary, content(path / SUMMARY), str(path / SUMMARY)) if (path / SUMMARY).exists() else None
+    return Run(path, manifest, tuple(records[:done]), tuple(timings[:done]), summary)
+
+
+def read_lines(path: Path, kind: type[T]) -> list[T]:
+    whole, _, _ = content(path).rpartition(b"\n")
+    lines = whole.split(b"\n") if whole else []
+    return [parsed(kind, line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+
+
+def content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise UsageError(f"{path.parent} holds no whole run: {path.name} is missing") from None
+    except OSError as error:
+        raise EnvironmentFault(f"cannot read {path} ({error.strerror})") from error

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from densepure_rt.errors import CheckFailed, DensePureError, EnvironmentFault
+from densepure_rt.ledger import Ledger, packed, unpacked
+from densepure_rt.runtime.reverse import Outcome
+
+
+def outcome(label: int, sample: int = 0) -> Outcome:
+    return Outcome(image=0, sample=sample, label=label, votes=3, unet_calls=4)
+
+
+@given(st.lists(st.integers(-1, 2**31 - 1)))
+def test_labels_are_read_as_they_were_written(labels: list[int]) -> None:
+    assert unpacked(packed(labels)).tolist() == labels
+
+
+@given(st.binary(max_size=64) | st.binary(max_size=64).map(zlib.compress))
+def test_bytes_of_any_kind_are_labels_or_one_clear_error(blob: bytes) -> None:
+    try:
+        labels = unpacked(blob)
+    except CheckFailed:
+        return
+    assert unpacked(packed(labels)).tolist() == labels.tolist()
+
+
+def test_a_blob_that_unpacks_without_end_is_refused() -> None:
+    bomb = zlib.compress(bytes(10**9), 9)
+    with pytest.raises(CheckFailed, match="damaged"):
+        unpacked(bomb)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(-1, 9)), max_size=60), st.sets(st.integers(0, 59)))
+def test_labels_come_back_in_order_whenever_they_are_committed(
+    tmp_path_factory: pytest.TempPathFactory, labels: list[tuple[int, int]], commits: set[int]
+) -> None:
+    """Of three images at once; the ledger is left and opened again at some of the commits."""
+    path = tmp_path_factory.mktemp("ledger") / "ledger.sqlite"
+    ledger = Ledger(path)
+    for place, (idx, label) in enumerate(labels):
+        ledger.add(idx, outcome(label))
+        if place in commits:
+            ledger.commit()
+            if place % 2:
+                ledger.close()
+                ledger = Ledger(path)
+                for each in range(3):
+                    ledger.taken(each)  # as a run that goes on asks for what is there
+    ledger.close()
+    with Ledger(path, read_only=True) as found:
+        for idx in range(3):
+            expected = [label for image, label in labels if image == idx]
+            taken = found.taken(idx)
+            assert taken.labels.tolist() == expected
+            assert (taken.unet_calls, taken.classifier_calls) == (4 * len(expected), 3 * len(expected))
+
+
+def test_an_image_that_is_done_keeps_all_its_labels_in_one_place(tmp_path: Path) -> None:
+    with Ledger(tmp_path / "l") as ledger:
+        for label in (3, -1, 3):
+            ledger.add(7, outcome(label))
+        ledger.commit()
+        ledger.add(7, outcome(4))
+        ledger.finish(0, 7, "record\n", "timing\n")
+        (done,) = ledger.done()
+        assert (done.place, done.idx, done.labels.tolist(), done.record) == (0, 7, [3, -1, 3, 4], "record\n")
+        assert ledger.taken(7).labels.tolist() == []
+
+
+def test_what_a_killed_process_had_committed_is_there(tmp_path: Path) -> None:
+    """The process leaves without closing anything."""
+    code = (
+        "import os, sys; from pathlib import Path\n"
+        "from densepure_rt.ledger import Ledger; from densepure_rt.runtime.reverse import Outcome\n"
+        "ledger = Ledger(Path(sys.argv[1]))\n"
+        "for label in (1, 2, 3): ledger.add(5, Outcome(0, 0, label, 1, 1))\n"
+        "ledger.commit(); ledger.add(5, Outcome(0, 0, 4, 1, 1)); os._exit(9)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "l")], timeout=60, check=False)
+    assert done.returncode == 9
+    with Ledger(tmp_path / "l") as ledger:
+        assert ledger.taken(5).labels.tolist() == [1, 2, 3]
+
+
+def test_the_content_has_a_hash_of_its_own_whatever_the_pages_look_like(tmp_path: Path) -> None:
+    for name, order in (("a", (0, 1)), ("b", (1, 0))):
+        with Ledger(tmp_path / name) as ledger:
+            for idx in order:
+                ledger.add(idx, outcome(idx))
+                ledger.finish(idx, idx, "r", "t")
+    with Ledger(tmp_path / "a", read_only=True) as one, Ledger(tmp_path / "b", read_only=True) as other:
+        assert one.content_sha256() == other.content_sha256()
+    with sqlite3.connect(tmp_path / "b") as database:
+        database.execute("update images set timing = 'u' where idx = 1")
+    with Ledger(tmp_path / "a", read_only=True) as one, Ledger(tmp_path / "b", read_only=True) as other:
+        assert one.content_sha256() != other.content_sha256()
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_a_damaged_file_is_one_clear_error_or_a_right_read(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    path = tmp_path_factory.mktemp("damaged") / "ledger.sqlite"
+    with Ledger(path) as ledger:
+        for idx in range(4):
+            for label in range(50):
+                ledger.add(idx, outcome(label % 10))
+            ledger.finish(idx, idx, f"record {idx}\n" * 30, "timing\n")
+    content = bytearray(path.read_bytes())
+    if data.draw(st.booleans()):
+        del content[data.draw(st.integers(0, len(content) - 1)) :]
+    for place in data.draw(st.lists(st.integers(0, max(0, len(content) - 1)), max_size=8)) if content else ():
+        content[place] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(content)
+    with contextlib.suppress(DensePureError), Ledger(path, read_only=True) as found:
+        assert len(list(found.done())) <= 8
+        assert found.taken(0).labels.dtype == np.int32
+
+
+def test_a_folder_that_is_not_there_is_an_environment_fault(tmp_path: Path) -> None:
+    with pytest.raises(EnvironmentFault, match="nowhere"):
+        Ledger(tmp_path / "nowhere" / "ledger.sqlite")
