@@ -4,7 +4,8 @@
 PYTHON ?= python3
 PIP_FLAGS ?=
 PYTEST_ARGS ?=
-DEMO ?= --max 10 --sigma 0.25 --n0 16 --n 150 --seed 1 --out runs/demo
+DEMO ?= --max 10 --sigma 0.25 --seed 1 --out runs/demo
+FAST ?= runs/fast/unet.int8-cpu.onnx
 
 PIP_INSTALL = -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 PIP_FETCH = -m pip --disable-pip-version-check
@@ -13,7 +14,7 @@ DEV := .venv-dev/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo accuracy test test-slow test-gpu lint zoo engines clean distclean python
+.PHONY: help demo accuracy table paired test test-slow test-gpu lint zoo engines schemas clean distclean python
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,9 +25,24 @@ demo: $(USE) ## certify ten real images on the shipped engines, without torch an
 
 accuracy: $(USE) ## the README's table of certified accuracy (an hour on two cores)
 	for sigma in 0.25 0.5; do for steps in 1 2; do \
-	  .venv/bin/densepure-rt certify --sigma $$sigma --steps $$steps --votes 5 --n0 100 --n 1000 --skip 5 --max 100 \
+	  .venv/bin/densepure-rt certify --method fixed --sigma $$sigma --steps $$steps --votes 5 --n 1000 --skip 5 --max 100 \
 	    --seed 1 --out runs/accuracy/sigma$$sigma-steps$$steps || exit; \
 	done; done
+
+table: $(USE) $(FAST) ## the README's table of 500 images, on the int8 engine; goes on where it was stopped (hours)
+	for sigma in 0.25 0.5 1.0; do \
+	  .venv/bin/densepure-rt certify --engine $(FAST) --sigma $$sigma --steps 2 --votes 5 --radii-sigma 0,0.5,1,2 --n 2000 \
+	    --max 500 --seed 1 --out runs/table/sigma$$sigma || exit; \
+	done
+
+paired: $(USE) $(FAST) ## sequential and fixed certificates of 100 images on equal noise (an hour)
+	.venv/bin/densepure-rt certify --engine $(FAST) --sigma 0.25 --radii 0.25 --n 10000 --steps 1 --skip 5 --max 100 \
+	  --seed 1 --out runs/paired/sequential
+	.venv/bin/densepure-rt certify --engine $(FAST) --sigma 0.25 --method fixed --n 10000 --steps 1 --skip 5 --max 100 \
+	  --seed 1 --out runs/paired/fixed
+
+$(FAST): | $(DEV)
+	.venv-dev/bin/densepure-rt export --precision int8-cpu --out $(dir $(FAST))
 
 test: $(DEV) ## all tests
 	.venv-dev/bin/python -m pytest $(PYTEST_ARGS)
@@ -44,6 +60,9 @@ lint: $(DEV) ## formatting, lint and types
 
 zoo: $(DEV) ## train the default model into runs/zoo, or go on where it stopped (hours)
 	.venv-dev/bin/python -m densepure_rt.export.zoo.train --out runs/zoo
+
+schemas: $(DEV) ## write the JSON Schemas of a run's files to docs/schemas/
+	.venv-dev/bin/python -m densepure_rt.records
 
 engines: $(DEV) ## export the default model's weights to engines/
 	.venv-dev/bin/densepure-rt export --out engines --force

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -277,3 +278,10 @@ def line(value: Any) -> str:
 def page(value: Any) -> str:
     """A manifest or a summary as a file."""
     return json.dumps(asdict(value), indent=2, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":  # make schemas
+    for name in SCHEMAS:
+        Path("docs/schemas", f"{name}.json").write_text(
+            json.dumps(json_schema(name), indent=2) + "\n", encoding="utf-8"
+        )

@@ -118,7 +118,9 @@ def secret_to_go_on(path: Path) -> bytes | None:
 
     Raises UsageError when it was revealed, for then no new noise may be drawn with it, or when the file is no key.
     """
-    if (path / REVEALED).exists():
+    with writing(path):
+        revealed = (path / REVEALED).exists()
+    if revealed:
         raise UsageError(
             f"the secret of the run in {path} has been revealed, so that no more noise may be drawn with it: start a "
             f"new run with another --out"
