@@ -130,8 +130,8 @@ def beyond_reach(claims: Sequence[Claim], sigma: float, n: int, reach: float) ->
         largest = max(claim.radius or 0.0 for claim in claims)
         needed = raised(math.exp(n * float(special.log_ndtr(largest / sigma))))
         says = (
-            f"more than {reach:.4f}, the most that n and alpha allow: {largest:g} takes an alpha of {needed}, or another "
-            f"n or sigma; read as abstentions"
+            f"more than {reach:.4f}, the most that n and alpha allow: {largest:g} takes an alpha of {needed}, or "
+            f"another n or sigma; read as abstentions"
         )
         yield Flag("beyond reach", True, says, tuple(claim.idx for claim in claims))
 
