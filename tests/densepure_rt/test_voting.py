@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from functools import cache
 from itertools import product
 
@@ -83,6 +85,19 @@ def test_stopping_when_none_is_needed_gives_the_label_of_all_the_votes(labels: l
         for _ in range(ballot.needed):  # in rounds, as the reverse loop does
             ballot.cast(uncast.pop(0))
     assert ballot.winner == plurality(labels)
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=41), st.lists(st.integers(1, 9), max_size=41))
+def test_rounds_of_any_size_give_the_label_of_all_the_votes(labels: list[int], sizes: list[int]) -> None:
+    """Fewer than can decide, more than are needed, one at a time: the winner is that of the whole ballot."""
+    ballot, cast = Ballot(len(labels)), 0
+    for size in itertools.chain(sizes, itertools.repeat(1)):
+        if ballot.needed == 0:
+            break
+        for label in labels[cast : cast + size]:
+            ballot.cast(label)
+        cast = min(len(labels), cast + size)
+    assert ballot.winner == max(labels, key=labels.count)  # max returns the first of equals: the one seen first
 
 
 @QUICK
