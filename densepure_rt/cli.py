@@ -21,6 +21,7 @@ from densepure_rt import __version__
 from densepure_rt.audit_commands import audit, replay, reveal
 from densepure_rt.console import Json, Status, duration, plural, rows, stderr, stdout, track
 from densepure_rt.errors import DensePureError, EnvironmentFault, UsageError
+from densepure_rt.import_command import import_
 from densepure_rt.model_commands import ProviderName, bench, export, parity
 
 if TYPE_CHECKING:
@@ -241,6 +242,7 @@ app.command()(bench)
 app.command()(audit)
 app.command()(replay)
 app.command()(reveal)
+app.command("import")(import_)
 
 
 @app.command()

@@ -30,7 +30,19 @@ ENGINES = ROOT / "engines"
 FIXED = ("--method", "fixed")
 DRY = "certify --dry-run --steps 1 --batch 4 --threads 1".split()
 TINY = "--n 6 --alpha 0.2 --steps 1 --batch 4 --threads 1".split()
-COMMANDS = ("certify", "predict", "export", "parity", "bench", "audit", "replay", "reveal", "inspect", "doctor")
+COMMANDS = (
+    "certify",
+    "predict",
+    "export",
+    "parity",
+    "bench",
+    "audit",
+    "replay",
+    "reveal",
+    "import",
+    "inspect",
+    "doctor",
+)
 Done = subprocess.CompletedProcess[str]
 
 
