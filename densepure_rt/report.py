@@ -1,0 +1,235 @@
+"""What a report says of runs, as numbers, lines and a table; `densepure_rt.report_page` makes a page of it."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from densepure_rt.accuracy import Curve, band_half_width, curve_of, holds, reach, right_of_these
+from densepure_rt.certify_run import RADII, abstention
+from densepure_rt.console import plural
+from densepure_rt.errors import EnvironmentFault, UsageError
+from densepure_rt.records import Abstention, ImageRecord
+from densepure_rt.run_reader import Run
+from densepure_rt.step_chart import COLOURS, Axis, Line, falling, rising, step_chart
+
+if TYPE_CHECKING:
+    from densepure_rt.elements import Html
+
+WEAKEST = 25  # images listed of a run
+WHY: Mapping[Abstention, str] = {
+    "gave up": "given up as futile",
+    "at n": "undecided after all n samples",
+    "out of reach": "no radius within reach",
+    "out of time": "out of time",
+}
+
+
+class Totals(NamedTuple):
+    """Over the images that are done. samples: those that they were judged by."""
+
+    samples: int
+    unet_calls: int
+    classifier_calls: int
+    not_finite: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """A run as a report shows it. reach: the largest radius that n can certify. distinct: images, equal ones once.
+
+    certified: for the image's own label, or for any where it has none; other_class: for another than its label.
+    """
+
+    name: str
+    run: Run
+    curve: Curve
+    reach: float | None
+    distinct: int
+    certified: int
+    other_class: int
+    reasons: Mapping[Abstention, int]
+    totals: Totals
+
+    @property
+    def done(self) -> int:
+        return len(self.run.records)
+
+    @property
+    def alpha(self) -> float:
+        return self.run.manifest.identity.rule.alpha
+
+    @property
+    def setting(self) -> str:
+        identity = self.run.manifest.identity
+        shape = f"{plural(identity.steps, 'step')}, {plural(identity.votes, 'vote')}"
+        return f"sigma {identity.sigma:g}, {shape}, {identity.precision}, {identity.rule.method}"
+
+    def bound_at(self, radius: float) -> float | None:
+        """`right_of_these` at a radius; None where the accuracy is not known or equal images share their noise."""
+        accuracy = self.curve.at(radius)
+        if accuracy is None or self.distinct < self.done:
+            return None
+        return right_of_these(accuracy, self.curve.images, self.alpha)
+
+    def weakest(self) -> list[ImageRecord]:
+        """Images that did worst: certified for another class, then not certified, then by radius and share of votes."""
+
+        def strength(record: ImageRecord) -> tuple[int, float, float]:
+            kind = 2 if holds(record, 0.0) else int(record.predict is None)
+            return kind, record.radius or 0.0, record.n_a / max(1, record.n)
+
+        return sorted(self.run.records, key=strength)[:WEAKEST]
+
+
+def report_of(run: Run, name: str) -> RunReport:
+    records, timings = run.records, run.timings
+    certified = sum(holds(record, 0.0) for record in records)
+    reasons = Counter(why for record in records if (why := abstention(record)) is not None)
+    return RunReport(
+        name=name,
+        run=run,
+        curve=curve_of(run),
+        reach=reach(run.manifest.identity),
+        distinct=len({record.image_sha256 for record in records}),
+        certified=certified,
+        other_class=len(records) - certified - reasons.total(),
+        reasons=reasons,
+        totals=Totals(
+            samples=sum(timing.samples for timing in timings),
+            unet_calls=sum(timing.unet_calls for timing in timings),
+            classifier_calls=sum(timing.classifier_calls for timing in timings),
+            not_finite=sum(timing.not_finite for timing in timings),
+            seconds=sum(timing.seconds for timing in timings),
+        ),
+    )
+
+
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """Each run by its folder's name, or by its path where two share one. Raises UsageError for a run given twice."""
+    resolved = [path.resolve() for path in paths]
+    if len(set(resolved)) < len(resolved):
+        twice = next(path for path, count in Counter(resolved).items() if count > 1)
+        raise UsageError(f"{twice} is given twice: name each run once")
+    names = [path.name for path in resolved]
+    return names if len(set(names)) == len(names) else [str(path) for path in paths]
+
+
+def table_radii(reports: Sequence[RunReport]) -> tuple[float, ...]:
+    """The radii of the papers' tables, and of the runs' grids."""
+    grids = (report.run.manifest.identity.rule.radii or () for report in reports)
+    return tuple(sorted({*RADII}.union(*grids)))
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def floored_percent(share: float | None) -> str:
+    """Rounded down, as every bound is."""
+    return "-" if share is None else f"{int(1000 * share) / 10:.1f} %"
+
+
+def markdown(reports: Sequence[RunReport]) -> str:
+    """Certified accuracy at the radii of the papers' tables, a row a run."""
+    radii = table_radii(reports)
+    head = ("run", "setting", "images", *(f"{radius:g}" for radius in radii), "abstained")
+    rows = [head, ("---",) * 3 + ("--:",) * (len(radii) + 1)]
+    for report in reports:
+        shares = (percent(report.curve.at(radius)) for radius in radii)
+        abstained = str(sum(report.reasons.values()))
+        rows.append((report.name, report.setting, f"{report.done} of {asked(report)}", *shares, abstained))
+    return "".join(f"| {' | '.join(map(plain_cell, row))} |\n" for row in rows)
+
+
+def plain_cell(text: str) -> str:
+    """Text that Markdown takes for nothing else: names come from files."""
+    marks = "\\`*_[]<>|#!&~$"
+    return text if set(text) <= {"-", ":"} else "".join(f"\\{c}" if c in marks else c for c in " ".join(text.split()))
+
+
+def asked(report: RunReport) -> int:
+    return report.run.manifest.identity.images.count
+
+
+def accuracy_lines(reports: Sequence[RunReport]) -> list[Line]:
+    """The certified-accuracy curves with their bands; points where a run knows its grid's radii alone."""
+    lines = []
+    for report in reports:
+        curve = report.curve
+        known = tuple(zip(curve.radii, curve.accuracy, strict=True))
+        band = band_half_width(curve.images) if curve.images else None
+        lines.append(Line(report.name, falling(curve.radii, curve.accuracy), band, known if curve.grid else None))
+    return lines
+
+
+def accuracy_axis(reports: Sequence[RunReport]) -> Axis:
+    ends = [report.curve.radii[-1] for report in reports if report.curve.radii]
+    return Axis("l2 radius, in [0, 1] pixel units", end=1.04 * max(ends, default=0.0) or 1.0)
+
+
+def accuracy_name(reports: Sequence[RunReport]) -> str:
+    return "certified accuracy" if all(report.curve.labelled for report in reports) else "share certified"
+
+
+def accuracy_chart(reports: Sequence[RunReport], alone: bool = False) -> Html:
+    words = f"{accuracy_name(reports)} over the l2 radius of {', '.join(report.name for report in reports)}"
+    return step_chart(accuracy_lines(reports), accuracy_axis(reports), accuracy_name(reports), words, alone)
+
+
+def samples_axis(reports: Sequence[RunReport]) -> Axis:
+    counts = [max(1, timing.samples) for report in reports for timing in report.run.timings] or [1]
+    return Axis("samples of an image", start=min(counts) / 1.25, end=max(*counts, 2 * min(counts)) * 1.25, log=True)
+
+
+def samples_lines(reports: Sequence[RunReport]) -> list[Line]:
+    """The share of images that were decided with no more than so many samples."""
+    axis, lines = samples_axis(reports), []
+    for report in reports:
+        counts = [timing.samples for timing in report.run.timings]
+        lines.append(Line(report.name, (*rising(counts, axis.start), (axis.end, 1.0)) if counts else ()))
+    return lines
+
+
+def samples_chart(reports: Sequence[RunReport]) -> Html:
+    words = f"share of images over the samples they took, of {', '.join(report.name for report in reports)}"
+    return step_chart(samples_lines(reports), samples_axis(reports), "share of images", words)
+
+
+def accuracy_png(reports: Sequence[RunReport]) -> bytes:
+    """The certified-accuracy curve as a PNG. Needs matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import PercentFormatter
+    except ImportError as error:
+        raise EnvironmentFault(
+            f"a PNG needs matplotlib ({error}): run \"pip install 'densepure-rt[report]'\", or ask for --also svg"
+        ) from error
+    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    axes = figure.subplots()
+    for i, line in enumerate(accuracy_lines(reports)):
+        colour, name = COLOURS[i % len(COLOURS)], line.name.replace("$", r"\$")
+        places, shares = [x for x, _ in line.corners], [y for _, y in line.corners]
+        if line.dots is not None:
+            axes.plot(places, shares, color=colour, linewidth=0.9, linestyle=":")
+            known, values = [x for x, _ in line.dots], [y for _, y in line.dots]
+            axes.errorbar(known, values, line.half_width, fmt="o", color=colour, capsize=3, elinewidth=0.9, label=name)
+        else:
+            axes.plot(places, shares, color=colour, label=name)
+            half = line.half_width or 0.0
+            low, high = [max(0.0, y - half) for y in shares], [min(1.0, y + half) for y in shares]
+            axes.fill_between(places, low, high, color=colour, alpha=0.13, linewidth=0)
+    axes.set(xlim=(0, accuracy_axis(reports).end), ylim=(0, 1.02))
+    axes.set(xlabel=accuracy_axis(reports).name, ylabel=accuracy_name(reports))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.grid(axis="y", color="#dfe3e8")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    file = io.BytesIO()
+    figure.savefig(file, dpi=150, format="png")
+    return file.getvalue()

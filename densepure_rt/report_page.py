@@ -1,0 +1,423 @@
+"""The report as one HTML file that needs nothing else: no network, no script. What comes from files is escaped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from importlib import resources
+from string import Template
+from typing import Any
+
+from densepure_rt.accuracy import CONFIDENCE, RHO, band_half_width
+from densepure_rt.certification import floored
+from densepure_rt.certify_run import abstention
+from densepure_rt.console import duration, plural
+from densepure_rt.elements import Html, element, joined
+from densepure_rt.gallery import SAMPLE, Shown, picture
+from densepure_rt.records import ImageRecord
+from densepure_rt.report import (
+    WHY,
+    RunReport,
+    accuracy_chart,
+    accuracy_lines,
+    accuracy_name,
+    asked,
+    floored_percent,
+    percent,
+    samples_chart,
+    samples_lines,
+    table_radii,
+)
+from densepure_rt.step_chart import COLOURS, STYLE, Line, swatch
+
+
+def page(reports: Sequence[RunReport], gallery: Sequence[Shown] = ()) -> str:
+    """The whole file. gallery: of the first run."""
+    names = ", ".join(report.name for report in reports)
+    sections = (
+        heading(reports),
+        accuracy_section(reports),
+        table_section(reports),
+        abstention_section(reports),
+        cost_section(reports),
+        gallery_section(reports[0], gallery) if gallery else None,
+        weakest_section(reports),
+        meaning_section(),
+        provenance_section(reports),
+    )
+    template = Template((resources.files("densepure_rt") / "data" / "report.html").read_text(encoding="utf-8"))
+    title = joined(f"Certified robustness: {names}")
+    return template.substitute(title=title, chart_style=STYLE, body=element("main", *sections))
+
+
+def heading(reports: Sequence[RunReport]) -> Html:
+    """The title and, for each run, the figure that it is about."""
+    return element(
+        "header",
+        element("h1", "Certified robustness"),
+        element(
+            "p",
+            "Randomized smoothing with purification by diffusion and voting (DensePure). A certificate says that the "
+            "smoothed classifier answers the same for every change of the image within the radius; it is wrong with "
+            "probability alpha at most.",
+            class_="soft",
+        ),
+        element("div", *(card(report, i) for i, report in enumerate(reports)), class_="runs"),
+    )
+
+
+def card(report: RunReport, i: int) -> Html:
+    """A run's certified accuracy at the ends of its grid, or at 0 and sigma."""
+    curve, sigma = report.curve, report.run.manifest.identity.sigma
+    ends = (curve.radii[0], curve.radii[-1]) if curve.grid and curve.radii else (0.0, sigma)
+    figures = ((radius, share) for radius in dict.fromkeys(ends) if (share := curve.at(radius)) is not None)
+    what = accuracy_name([report]) if curve.images else "no image is done yet"
+    unfinished = ": not finished" if report.done < asked(report) else ""
+    return element(
+        "div",
+        element("strong", report.name),
+        element("div", report.setting, class_="soft note"),
+        element(
+            "div",
+            *(
+                element("span", element("b", percent(share)), element("small", f"at radius {radius:g}"))
+                for radius, share in figures
+            ),
+            class_="big",
+        ),
+        element("div", f"{what}, {report.done:,} of {plural(asked(report), 'image')}{unfinished}", class_="soft note"),
+        class_=f"run line{i % len(COLOURS)}",
+    )
+
+
+def accuracy_section(reports: Sequence[RunReport]) -> Html:
+    return section(
+        accuracy_name(reports).capitalize(),
+        element(
+            "figure",
+            accuracy_chart(reports),
+            legend(accuracy_lines(reports), reports),
+            element("figcaption", " ".join(accuracy_words(reports))),
+        ),
+    )
+
+
+def accuracy_words(reports: Sequence[RunReport]) -> Iterator[str]:
+    """What the chart shows and how far it may be trusted."""
+    yield "The share of images that are certified for their own label at a radius of r or more, over r."
+    if not all(report.curve.labelled for report in reports if report.done):
+        yield "Images of a run without labels count when they are certified for any class."
+    if counted := [report for report in reports if report.curve.images]:
+        sizes = sorted({report.curve.images for report in counted})
+        widths = " and ".join(f"{100 * band_half_width(size):.1f} points for {plural(size, 'image')}" for size in sizes)
+        yield (
+            f"The bands hold the whole curve at once with {100 * CONFIDENCE:.0f} % confidence for images drawn "
+            f"independently from the same source (Dvoretzky-Kiefer-Wolfowitz): to either side {widths}."
+        )
+    if any(report.curve.grid for report in reports):
+        yield (
+            "A sequential run knows its curve at the radii it was asked about alone: the points. The thin line between "
+            "two of them is what the larger one guarantees."
+        )
+    if any(not report.curve.grid for report in reports):
+        yield "The curve of a run that measures radii ends at the largest one that its n samples can certify."
+    rules = (report.run.manifest.identity.rule for report in reports)
+    for loss in sorted({rule.radius_loss for rule in rules if rule.radius_loss is not None}):
+        yield (
+            f"A radius run settles for {100 * (1 - loss):g} % of the radius that n samples would give, so that its "
+            f"curve may lie to the left of theirs."
+        )
+    for report in reports:
+        if skipped := sorted(set(report.run.manifest.identity.rule.radii or ()) - set(report.curve.radii)):
+            radii = ", ".join(f"{radius:g}" for radius in skipped)
+            yield f"{report.name} was asked about {radii} too, which its n samples cannot reach."
+
+
+def legend(lines: Sequence[Line], reports: Sequence[RunReport]) -> Html:
+    rows = (
+        element(
+            "li",
+            element("svg", swatch(line, i), viewBox="0 0 34 16", class_="chart", aria_hidden="true"),
+            element("span", line.name, " ", element("small", report.setting)),
+        )
+        for i, (line, report) in enumerate(zip(lines, reports, strict=True))
+    )
+    return element("ul", *rows, class_="legend")
+
+
+def table_section(reports: Sequence[RunReport]) -> Html:
+    """The papers' table, with the bound on the test set beneath each share, and what alpha allows to be wrong."""
+    radii = table_radii(reports)
+    rows = [
+        (
+            run_head(report),
+            *(joined(percent(report.curve.at(radius)), bound_note(report.bound_at(radius))) for radius in radii),
+        )
+        for report in reports
+    ]
+    return section(
+        f"{accuracy_name(reports).capitalize()} at radii",
+        table(("radius", *(f"{radius:g}" for radius in radii)), rows, TABLE_WORDS),
+        element("ul", *(element("li", *wrong_words(report)) for report in reports)),
+    )
+
+
+TABLE_WORDS = (
+    f"A dash: not asked, or beyond what n samples can reach. Small figures: but for a probability of {RHO:g} over the "
+    "sampling, at least this share of these very images is certified rightly: accuracy - alpha - "
+    "sqrt(alpha (1 - alpha) ln(1/rho) / M) - ln(1/rho) / (3 M), rounded down (Cohen et al. 2019), at each radius by "
+    "itself. It supposes that the noise of each image is independent, and says nothing of other images."
+)
+
+
+def bound_note(bound: float | None) -> Html | None:
+    return None if bound is None else element("small", f"≥ {floored_percent(bound)}")
+
+
+def wrong_words(report: RunReport) -> Iterator[str | Html]:
+    expected = report.alpha * report.done
+    yield element("strong", report.name)
+    yield (
+        f": of {plural(report.done, 'answer')} at alpha = {report.alpha:g}, at most {expected:.3g} are expected to be "
+        f"wrong certificates."
+    )
+    if report.distinct < report.done:
+        again = report.done - report.distinct
+        yield (
+            f" {again:,} of the images {'equals' if again == 1 else 'equal'} another one; equal images share their "
+            f"noise, so that their errors are not independent and no bound on the test set is given."
+        )
+
+
+def abstention_section(reports: Sequence[RunReport]) -> Html:
+    blocks = (
+        joined(
+            element("h3", report.name),
+            element(
+                "div",
+                *(element("i", class_=kind, style=f"flex:{count}") for kind, _, count in outcomes(report)),
+                class_="stack",
+                role="img",
+                aria_label=", ".join(f"{count} {name}" for _, name, count in outcomes(report)),
+            )
+            if report.done
+            else None,
+            element(
+                "div",
+                *(
+                    element(
+                        "span", element("i", class_=f"key {kind}"), f"{count:,} {name} ({percent(count / report.done)})"
+                    )
+                    for kind, name, count in outcomes(report)
+                ),
+                class_="counts",
+            ),
+        )
+        for report in reports
+    )
+    anytime = any(report.run.manifest.identity.rule.method != "fixed" for report in reports)
+    return section(
+        "Certified, and abstained",
+        *blocks,
+        element(
+            "p",
+            "Abstaining is an answer. Of an image with a label, a sequential or radius run asks about that label "
+            "alone, so that an abstention covers a wrong class too: it is not comparable with that of a fixed run. "
+            "Given up: more samples were thought futile.",
+            class_="soft note",
+        )
+        if anytime
+        else None,
+    )
+
+
+def outcomes(report: RunReport) -> Iterator[tuple[str, str, int]]:
+    """(class of the page, what happened, how many), the best first; what did not happen is left out."""
+    certified = "certified for their label" if report.curve.labelled else "certified"
+    found = [("good", certified, report.certified), ("wrong", "certified for another class", report.other_class)]
+    found += [(why.replace(" ", "-"), said, report.reasons.get(why, 0)) for why, said in WHY.items()]
+    yield from (outcome for outcome in found if outcome[2])
+
+
+def cost_section(reports: Sequence[RunReport]) -> Html:
+    head = ("", "samples", "UNet calls", "classifier calls", "time", "not finite", "cut short by time")
+    rows = [
+        (
+            report.name,
+            *(
+                joined(f"{total:,}", element("small", f"{total / max(1, report.done):,.1f} an image"))
+                for total in report.totals[:3]
+            ),
+            joined(
+                duration(report.totals.seconds),
+                element("small", f"{duration(report.totals.seconds / max(1, report.done))} an image"),
+            ),
+            f"{report.totals.not_finite:,}",
+            f"{sum(record.stopped for record in report.run.records):,}",
+        )
+        for report in reports
+    ]
+    words = (
+        "Samples: those that the answers rest on. Calls: all that were made for the images that are done. Time: wall "
+        "seconds on the machine of the run. Not finite: samples whose output was NaN or Inf; they count against the "
+        "class and are never dropped."
+    )
+    return section(
+        "Samples and cost",
+        element(
+            "figure",
+            samples_chart(reports),
+            legend(samples_lines(reports), reports) if len(reports) > 1 else None,
+            element("figcaption", "The share of images that took no more than so many samples (logarithmic)."),
+        )
+        if any(report.done for report in reports)
+        else None,
+        table(head, rows, words),
+    )
+
+
+def gallery_section(report: RunReport, gallery: Sequence[Shown]) -> Html:
+    classes = report.run.manifest.identity.class_names
+    return section(
+        "What the networks saw",
+        element(
+            "p",
+            f"Sample {SAMPLE} of some images of {report.name}, drawn again from its key: the image, with noise "
+            "(clipped to what can be shown), and purified, once for each vote. From the strongest certificate down.",
+            class_="soft",
+        ),
+        *(shown_image(shown, classes) for shown in gallery),
+    )
+
+
+def shown_image(shown: Shown, classes: Sequence[str]) -> Html:
+    votes = zip(shown.replayed.purified, shown.replayed.labels, strict=True)
+    ballot: dict[str, int] = {}
+    for label in shown.replayed.labels:
+        ballot[class_name(label, classes)] = ballot.get(class_name(label, classes), 0) + 1
+    counted = ", ".join(f"{name} {count}" for name, count in sorted(ballot.items(), key=lambda item: -item[1]))
+    return element(
+        "div",
+        element("strong", f"Image {shown.record.idx}"),
+        f": {answer(shown.record, classes)}. Ballot: {counted}; decided: {class_name(shown.replayed.label, classes)}.",
+        element(
+            "div",
+            framed(picture(shown.pixels), class_name(shown.record.label, classes)),
+            framed(picture(shown.replayed.noisy), "with noise"),
+            *(framed(picture(pixels), class_name(label, classes)) for pixels, label in votes),
+            class_="pictures",
+        ),
+        class_="shown",
+    )
+
+
+def framed(source: str, words: str) -> Html:
+    return element("figure", element("img", src=source, alt=words), element("figcaption", words))
+
+
+def class_name(label: int | None, classes: Sequence[str]) -> str:
+    if label is None:
+        return "no label"
+    return classes[label] if 0 <= label < len(classes) else "not finite"
+
+
+def answer(record: ImageRecord, classes: Sequence[str]) -> str:
+    """What a run said of an image."""
+    if record.predict is None or record.radius is None:
+        why = abstention(record)
+        return f"abstained ({WHY[why] if why else 'undecided'})"
+    right = "" if record.correct is None or record.correct else ", which is not its label"
+    return f"certified {class_name(record.predict, classes)} within {floored(record.radius)}{right}"
+
+
+def weakest_section(reports: Sequence[RunReport]) -> Html:
+    folds = []
+    for report in reports:
+        samples = {timing.idx: timing.samples for timing in report.run.timings}
+        classes = report.run.manifest.identity.class_names
+        rows = [
+            (
+                str(record.idx),
+                class_name(record.label, classes),
+                answer(record, classes),
+                f"{record.n_a:,} of {record.n:,}",
+                f"{samples[record.idx]:,}",
+            )
+            for record in report.weakest()
+        ]
+        if rows:
+            head = ("image", "label", "answer", "votes for the class", "samples")
+            title = f"{report.name}: the {plural(len(rows), 'weakest image')}"
+            folds.append(folded(title, element("div", table(head, rows), class_="images")))
+    return section("Weakest images", *folds) if folds else Html("")
+
+
+def meaning_section() -> Html:
+    points = (
+        "The certificate is about the smoothed classifier: the engines, noise and votes named below, bit for bit. "
+        "Another precision or runtime is another classifier.",
+        "It says that the answer does not change within the radius, in l2 and in [0, 1] pixel units. It does not say "
+        "that the answer is right: spoofed certificates at wrong labels exist (GhostCert, arXiv 2511.14003).",
+        "Each holds but for probability alpha over the noise. Trying r secrets and keeping the best costs a factor r "
+        "in alpha. With a public seed it is valid only for images fixed before the seed was chosen.",
+        "It says nothing of changes that are not small in l2: rotation, weather, another camera.",
+        "Radii and bounds are rounded down.",
+    )
+    return section("What a certificate says, and what it does not", element("ul", *(element("li", p) for p in points)))
+
+
+def provenance_section(reports: Sequence[RunReport]) -> Html:
+    folds = []
+    for report in reports:
+        manifest = report.run.manifest
+        sealed = {
+            "identity SHA-256": manifest.identity_sha256,
+            "reach": None if report.reach is None else floored(report.reach),
+        }
+        facts = [*leaves(sealed), *leaves(asdict(manifest.identity)), *leaves(asdict(manifest.provenance), "run by ")]
+        rows = (element("tr", element("th", name, scope="row"), element("td", value)) for name, value in facts)
+        folds.append(folded(report.name, element("table", element("tbody", *rows), class_="facts")))
+    return section("What was run", *folds)
+
+
+def leaves(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """A nested record as names and readable values; what is None is left out."""
+    for key, item in value.items():
+        name = f"{prefix}{key.replace('_', ' ')}"
+        if isinstance(item, Mapping):
+            yield from leaves(item, f"{name}: ")
+        elif isinstance(item, list | tuple):
+            if item:
+                yield name, ", ".join(readable(part) for part in item)
+        elif item is not None:
+            yield name, readable(item)
+
+
+def readable(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "(" + ", ".join(f"{name} {readable(part)}" for name, part in value.items()) + ")"
+    return f"{value:.8g}" if isinstance(value, float) else str(value)
+
+
+def section(title: str, *children: str | None) -> Html:
+    return element("section", element("h2", title), *children)
+
+
+def folded(title: str, *children: str) -> Html:
+    return element("details", element("summary", title), *children)
+
+
+def run_head(report: RunReport) -> Html:
+    return joined(report.name, element("small", report.setting))
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], words: str | None = None) -> Html:
+    """The first cell of a row names it. words: beneath, so that they stay in place when a wide table is scrolled."""
+    body = (
+        element("tr", element("th", row[0], scope="row"), *(element("td", cell) for cell in row[1:])) for row in rows
+    )
+    titles = element("tr", *(element("th", name, scope="col") for name in head))
+    whole = element("table", element("thead", titles), element("tbody", *body))
+    return joined(
+        element("div", whole, class_="wide"), None if words is None else element("p", words, class_="soft note")
+    )
