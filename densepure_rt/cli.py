@@ -23,6 +23,7 @@ from densepure_rt.console import Json, Status, duration, plural, rows, stderr, s
 from densepure_rt.errors import DensePureError, EnvironmentFault, UsageError
 from densepure_rt.import_command import import_
 from densepure_rt.model_commands import ProviderName, bench, export, parity
+from densepure_rt.run_commands import compare, report
 
 if TYPE_CHECKING:
     from densepure_rt.datasets import ImageSet
@@ -239,6 +240,8 @@ def predict(
 app.command()(export)
 app.command()(parity)
 app.command()(bench)
+app.command()(report)
+app.command()(compare)
 app.command()(audit)
 app.command()(replay)
 app.command()(reveal)

@@ -36,6 +36,8 @@ COMMANDS = (
     "export",
     "parity",
     "bench",
+    "report",
+    "compare",
     "audit",
     "replay",
     "reveal",
