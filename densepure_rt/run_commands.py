@@ -23,7 +23,7 @@ MOST_CHANGES = 10  # images of each kind that `compare` prints
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, finished or not.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs, finished or not.")],
     out: Annotated[Path, typer.Option(help="The page: one HTML file that needs no network.")] = Path("report.html"),
     also: Annotated[
         str, typer.Option(help="Beside it, with commas: png, svg (the curve), md (the papers' table).")
