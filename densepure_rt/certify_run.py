@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import logging
 import math
 import platform
 import sys
@@ -13,7 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from densepure_rt import __version__
+from densepure_rt import __version__, logs
+from densepure_rt.certification import floored
 from densepure_rt.console import Status, track
 from densepure_rt.datasets import ImageSet
 from densepure_rt.forecast import Forecast
@@ -37,7 +39,7 @@ from densepure_rt.runtime.bundle import FileRef, sidecar_path
 from densepure_rt.runtime.device import installed_versions
 from densepure_rt.runtime.noise import NOISE_LAW, smoothing_law, vote_law
 from densepure_rt.runtime.schedule import Coefficients
-from densepure_rt.smoothing import UNLIMITED, Budget, Settings, SmoothedClassifier, commitment
+from densepure_rt.smoothing import UNLIMITED, Budget, Certified, Settings, SmoothedClassifier, commitment
 
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the papers' CIFAR-10 tables
 
@@ -210,15 +212,41 @@ def run(
     with RunFolder(out, manifest, classifier.secret if seed is None else None) as folder:
         with suppress(KeyboardInterrupt):
             finished = {record.idx for record, _ in folder.done}
+            logs.say(
+                f"{'going on with' if finished else 'starting'} the run in {out}",
+                identity=manifest.identity_sha256,
+                images=len(images),
+                done=len(finished),
+            )
             left = (image for image in images if image.idx not in finished)
             work = classifier.certify_each(left, settings, budget, folder.ledger)
             for result in track(work, len(images), status, before=len(finished)):
                 folder.add(result)
+                report(result)
                 status.text = accuracy_so_far(summary()) if images.labelled else ""
             interrupted = False
         found = summary()
         folder.finish(found)
+        logs.say(f"{found.done} of {found.asked} images are done", interrupted=interrupted, abstained=found.abstained)
         return found
+
+
+def report(result: Certified) -> None:
+    """Log what came of an image; samples that were NaN or Inf as a warning."""
+    image, certificate, cost = result
+    radius = "abstains" if certificate.radius is None else f"radius {floored(certificate.radius)}"
+    logs.say(
+        f"image {image.idx}: {radius}, {cost.samples} samples",
+        idx=image.idx,
+        label=image.label,
+        predict=certificate.predict,
+        radius=certificate.radius,
+        stopped=certificate.stopped,
+        **vars(cost),
+    )
+    if cost.not_finite:
+        lost = f"image {image.idx}: {cost.not_finite} samples were NaN or Inf and counted against the class"
+        logs.say(lost, logging.WARNING, idx=image.idx, not_finite=cost.not_finite)
 
 
 def accuracy_so_far(summary: Summary) -> str:

@@ -46,6 +46,11 @@ class Status:
     text = ""
 
 
+def be_quiet(quiet: bool) -> None:
+    """Whether all but results, warnings and errors is left out."""
+    stderr.quiet = quiet
+
+
 def track(work: Iterable[T], total: int, status: Status, before: int = 0) -> Iterator[T]:
     """`work`, item by item, while images done, rate, time left and `status` are shown.
 
@@ -82,4 +87,5 @@ def _lines(work: Iterable[T], total: int, status: Status, before: int) -> Iterat
             said = now
             each, left = (now - started) / done, total - before - done
             line = f"{before + done}/{total} images, {duration(each)} an image, {duration(each * left)} left"
-            print(f"{line}; {status.text}" if status.text else line, file=sys.stderr, flush=True)
+            if not stderr.quiet:
+                print(f"{line}; {status.text}" if status.text else line, file=sys.stderr, flush=True)

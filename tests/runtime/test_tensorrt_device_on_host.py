@@ -16,7 +16,8 @@ import pytest
 from numpy.typing import NDArray
 from onnx import parser
 
-from densepure_rt.datasets import LabelledImage
+from densepure_rt.certify_run import identity_of
+from densepure_rt.datasets import ImageSet, LabelledImage
 from densepure_rt.errors import CheckFailed, DensePureError, EnvironmentFault, UsageError
 from densepure_rt.runtime import onnx_device, tensorrt_device
 from densepure_rt.runtime.bundle import Bundle, Flavour, open_bundle, sidecar_path
@@ -26,7 +27,7 @@ from densepure_rt.runtime.onnx_device import OnnxDevice
 from densepure_rt.runtime.reverse import Outcome, decide
 from densepure_rt.runtime.schedule import Chain, make_chain
 from densepure_rt.runtime.tensorrt_device import IMAGE, IN_FLIGHT, ITEM, KERNELS, TensorRTDevice
-from densepure_rt.smoothing import Settings, SmoothedClassifier, seeded_secret, shipped_engine
+from densepure_rt.smoothing import Budget, Settings, SmoothedClassifier, seeded_secret, shipped_engine
 from densepure_rt.voting import Ballot
 from tests.runtime.host_cuda import (
     PARAMETERS,
@@ -264,6 +265,20 @@ def test_certificates_of_images_that_come_and_go_are_those_of_the_reference_devi
         assert certified(small, device) == expected
         assert trt.cuda.fed == fed
     assert len({certificate for certificate, *_ in expected}) > 3
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_run_on_a_plan_names_the_library_and_the_gpu_in_its_identity(
+    library: ctypes.CDLL, small: Bundle, flavour: Flavour
+) -> None:
+    pixels = [pixels for pixels, _ in images_of(small, 2)]
+    images = ImageSet("two", range(2), None, pixels.__getitem__, range(2))
+    with opened_on_host(library, as_plans(small, flavour, (6,))) as (device, trt):
+        classifier = SmoothedClassifier(small, device, seeded_secret(3))
+        identity = identity_of(classifier, images, Settings(steps=2), Budget(), seed=3)
+        described = device.describe()
+    assert identity.runs_on == f"{flavour}, tensorrt {described['tensorrt']}"
+    assert identity.compute_capability == described["compute_capability"]
 
 
 @pytest.mark.parametrize("early", [False, True], ids=["late", "early"])

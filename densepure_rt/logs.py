@@ -1,0 +1,54 @@
+"""What a run says of itself, through the standard library's logging: on stderr, and as JSON lines in a file."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import sys
+from pathlib import Path
+
+from densepure_rt.errors import EnvironmentFault
+
+logger = logging.getLogger("densepure_rt")
+logger.addHandler(logging.NullHandler())  # a library is silent until it is told where to speak
+FIELDS = "fields"  # the attribute of a log record that holds values beside its message
+
+
+class JsonLines(logging.Formatter):
+    """A record as one JSON object: time (UTC), level, message, and what it is about by name."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        time = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc)
+        said = {"time": time.isoformat(timespec="milliseconds"), "level": record.levelname.lower()}
+        fields = getattr(record, FIELDS, {})
+        return json.dumps(said | {"message": record.getMessage()} | fields, ensure_ascii=False, default=str)
+
+
+def say(message: str, level: int = logging.INFO, **fields: object) -> None:
+    """Log a message with values by name."""
+    logger.log(level, message, extra={FIELDS: fields})
+
+
+def set_up(verbose: bool, file: Path | None) -> None:
+    """Send what is logged to stderr (`verbose`: all, else warnings), and all of it to `file` as JSON lines.
+
+    Raises EnvironmentFault when the file cannot be written.
+    """
+    logger.setLevel(logging.DEBUG)
+    for handler in logger.handlers[1:]:  # of an earlier command in this process
+        logger.removeHandler(handler)
+        handler.close()
+    screen = logging.StreamHandler(sys.stderr)
+    screen.setLevel(logging.DEBUG if verbose else logging.WARNING)
+    screen.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    logger.addHandler(screen)
+    if file is not None:
+        try:
+            lines = logging.FileHandler(file, encoding="utf-8")
+        except OSError as error:
+            raise EnvironmentFault(
+                f"cannot write the log {file} ({error.strerror}): name another --log-json"
+            ) from error
+        lines.setFormatter(JsonLines())
+        logger.addHandler(lines)
