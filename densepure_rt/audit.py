@@ -8,10 +8,9 @@ draws a sample again.
 
 from __future__ import annotations
 
-import hashlib
-import json
+import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,34 +20,40 @@ import numpy as np
 from densepure_rt.certification import Certificate
 from densepure_rt.certify_run import radii_of, rule_of, settings_of, summarize
 from densepure_rt.datasets import ImageSet
-from densepure_rt.errors import CheckFailed, DensePureError
+from densepure_rt.errors import CheckFailed, DensePureError, EnvironmentFault
 from densepure_rt.forecast import reach_of
 from densepure_rt.ledger import NAME as LEDGER
 from densepure_rt.ledger import DoneImage, Ledger
 from densepure_rt.records import (
+    AttackRecord,
+    BudgetIdentity,
     Identity,
     ImageRecord,
     Manifest,
     NoiseIdentity,
+    Seal,
     Summary,
     TimingRecord,
     page,
     parsed,
 )
 from densepure_rt.run_folder import (
+    ATTACKS,
     KEY,
     RESULTS,
     REVEALED,
     SEAL,
-    SEALED,
     SUMMARY,
     differing,
+    hashes,
     lines_of,
     read_manifest,
     record_of,
     results_of,
     stored_key,
 )
+from densepure_rt.run_reader import read_lines
+from densepure_rt.runtime.bundle import MAX_STEPS
 from densepure_rt.runtime.device import NOT_FINITE
 from densepure_rt.runtime.noise import NOISE_LAW, image_sha256, smoothing_law, vote_law
 from densepure_rt.runtime.schedule import Coefficients, make_chain
@@ -90,6 +95,8 @@ def audit(path: Path, images: ImageSet | None = None) -> list[Finding]:
     done: list[DoneImage] = []
     findings = []
     try:
+        if not (path / LEDGER).exists():
+            raise CheckFailed(f"{LEDGER} is missing")
         with Ledger(path / LEDGER, read_only=True) as ledger:
             findings.append(check_ledger(ledger, manifest))
             done = list(ledger.done())
@@ -97,6 +104,7 @@ def audit(path: Path, images: ImageSet | None = None) -> list[Finding]:
                 lambda: check_records(done, manifest.identity),
                 lambda: check_tables(path, done),
                 lambda: check_summary(path, done, manifest.identity),
+                *([lambda: check_attacks(path, records_of(done))] if (path / ATTACKS).exists() else []),
                 lambda: check_seal(path, ledger, complete=len(done) == manifest.identity.images.count),
             ]
             findings += [run(check) for check in checks]
@@ -121,6 +129,8 @@ def check_identity(identity: Identity, claimed: str) -> Finding:
 
 def check_derived(identity: Identity) -> Finding:
     """What of the identity follows from the rest: timesteps and coefficients, noise tables, what alpha is charged."""
+    if identity.schedule.steps > MAX_STEPS:
+        return Finding("derived values", "not computed", (f"a schedule of {identity.schedule.steps} steps is none",))
     settings, pixels = settings_of(identity), math.prod(identity.image)
     chain = make_chain(identity.schedule, identity.variance, identity.sigma, identity.steps, identity.timestep_rule)
     derived: dict[str, Any] = {
@@ -142,7 +152,10 @@ def check_derived(identity: Identity) -> Finding:
 
 def check_secret(path: Path, manifest: Manifest) -> Finding:
     identity, revealed = manifest.identity, manifest.provenance.revealed_secret
-    secrets = {KEY: stored_key(path / KEY), REVEALED: stored_key(path / REVEALED)}
+    secrets: dict[str, bytes | None] = {}
+    for name in (KEY, REVEALED):
+        with contextlib.suppress(EnvironmentFault):  # its owner's alone to read: that is as it should be
+            secrets[name] = stored_key(path / name)
     if revealed is not None:
         try:
             secrets["revealed_secret"] = bytes.fromhex(revealed)
@@ -173,6 +186,8 @@ def check_records(done: list[DoneImage], identity: Identity) -> Finding:
             faults += [f"image {image.idx}: {fault}" for fault in faults_of(image, place, identity, settings)]
         except DensePureError as fault:
             faults.append(f"image {image.idx}: {fault}")
+    if len(done) > identity.images.count:
+        faults.append(f"{len(done)} images are certified, of {identity.images.count}")
     samples = sum(len(image.labels) for image in done)
     return Finding("records", f"{len(done)} decided again from {samples:,} labels", tuple(faults))
 
@@ -192,6 +207,8 @@ def faults_of(image: DoneImage, place: int, identity: Identity, settings: Settin
     expected = record_of(record.idx, record.image_sha256, record.label, certificate)
     for name, one, other in differing(asdict(record), asdict(expected)):
         yield f"{name} is {one}, and its labels give {other}"
+    if record.stopped and identity.budget_seconds == BudgetIdentity(None, None):
+        yield "it was stopped by time, and time had no limit"
     counted = (len(image.labels), int((image.labels == NOT_FINITE).sum()))
     if (timing.samples, timing.not_finite) != counted:
         yield f"samples and not_finite are {timing.samples} and {timing.not_finite}, its labels give {counted}"
@@ -262,21 +279,35 @@ def check_seal(path: Path, ledger: Ledger, complete: bool) -> Finding:
     if not (path / SEAL).exists():
         missing = (f"{SEAL} is missing, though the run is complete",) if complete else ()
         return Finding("seal", "none: the run is not complete", missing)
+    claimed = parsed(Seal, read(path / SEAL), SEAL).sha256
     try:
-        claimed = json.loads(read(path / SEAL))
-    except ValueError as error:
-        return Finding("seal", "unreadable", (f"{SEAL} is damaged ({error})",))
-    found = {name: hashlib.sha256(read(path / name)).hexdigest() for name in SEALED}
-    found[LEDGER] = ledger.content_sha256()
-    if not isinstance(claimed, dict) or set(claimed) != set(found):
+        found = hashes(path, ledger)
+    except OSError as error:
+        raise CheckFailed(f"{error.filename} cannot be read ({error.strerror})") from None
+    if set(claimed) != set(found):
         return Finding("seal", "unreadable", (f"{SEAL} does not name {', '.join(found)}",))
     faults = tuple(f"{name} is not what was sealed" for name in found if claimed[name] != found[name])
     return Finding("seal", f"{len(found)} files", faults)
 
 
+def check_attacks(path: Path, records: Mapping[int, ImageRecord]) -> Finding:
+    """Whether an attack has broken a certificate, and whether the attacks are on certificates of this run."""
+    attacks, faults = read_lines(path / ATTACKS, AttackRecord), []
+    for attack in attacks:
+        record = records.get(attack.idx)
+        if record is None or record.radius != attack.radius:
+            faults.append(f"image {attack.idx} has no certificate of radius {attack.radius:g}")
+        if attack.broken:
+            faults.append(f"the certificate of image {attack.idx} is broken at a distance of {attack.distance}")
+    return Finding("attacks", f"{len(attacks)} on certificates of this run", tuple(faults))
+
+
 def check_images(images: ImageSet, identity: Identity, done: list[DoneImage]) -> Finding:
     faults = [] if images.sha256() == identity.images.sha256 else ["they are not the images of the manifest"]
-    records = {image.idx: parsed(ImageRecord, image.record, LEDGER) for image in done}
+    records = records_of(done)
+    order = [image.idx for image in images]
+    if [image.idx for image in done] != order[: len(done)]:
+        faults.append("the certified images are not the first of them, in their order")
     for image in images:
         record = records.get(image.idx)
         if record is not None and record.image_sha256 != image_sha256(image.pixels).hex():
@@ -284,6 +315,10 @@ def check_images(images: ImageSet, identity: Identity, done: list[DoneImage]) ->
         if record is not None and record.label != image.label:
             faults.append(f"image {image.idx} has the label {image.label}, not {record.label}")
     return Finding("images", f"{len(images)} of {images.name}", tuple(faults))
+
+
+def records_of(done: list[DoneImage]) -> dict[int, ImageRecord]:
+    return {image.idx: parsed(ImageRecord, image.record, LEDGER) for image in done}
 
 
 def read(path: Path) -> bytes:

@@ -14,11 +14,9 @@ from densepure_rt.console import Json, plural, rows, stderr, stdout
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from densepure_rt.datasets import ImageSet, LabelledImage
     from densepure_rt.records import Manifest
-    from densepure_rt.replay import Pixels, Replayed
+    from densepure_rt.replay import Replayed
 
 MOST_SHOWN = 5  # faults of one check
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
@@ -61,6 +59,7 @@ def replay(
     image: Annotated[int, typer.Option(help="Its idx in the results.")],
     sample: Annotated[int, typer.Option(help="Which of its samples, from 0; fixed: of the n, not of the n0.")] = 0,
     engine: Annotated[Path | None, typer.Option(help="The engine that was run; default: the one that ships.")] = None,
+    classifier: Annotated[Path | None, typer.Option(help="The classifier engine, where it was named.")] = None,
     images: Images = None,
     batch: Annotated[int | None, typer.Option(help="Items a call of the engine.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the pictures; default: RUN/replay-IMAGE-SAMPLE.")] = None,
@@ -80,13 +79,13 @@ def replay(
     identity = manifest.identity
     settings = settings_of(identity)
     counted = counted_label(run, image, sample + (settings.n0 if settings.method == "fixed" else 0))
-    with load(engine, secret=secret_of(run, manifest), batch=batch, threads=1) as smoothed:
+    with load(engine, classifier, secret=secret_of(run, manifest), batch=batch, threads=1) as smoothed:
         bundle = smoothed.bundle
         for ref, known in ((bundle.unet.file, identity.engine), (bundle.classifier.file, identity.classifier)):
             if ref.sha256 != known.sha256:
                 raise UsageError(
                     f"{ref.name} has the SHA-256 {ref.sha256[:16]}, the run used {known.name} of {known.sha256[:16]}: "
-                    f"name that one with --engine"
+                    f"name that one with --engine or --classifier"
                 )
         chosen = open_images(images, identity.image, identity.class_names)
         found = draw(smoothed, the_image(chosen, image, run), settings, sample)
@@ -96,12 +95,14 @@ def replay(
     if as_json:
         print(json.dumps(report | {"out": str(folder)}))
     else:
-        names = [identity.class_names[label] for label in found.labels]
+        names = ["not finite" if label < 0 else identity.class_names[label] for label in found.labels]
         rows(stdout, {"votes": ", ".join(names), "label": str(found.label), "pictures": str(folder)}.items())
     if counted is None:
         stderr.print(f"the run has not counted sample {sample} of image {image}: there is nothing to compare with")
     elif counted != found.label:
-        stderr.print(f"error: the run counted the label {counted} for it, not {found.label}")
+        stderr.print(
+            f"error: the run, on {identity.runs_on} ({identity.processor}), counted {counted}, not {found.label}"
+        )
         raise typer.Exit(CheckFailed.exit_code)
 
 
@@ -114,7 +115,7 @@ def reveal(run: RunPath) -> None:
 
 def secret_of(run: Path, manifest: Manifest) -> bytes:
     from densepure_rt.run_folder import KEY, REVEALED, stored_key
-    from densepure_rt.smoothing import seeded_secret
+    from densepure_rt.smoothing import commitment, seeded_secret
 
     if manifest.identity.public_seed is not None:
         return seeded_secret(manifest.identity.public_seed)
@@ -125,6 +126,8 @@ def secret_of(run: Path, manifest: Manifest) -> bytes:
         raise UsageError(
             f"the secret of the run in {run} is neither there nor revealed: its noise cannot be drawn again"
         )
+    if commitment(found) != manifest.identity.secret_commitment:
+        raise CheckFailed(f"the key in {run} is not the one that the run committed itself to")
     return found
 
 
@@ -153,6 +156,8 @@ def the_image(chosen: ImageSet, idx: int, run: Path) -> LabelledImage:
 
 
 def save_pictures(found: Replayed, folder: Path) -> None:
+    from densepure_rt.falsify_run import as_picture
+
     pictures = {"noisy": found.noisy} | {f"vote-{i}": picture for i, picture in enumerate(found.purified, start=1)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -160,9 +165,3 @@ def save_pictures(found: Replayed, folder: Path) -> None:
             as_picture(pixels).save(folder / f"{name}.png")
     except OSError as error:
         raise EnvironmentFault(f"cannot write {folder} ({error.strerror}): choose another folder with --out") from error
-
-
-def as_picture(pixels: Pixels) -> Image:
-    from PIL.Image import fromarray
-
-    return fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))

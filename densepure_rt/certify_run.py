@@ -18,10 +18,12 @@ from densepure_rt import __version__, logs
 from densepure_rt.certification import floored
 from densepure_rt.console import Status, track
 from densepure_rt.datasets import ImageSet
+from densepure_rt.falsify_run import Proposals, attack_each, attacked, no_proposals
 from densepure_rt.forecast import Forecast
 from densepure_rt.records import (
     SCHEMA_VERSION,
     Abstention,
+    AttackRecord,
     BudgetIdentity,
     Identity,
     ImageRecord,
@@ -101,10 +103,11 @@ def manifest_of(
     identity = identity_of(classifier, images, settings, budget, seed)
     bundle = classifier.bundle
     provenance = Provenance(
-        argv=tuple(sys.argv),
+        argv=tuple(map(printable, sys.argv)),
         device=dict(classifier.device.describe()),
         started=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         host=platform.node(),
+        images=printable(images.name),
         python=platform.python_version(),
         platform=platform.platform(),
         versions={"densepure-rt": __version__} | installed_versions("numpy", "scipy", "onnxruntime"),
@@ -112,6 +115,11 @@ def manifest_of(
         seed_note=None if seed is None else "seed public: valid only for images fixed before the seed was chosen",
     )
     return Manifest(SCHEMA_VERSION, identity.sha256, identity, provenance)
+
+
+def printable(name: str) -> str:
+    """A name that may be no Unicode, as a path may."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def identity_of(
@@ -127,13 +135,14 @@ def identity_of(
         precision=bundle.unet.precision,
         runs_on=f"{device['provider']}, {library} {device[library]}",
         compute_capability=None if capability is None else str(capability),
+        processor=str(device["gpu"] if "gpu" in device else device["processor"]),
         schedule=bundle.unet.schedule,
         variance=bundle.unet.variance,
         prediction=bundle.unet.prediction,
         clip=bundle.unet.clip,
         class_names=bundle.classifier.class_names,
         image=bundle.unet.image,
-        images=ImagesIdentity(images.name, len(images), images.sha256()),
+        images=ImagesIdentity(len(images), images.sha256()),
         sigma=settings.sigma,
         sigma_in_network_units=2 * settings.sigma,
         steps=settings.steps,
@@ -197,17 +206,21 @@ def run(
     out: Path,
     seed: int | None,
     budget: Budget = UNLIMITED,
-) -> Summary:
+    falsify: float | None = None,
+    proposals: Proposals = no_proposals,
+) -> tuple[Summary, list[AttackRecord]]:
     """Certify `images` into the folder `out`, a line an image, and go on where an earlier run of them ended.
 
-    Ctrl-C ends it after the images that are done.
+    Ctrl-C ends it after the images that are done. falsify: the share of their samples to attack the certificates with,
+    once all are there; `proposals` gives an attack further candidates.
     """
+    attacks: list[AttackRecord] = []
     interrupted = True
 
     def summary() -> Summary:
         return summarize(folder.done, len(images), interrupted, radii_of(settings), expected.reach)
 
-    status = Status()
+    status = Status(lambda: accuracy_so_far(summary()) if images.labelled else "")
     manifest = manifest_of(classifier, images, settings, budget, seed)
     with RunFolder(out, manifest, classifier.secret if seed is None else None) as folder:
         with suppress(KeyboardInterrupt):
@@ -223,12 +236,16 @@ def run(
             for result in track(work, len(images), status, before=len(finished)):
                 folder.add(result)
                 report(result)
-                status.text = accuracy_so_far(summary()) if images.labelled else ""
+            if falsify is not None:
+                each = attack_each(classifier, images, settings, folder, falsify, proposals)
+                attacks += track(each, len(attacked(folder.done, falsify)), Status())
+                folder.keep_attacks(attacks)
             interrupted = False
+        folder.read_done()
         found = summary()
         folder.finish(found)
         logs.say(f"{found.done} of {found.asked} images are done", interrupted=interrupted, abstained=found.abstained)
-        return found
+        return found, attacks
 
 
 def report(result: Certified) -> None:

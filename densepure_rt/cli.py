@@ -19,16 +19,16 @@ from typer.core import TyperGroup
 
 from densepure_rt import __version__
 from densepure_rt.audit_commands import audit, replay, reveal
-from densepure_rt.console import Json, Status, duration, plural, rows, stderr, stdout, track
-from densepure_rt.errors import DensePureError, EnvironmentFault, UsageError
+from densepure_rt.console import Json, Status, be_quiet, duration, plural, rows, stderr, stdout, track
+from densepure_rt.errors import CheckFailed, DensePureError, EnvironmentFault, UsageError
 from densepure_rt.import_command import import_
-from densepure_rt.model_commands import ProviderName, bench, export, parity
+from densepure_rt.model_commands import ProviderName, bench, export, gradient_proposals, parity
 from densepure_rt.run_commands import compare, report
 
 if TYPE_CHECKING:
     from densepure_rt.datasets import ImageSet
     from densepure_rt.forecast import Forecast, Range
-    from densepure_rt.records import Abstention, Summary
+    from densepure_rt.records import Abstention, AttackRecord, Summary
     from densepure_rt.smoothing import Predicted, Settings, SmoothedClassifier
 
 INTERRUPTED = 130  # the shell's code for Ctrl-C
@@ -149,7 +149,16 @@ def certify(
             help="Time an image may take, such as 30s, 5min or 1h: then its best radius so far is its answer."
         ),
     ] = None,
-    run_budget: Annotated[str | None, typer.Option(help="Time that the whole run may take, such as 2h.")] = None,
+    run_budget: Annotated[
+        str | None, typer.Option(help="Time that this call may take, such as 2h; a run that goes on has it anew.")
+    ] = None,
+    falsify: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the samples, such as 0.05, to attack the certificates with afterwards, inside their radii; "
+            "exit code 1 when one is broken. By gradients too, of the shipped model where PyTorch is here."
+        ),
+    ] = None,
     batch: BatchSize = None,
     threads: Threads = None,
     provider: ProviderName = "cpu",
@@ -166,15 +175,27 @@ def certify(
         bool,
         typer.Option("--resume", help="Go on with the run in --out, which happens anyway: for scripts that say so."),
     ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Results, warnings and errors alone.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say what comes of each image.")] = False,
+    log_json: Annotated[
+        Path | None, typer.Option("--log-json", help="Append what happens to this file, a JSON object a line.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cost and the reach, certify nothing.")] = False,
     as_json: Json = False,
 ) -> None:
     """Certify images: for each, a label and the l2 radius within which the smoothed classifier keeps to it."""
-    from densepure_rt import certify_run
+    from densepure_rt import certify_run, logs
+    from densepure_rt.falsify_run import check_share, no_proposals
     from densepure_rt.forecast import forecast
     from densepure_rt.run_folder import secret_to_go_on
     from densepure_rt.smoothing import Budget
 
+    if falsify is not None:
+        check_share(falsify)
+    if method != "fixed" and was_typed(context, "n0") and preset is None:
+        raise UsageError(f"--n0 is of --method fixed alone, and {method} was asked for: leave it out")
+    be_quiet(quiet)
+    logs.set_up(verbose, log_json)
     seconds = Budget(seconds_of(budget, "--budget"), seconds_of(run_budget, "--run-budget"))
     asked: dict[str, Any] = {"method": method, "radii": radii_of(radii, radii_sigma, sigma), "radius_loss": radius_loss}
     asked |= {"sigma": sigma, "steps": steps, "votes": votes, "n0": n0, "n": n, "alpha": alpha}
@@ -185,19 +206,25 @@ def certify(
     with open_classifier(engine, classifier, batch, threads, provider, engine_sha256, trust, seed, secret) as smoothed:
         chosen = open_image_set(images, smoothed, skip, limit)
         expected = forecast(smoothed, settings, len(chosen))
-        print_forecast(smoothed, chosen, settings, expected)
+        if not quiet:
+            print_forecast(smoothed, chosen, settings, expected)
         if dry_run:
             if as_json:
                 print(json.dumps(dataclasses.asdict(expected)))
             return
         folder = out or Path("runs") / datetime.datetime.now().strftime("certify-%Y%m%d-%H%M%S")
-        summary = certify_run.run(smoothed, chosen, settings, expected, folder, seed, seconds)
+        proposals = gradient_proposals(smoothed.bundle, settings) if falsify is not None else no_proposals
+        summary, attacks = certify_run.run(
+            smoothed, chosen, settings, expected, folder, seed, seconds, falsify, proposals
+        )
         print_summary(summary, chosen.labelled, folder, as_json)
         if summary.done < summary.asked:
             why = "stopped" if summary.interrupted else "the time was up"
             stderr.print(f"{why} after {summary.done} of {summary.asked} images; what is done is kept in {folder}")
         if summary.interrupted:
             raise typer.Exit(INTERRUPTED)
+        if falsify is not None:
+            print_attacks(attacks)
 
 
 @app.command()
@@ -352,6 +379,23 @@ def radii_of(radii: str | None, radii_sigma: str | None, sigma: float) -> tuple[
     return numbers if radii is not None else tuple(sigma * number for number in numbers)
 
 
+def print_attacks(attacks: Sequence[AttackRecord]) -> None:
+    """Exit code 1 when a certificate is broken."""
+    broken = [attack for attack in attacks if attack.broken]
+    for attack in broken:
+        stderr.print(
+            f"error: image {attack.idx}: {attack.votes} of {attack.n} samples are for class {attack.label} at a "
+            f"distance of {attack.distance}, inside the certified radius {attack.radius:g}"
+        )
+    samples = sum(attack.samples for attack in attacks)
+    if not attacks:
+        stderr.print("no certificate was attacked: the share of the samples does not pay for an attack, ask for more")
+    else:
+        stderr.print(f"{plural(len(attacks), 'certificate')} attacked with {samples:,} samples, {len(broken)} broken")
+    if broken:
+        raise typer.Exit(CheckFailed.exit_code)
+
+
 def seconds_of(text: str | None, option: str) -> float:
     """The seconds of 30s, 5min, 1.5h or 90; endless for None."""
     if text is None:
@@ -454,8 +498,6 @@ def print_summary(summary: Summary, labelled: bool, folder: Path, as_json: bool)
         table.add_row("certified", *cells)
         stdout.print(table)
     stdout.print(f"{abstentions(summary.reasons)}; {summary.samples:,.0f} samples an image; results in {folder}")
-    if summary.not_finite:
-        stderr.print(f"warning: {summary.not_finite} samples were NaN or Inf and counted against the class")
 
 
 def flattened(report: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:

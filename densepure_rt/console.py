@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, TypeVar
 
 import typer
@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 PLAIN_EVERY = 10.0  # seconds between plain lines
+BAR_EVERY = 0.5  # seconds between changes of a bar's status
 stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 stdout = Console(highlight=False, markup=False, soft_wrap=True)
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]  # of every command
@@ -41,14 +42,19 @@ def rows(console: Console, pairs: Iterable[tuple[str, str]]) -> None:
 
 
 class Status:
-    """One line on how it goes so far; whoever does the work keeps it true."""
+    """text: one line on how it goes so far, asked for when it is shown."""
 
-    text = ""
+    def __init__(self, text: Callable[[], str] = str) -> None:
+        self.text = text
+
+
+_quiet = False
 
 
 def be_quiet(quiet: bool) -> None:
-    """Whether all but results, warnings and errors is left out."""
-    stderr.quiet = quiet
+    """Whether `track` shows nothing."""
+    global _quiet
+    _quiet = quiet
 
 
 def track(work: Iterable[T], total: int, status: Status, before: int = 0) -> Iterator[T]:
@@ -56,6 +62,8 @@ def track(work: Iterable[T], total: int, status: Status, before: int = 0) -> Ite
 
     total: with those that were done `before`.
     """
+    if _quiet:
+        return iter(work)
     show = _bar if stderr.is_terminal else _lines
     return show(work, total, status, before)
 
@@ -71,11 +79,15 @@ def _bar(work: Iterable[T], total: int, status: Status, before: int) -> Iterator
     )
     with Progress(*columns, console=stderr, transient=True, redirect_stdout=stdout.is_terminal) as progress:
         task = progress.add_task("", total=total, completed=before, rate="", status="")
-        started = time.monotonic()
+        started = said = time.monotonic()
         for done, item in enumerate(work, start=1):
             yield item
+            now = time.monotonic()
+            if now - said >= BAR_EVERY or before + done == total:
+                said = now
+                progress.update(task, status=status.text())
             rate = f"{duration((time.monotonic() - started) / done)} an image"
-            progress.update(task, completed=before + done, rate=rate, status=status.text)
+            progress.update(task, completed=before + done, rate=rate)
 
 
 def _lines(work: Iterable[T], total: int, status: Status, before: int) -> Iterator[T]:
@@ -87,5 +99,4 @@ def _lines(work: Iterable[T], total: int, status: Status, before: int) -> Iterat
             said = now
             each, left = (now - started) / done, total - before - done
             line = f"{before + done}/{total} images, {duration(each)} an image, {duration(each * left)} left"
-            if not stderr.quiet:
-                print(f"{line}; {status.text}" if status.text else line, file=sys.stderr, flush=True)
+            print(f"{line}; {status.text()}" if status.text() else line, file=sys.stderr, flush=True)

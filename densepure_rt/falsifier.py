@@ -179,7 +179,7 @@ def labels_of(
     classifier: SmoothedClassifier, images: Sequence[Pixels], settings: Settings, purpose: Purpose, samples: range
 ) -> NDArray[np.int64]:
     """The voted labels of these samples of some images, int64 [images, samples]: so many are drawn, and no more."""
-    if classifier._busy:
+    if classifier.busy:
         raise UsageError("this classifier is already at work: finish or close that iteration, or load another one")
     device, chain, handles = classifier.device, classifier.chain(settings), list[int]()
     try:

@@ -5,7 +5,7 @@ process had committed is there after it, and what it had not is drawn again, to 
 ends as an uninterrupted one would have.
 
 Tables
-    run       name, value              what the ledger belongs to: `identity_sha256`, `manifest_sha256`
+    run       name, value              what the ledger belongs to: `identity_sha256`
     samples   idx, first, labels, ...  labels of samples first, first + 1, ... of an image that is under way
     images    place, idx, labels, ...  an image that is done: all its labels, its record and its timing, as JSON lines
 """
@@ -18,6 +18,7 @@ import sqlite3
 import time
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -73,7 +74,7 @@ def unpacked(blob: bytes) -> Labels:
     return np.frombuffer(raw, "<i4").astype(np.int32)
 
 
-DAMAGED = ("malformed", "not a database", "no such table", "no such column")  # in SQLite's words
+DAMAGED = ("malformed", "Could not decode", "not a database", "no such table", "no such column")  # in SQLite's words
 
 
 @contextlib.contextmanager
@@ -81,27 +82,40 @@ def saying(path: Path) -> Iterator[None]:
     """Turn SQLite's errors into ours: a damaged file, another process, a full disk, a folder that cannot be written."""
     try:
         yield
+    except UnicodeDecodeError as error:
+        raise CheckFailed(f"{path} is damaged (it holds text that is none): the run cannot be read from it") from error
     except sqlite3.Error as error:
         if any(word in str(error) for word in DAMAGED):
             raise CheckFailed(f"{path} is damaged ({error}): the run cannot be read from it") from error
         if "locked" in str(error):
-            raise EnvironmentFault(f"{path} is in use by another process: wait, or choose another --out") from error
+            raise EnvironmentFault(
+                f"{path} is in use by another process: wait for it, or choose another folder"
+            ) from error
         raise EnvironmentFault(
-            f"cannot write {path} ({error}): free some space, or choose another folder with --out; what was written so "
-            f"far is kept"
+            f"cannot write or read {path} ({error}): free some space, or choose another folder with --out; what was "
+            f"written so far is kept"
         ) from error
+
+
+@dataclass
+class Pending:
+    """Samples of an image that are not committed: first, first + 1, ..."""
+
+    first: int
+    outcomes: list[Outcome] = field(default_factory=list)
 
 
 class Ledger:
     """The ledger of one run folder: a context manager. One process at a time may write it.
+
+    Ctrl-C may come between any two steps: a commit that is repeated writes the same rows again.
 
     Raises EnvironmentFault when it cannot be written or another process has it, CheckFailed when it is damaged.
     """
 
     def __init__(self, path: Path, read_only: bool = False) -> None:
         self.path, self.read_only = path, read_only
-        self._pending: dict[int, list[Outcome]] = {}
-        self._firsts: dict[int, int] = {}
+        self._pending: dict[int, Pending] = {}
         self._committed = time.monotonic()
         with saying(path):
             address = f"{path.resolve().as_uri()}?mode={'ro' if read_only else 'rwc'}"
@@ -110,7 +124,8 @@ class Ledger:
                 self._database.executescript(
                     f"pragma locking_mode = exclusive; pragma journal_mode = wal; pragma synchronous = normal; {TABLES}"
                 )
-                self._database.execute("begin immediate").execute("commit")  # takes the lock, or raises
+                with self._transaction():  # takes the lock, or raises
+                    pass
 
     def __enter__(self) -> Ledger:
         return self
@@ -129,6 +144,13 @@ class Ledger:
         with contextlib.suppress(sqlite3.Error):
             self._database.close()
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing has been sampled."""
+        with saying(self.path):
+            query = "select exists (select 1 from samples) or exists (select 1 from images)"
+            return not self._database.execute(query).fetchone()[0]
+
     def value(self, name: str) -> str | None:
         with saying(self.path):
             row = self._database.execute("select value from run where name = ?", (name,)).fetchone()
@@ -139,7 +161,7 @@ class Ledger:
             self._database.execute("insert or replace into run values (?, ?)", (name, value))
 
     def taken(self, idx: int) -> Taken:
-        """Of an image under way: the labels that were committed, up to the first gap."""
+        """Of an image under way: the labels that were committed, up to the first gap; what is beyond one is dropped."""
         with saying(self.path):
             rows = self._database.execute(
                 "select first, labels, unet_calls, classifier_calls from samples where idx = ? order by first", (idx,)
@@ -151,50 +173,60 @@ class Ledger:
             parts.append(unpacked(blob))
             count += len(parts[-1])
             unets, classifiers = unets + unet_calls, classifiers + classifier_calls
-        self._firsts[idx] = count
+        if not self.read_only:
+            with saying(self.path), self._transaction():
+                self._database.execute("delete from samples where idx = ? and first >= ?", (idx, count))
+            self._pending[idx] = Pending(count)
         return Taken(np.concatenate(parts), unets, classifiers)
 
     def add(self, idx: int, outcome: Outcome) -> None:
-        """The next sample of an image. It is durable within COMMIT_EVERY seconds of the next call."""
-        self._pending.setdefault(idx, []).append(outcome)
+        """The next sample of an image. A killed process loses COMMIT_EVERY seconds of them at most."""
+        self._pending.setdefault(idx, Pending(0)).outcomes.append(outcome)
         if time.monotonic() - self._committed >= COMMIT_EVERY:
             self.commit()
 
-    def finish(self, place: int, idx: int, record: str, timing: str) -> None:
-        """An image is done, by the labels that were added. Durable when this returns."""
-        pending = [outcome.label for outcome in self._pending.pop(idx, ())]
-        labels = np.concatenate([self.taken(idx).labels, np.array(pending, np.int32)])
-        self._firsts.pop(idx, None)
+    def finish(self, place: int, idx: int, samples: int, record: str, timing: str) -> None:
+        """An image is done, by the `samples` labels that were added. A process that is killed now does not lose it."""
+        self.commit()
+        labels = self.taken(idx).labels
+        if len(labels) != samples:
+            raise CheckFailed(f"{self.path} has {len(labels)} labels of image {idx}, which {samples} decided")
         with saying(self.path), self._transaction():
             self._database.execute("delete from samples where idx = ?", (idx,))
             row = (place, idx, packed(labels), record, timing)
             self._database.execute("insert into images values (?, ?, ?, ?, ?)", row)
+        self._pending.pop(idx, None)
 
     def commit(self) -> None:
         """Write what is pending."""
         self._committed = time.monotonic()
-        if not self._pending:
+        rows = [
+            (
+                idx,
+                pending.first,
+                packed([outcome.label for outcome in pending.outcomes]),
+                sum(outcome.unet_calls for outcome in pending.outcomes),
+                sum(outcome.votes for outcome in pending.outcomes),
+            )
+            for idx, pending in self._pending.items()
+            if pending.outcomes
+        ]
+        if not rows:
             return
         with saying(self.path), self._transaction():
-            for idx, outcomes in self._pending.items():
-                first = self._firsts.get(idx, 0)
-                self._database.execute(
-                    "insert or replace into samples values (?, ?, ?, ?, ?)",
-                    (
-                        idx,
-                        first,
-                        packed([outcome.label for outcome in outcomes]),
-                        sum(outcome.unet_calls for outcome in outcomes),
-                        sum(outcome.votes for outcome in outcomes),
-                    ),
-                )
-                self._firsts[idx] = first + len(outcomes)
-        self._pending.clear()
+            self._database.executemany("insert or replace into samples values (?, ?, ?, ?, ?)", rows)
+        self._pending = {  # one step: before it, a repeated commit replaces the very rows; after it, nothing is pending
+            idx: Pending(pending.first + len(pending.outcomes)) for idx, pending in self._pending.items()
+        }
 
     def done(self) -> Iterator[DoneImage]:
         """The images that are done, in their order. Nothing may be written meanwhile."""
+        query = "select place, idx, labels, record, timing from images order by place"
         with saying(self.path):
-            for place, idx, blob, record, timing in self._database.execute("select * from images order by place"):
+            for row in self._database.execute(query):
+                if tuple(map(type, row)) != (int, int, bytes, str, str):
+                    raise CheckFailed(f"{self.path} is damaged: an image has fields of other types")
+                place, idx, blob, record, timing = row
                 yield DoneImage(place, idx, unpacked(blob), record, timing)
 
     def content_sha256(self) -> str:
@@ -210,11 +242,11 @@ class Ledger:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        self._database.execute("begin")
+        """All of it, or, after an error or Ctrl-C wherever it comes, nothing."""
         try:
+            self._database.execute("begin immediate")
             yield
-        except BaseException:
-            with contextlib.suppress(sqlite3.Error):
+            self._database.execute("commit")
+        finally:
+            if self._database.in_transaction:
                 self._database.execute("rollback")
-            raise
-        self._database.execute("commit")

@@ -12,6 +12,7 @@ from densepure_rt.errors import EnvironmentFault
 
 logger = logging.getLogger("densepure_rt")
 logger.addHandler(logging.NullHandler())  # a library is silent until it is told where to speak
+_own: list[logging.Handler] = []
 FIELDS = "fields"  # the attribute of a log record that holds values beside its message
 
 
@@ -36,13 +37,13 @@ def set_up(verbose: bool, file: Path | None) -> None:
     Raises EnvironmentFault when the file cannot be written.
     """
     logger.setLevel(logging.DEBUG)
-    for handler in logger.handlers[1:]:  # of an earlier command in this process
-        logger.removeHandler(handler)
-        handler.close()
+    while _own:  # of an earlier command in this process
+        logger.removeHandler(_own[-1])
+        _own.pop().close()
     screen = logging.StreamHandler(sys.stderr)
     screen.setLevel(logging.DEBUG if verbose else logging.WARNING)
     screen.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-    logger.addHandler(screen)
+    listen(screen)
     if file is not None:
         try:
             lines = logging.FileHandler(file, encoding="utf-8")
@@ -51,4 +52,9 @@ def set_up(verbose: bool, file: Path | None) -> None:
                 f"cannot write the log {file} ({error.strerror}): name another --log-json"
             ) from error
         lines.setFormatter(JsonLines())
-        logger.addHandler(lines)
+        listen(lines)
+
+
+def listen(handler: logging.Handler) -> None:
+    logger.addHandler(handler)
+    _own.append(handler)

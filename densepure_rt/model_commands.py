@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -19,8 +20,16 @@ from densepure_rt.model_options import ModelOptions, with_models
 from densepure_rt.procedure_tables import draw_procedures, print_procedures
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from densepure_rt.certification import Certificate
+    from densepure_rt.datasets import LabelledImage
     from densepure_rt.export.agreement import Agreement
     from densepure_rt.export.to_onnx import Exported
+    from densepure_rt.falsify_run import Proposals
+    from densepure_rt.runtime.bundle import Bundle
+    from densepure_rt.smoothing import Settings
 
 EngineFile = Annotated[
     Path | None, typer.Option("--engine", help="Step engine, ONNX file or plan; default: the one that ships.")
@@ -30,6 +39,7 @@ ProviderName = Annotated[
 ]
 COMPARED = 5  # images, by `parity`, unless told
 CERTIFIED = 10  # images, by `bench --procedure`, unless told
+PROPOSALS = 2  # of gradients, to an attack
 CHECKS, PLANS = "Checks", "Plans"  # the panels of --help
 STEP, PROCEDURE = "A reverse step", "Whole certifications"
 PARITY_SAMPLES = 20
@@ -493,3 +503,27 @@ def number(word: str, option: str) -> int:
         return int(word)
     except ValueError:
         raise UsageError(f"{option} takes whole numbers with commas between, found {word!r}") from None
+
+
+def gradient_proposals(bundle: Bundle, settings: Settings) -> Proposals:
+    """What gradients through PyTorch propose to an attack: none without it, or of other models than the shipped."""
+    from densepure_rt.falsify_run import no_proposals
+
+    try:
+        from densepure_rt.export.eot_pgd import eot_pgd
+        from densepure_rt.export.sources import open_models, refuse_other_models
+    except ImportError:
+        return no_proposals
+    unet, classifier = open_models(ModelOptions())
+    try:
+        refuse_other_models(unet, classifier, bundle)
+    except UsageError:
+        return no_proposals
+
+    def proposals(image: LabelledImage, certificate: Certificate) -> Iterator[NDArray[np.uint8]]:
+        if certificate.predict is None or not certificate.radius:
+            return iter(())
+        endless = eot_pgd(unet, classifier, image.pixels, certificate.predict, certificate.radius, settings, image.idx)
+        return islice(endless, PROPOSALS)
+
+    return proposals

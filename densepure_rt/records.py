@@ -80,6 +80,25 @@ class TimingRecord:
 
 
 @dataclass(frozen=True)
+class AttackRecord:
+    """A line of falsify.jsonl: what an attack on a certificate came to; see `densepure_rt.falsifier.Falsification`."""
+
+    __pydantic_config__ = STRICT
+    idx: int
+    radius: Radius
+    broken: bool
+    attack: str
+    tried: Count
+    tested: Count
+    samples: Count
+    distance: Radius | None
+    label: Label | None
+    votes: Count | None
+    n: Count | None
+    level: Probability | None
+
+
+@dataclass(frozen=True)
 class NamedFile:
     """A file by its name and the SHA-256 of its bytes, with that of its sidecar's."""
 
@@ -94,7 +113,6 @@ class ImagesIdentity:
     """sha256: over idx, label, shape and pixels of each image, in order."""
 
     __pydantic_config__ = STRICT
-    name: str
     count: Count
     sha256: Sha256
 
@@ -140,9 +158,10 @@ class BudgetIdentity:
 class Identity:
     """All that results depend on. Runs of equal identity give equal records, and may be resumed and merged.
 
-    image: [channels, height, width]. runs_on: what runs the engines, with its version; compute_capability: of the GPU,
-    for a plan. conditioning: what the network is told at each step; coefficients: of the step graph. alpha_bar: of the
-    first state. secret_commitment: SHA-256 of the secret. public_seed: what the secret was made of, where it is public.
+    image: [channels, height, width]. runs_on: what runs the engines, with its version; processor: on which CPU or GPU,
+    since others round otherwise; compute_capability: of a plan's GPU. conditioning: what the network is told at each
+    step; coefficients: of the step graph. alpha_bar: of the first state. secret_commitment: SHA-256 of the secret.
+    public_seed: what the secret was made of, where it is public.
     """
 
     __pydantic_config__ = STRICT
@@ -151,6 +170,7 @@ class Identity:
     precision: str
     runs_on: str
     compute_capability: str | None
+    processor: str
     schedule: Schedule
     variance: Variance
     prediction: str
@@ -188,6 +208,7 @@ class Provenance:
     device: Mapping[str, str | int | bool]
     started: str
     host: str
+    images: str
     python: str
     platform: str
     versions: Mapping[str, str]
@@ -231,11 +252,21 @@ class Summary:
     stopped: Count
 
 
+@dataclass(frozen=True)
+class Seal:
+    """seal.json. sha256: of each file of a complete run, by its name; the ledger's is that of its content."""
+
+    __pydantic_config__ = STRICT
+    sha256: Mapping[str, Sha256]
+
+
 SCHEMAS: Mapping[str, type[Any]] = {
     "manifest": Manifest,
     "record": ImageRecord,
     "timing": TimingRecord,
+    "attack": AttackRecord,
     "summary": Summary,
+    "seal": Seal,
 }
 
 

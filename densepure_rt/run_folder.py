@@ -6,6 +6,7 @@ results.tsv     idx label predict radius correct time, the field's format (-1 an
 results.jsonl   the same with full precision and the counts, no times: equal for equal runs
 timing.jsonl    what each image took
 summary.json    the run in numbers; written when it ends
+falsify.jsonl   attacks on the certificates, where `--falsify` asked for them
 seal.json       SHA-256 of all these, written when the run is complete: what `densepure-rt audit` holds them against
 secret.key      what the noise was keyed with, readable by its owner alone; absent with a public seed
 
@@ -29,14 +30,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, TextIO
 
+from PIL import Image
+
 from densepure_rt.certification import Certificate, floored
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.ledger import NAME as LEDGER
 from densepure_rt.ledger import Ledger
 from densepure_rt.records import (
+    AttackRecord,
     ImageRecord,
     Manifest,
     OutcomeRecord,
+    Seal,
     Summary,
     TimingRecord,
     line,
@@ -49,7 +54,8 @@ from densepure_rt.smoothing import Certified
 MANIFEST, SUMMARY, SEAL, KEY, REVEALED = "manifest.json", "summary.json", "seal.json", "secret.key", "secret.revealed"
 TSV_COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")  # locuslab/smoothing
 RESULTS = ("results.tsv", "results.jsonl", "timing.jsonl")
-SEALED = (MANIFEST, *RESULTS, SUMMARY)  # and the ledger's content
+ATTACKS = "falsify.jsonl"
+SEALED = (MANIFEST, *RESULTS, SUMMARY)  # and the ledger's content; and ATTACKS, where there is one
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 ABSTAIN = -1  # in the TSV alone, as in locuslab/smoothing
 
@@ -144,24 +150,26 @@ def stored_key(file: Path) -> bytes | None:
 def reveal(path: Path) -> str:
     """Make the secret of a run public: into its manifest, and the key file takes another name. The secret, hex.
 
-    From then on anybody can draw the run's noise again, and no new noise is drawn with it. Raises UsageError where
-    there is no secret to reveal.
+    From then on anybody can draw the run's noise again, and no new noise is drawn with it. To be repeated when it was
+    cut short. Raises UsageError where there is no secret to reveal, CheckFailed when the folder was tampered with.
     """
-    manifest = read_manifest(path)
-    if manifest.provenance.revealed_secret is not None:
-        return manifest.provenance.revealed_secret
-    secret = stored_key(path / KEY)
-    if secret is None:
-        public = manifest.identity.public_seed is not None
-        why = "its seed is public already" if public else f"{KEY} is missing"
-        raise UsageError(f"the run in {path} has no secret to reveal: {why}")
-    if hashlib.sha256(secret).hexdigest() != manifest.identity.secret_commitment:
-        raise CheckFailed(f"{path / KEY} is not the key that the run committed itself to")
     with writing(path), Ledger(path / LEDGER) as ledger:
-        (path / KEY).replace(path / REVEALED)  # first: what may be public is never drawn with again
+        manifest = read_manifest(path)
+        secret = stored_key(path / KEY) or stored_key(path / REVEALED)
+        if secret is None:
+            public = manifest.identity.public_seed is not None
+            why = "its seed is public already" if public else f"{KEY} is missing"
+            raise UsageError(f"the run in {path} has no secret to reveal: {why}")
+        if hashlib.sha256(secret).hexdigest() != manifest.identity.secret_commitment:
+            raise CheckFailed(f"{path / KEY} is not the key that the run committed itself to")
+        sealed = (path / SEAL).exists()
+        if sealed and manifest.provenance.revealed_secret is None:
+            refuse_broken_seal(path, ledger)
+        if (path / KEY).exists():
+            (path / KEY).replace(path / REVEALED)  # first: what may be public is never drawn with again
         provenance = replace(manifest.provenance, revealed_secret=secret.hex())
         replaced(path / MANIFEST, page(replace(manifest, provenance=provenance)))
-        if (path / SEAL).exists():
+        if sealed:
             seal(path, ledger)
     return secret.hex()
 
@@ -181,17 +189,20 @@ class RunFolder:
         self._ledger: Ledger | None = None
         self.done: list[tuple[ImageRecord, TimingRecord]] = []
         with writing(path), closed_on_failure(self):
-            if (path / LEDGER).exists() and (path / MANIFEST).exists():
-                self._refuse_another()
-            elif found := [name for name in (*RESULTS, LEDGER) if (path / name).exists()]:
+            if not (path / LEDGER).exists() and (found := [name for name in RESULTS if (path / name).exists()]):
                 raise UsageError(
                     f"{path} holds {', '.join(found)} of a run that cannot go on: choose another folder with --out, or "
                     f"move that one away"
                 )
-            else:
+            path.mkdir(parents=True, exist_ok=True)
+            self.ledger = self._ledger = Ledger(path / LEDGER)  # from here on the folder is this process's
+            if (path / MANIFEST).exists() and not self.ledger.empty:
+                self._go_on(secret)
+            elif self.ledger.empty:
                 self._found(secret)
-            self.ledger = self._ledger = Ledger(path / LEDGER)
-            self._read_done()
+            else:
+                raise UsageError(f"{path} holds samples of a run without its {MANIFEST}, which cannot go on")
+            self.read_done()
             (path / SEAL).unlink(missing_ok=True)
             self._write_results()
 
@@ -218,11 +229,20 @@ class RunFolder:
         timing = TimingRecord(image.idx, **vars(cost))
         lines = lines_of(record, timing)
         with writing(self.path):
-            self.ledger.finish(len(self.done), record.idx, lines.record, lines.timing)
+            self.ledger.finish(len(self.done), record.idx, timing.samples, lines.record, lines.timing)
             self.done.append((record, timing))
             for name, text in zip(RESULTS, lines, strict=True):
                 self._files[name].write(text)
                 self._files[name].flush()
+
+    def keep_picture(self, name: str, picture: Image.Image) -> None:
+        with writing(self.path):
+            picture.save(self.path / name)
+
+    def keep_attacks(self, attacks: Iterable[AttackRecord]) -> None:
+        """In place of those of an earlier end of the run."""
+        with writing(self.path):
+            replaced(self.path / ATTACKS, "".join(map(line, attacks)))
 
     def finish(self, summary: Summary) -> None:
         """Write the results anew, the summary and, of a complete run, the seal."""
@@ -233,8 +253,8 @@ class RunFolder:
             if summary.done == summary.asked:
                 seal(self.path, self.ledger)
 
-    def _refuse_another(self) -> None:
-        """Take over the manifest that is there, unless its identity is another one."""
+    def _go_on(self, secret: bytes | None) -> None:
+        """Take over the manifest that is there, unless it is that of another run, or of one that must not go on."""
         there = read_manifest(self.path)
         fields = list(differing(asdict(there.identity), asdict(self.manifest.identity)))
         if fields:
@@ -244,24 +264,32 @@ class RunFolder:
                 f"{self.path} already holds a run of another identity ({shown}{more}): choose another folder with "
                 f"--out, or ask for what that run was started with"
             )
+        if there.provenance.revealed_secret is not None or (self.path / REVEALED).exists():
+            raise UsageError(f"the secret of the run in {self.path} has been revealed meanwhile: start a new run")
+        if (self.path / SEAL).exists():
+            refuse_broken_seal(self.path, self.ledger)
         self.manifest = there
 
     def _found(self, secret: bytes | None) -> None:
-        """A new folder: the key, then the manifest, which commits to it."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        if secret is not None and not (self.path / KEY).exists():
+        """A new folder, or one in which nothing was sampled: the key, then the manifest, which commits to it."""
+        if secret is not None and stored_key(self.path / KEY) != secret:
             descriptor = os.open(self.path / KEY, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(descriptor, "w") as key:
                 key.write(secret.hex() + "\n")
         replaced(self.path / MANIFEST, page(self.manifest))
-
-    def _read_done(self) -> None:
         self.ledger.set_value("identity_sha256", self.manifest.identity_sha256)
+
+    def read_done(self) -> None:
+        """What is done, from the ledger."""
+        if (owner := self.ledger.value("identity_sha256")) != self.manifest.identity_sha256:
+            raise CheckFailed(f"{self.path / LEDGER} belongs to a run of another identity ({owner})")
+        done = []
         for place, image in enumerate(self.ledger.done()):
             what = f"{self.path / LEDGER}, image {image.idx},"
             if image.place != place:
-                raise UsageError(f"{self.path / LEDGER} has no image at place {place}: the run cannot go on")
-            self.done.append((parsed(ImageRecord, image.record, what), parsed(TimingRecord, image.timing, what)))
+                raise CheckFailed(f"{self.path / LEDGER} has no image at place {place}: the run cannot go on")
+            done.append((parsed(ImageRecord, image.record, what), parsed(TimingRecord, image.timing, what)))
+        self.done = done
 
     def _write_results(self) -> None:
         for file in self._files.values():
@@ -283,9 +311,23 @@ def read_manifest(path: Path) -> Manifest:
 
 def seal(path: Path, ledger: Ledger) -> None:
     """Write down what the files of a complete run hash to."""
-    found = {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in SEALED}
-    found[LEDGER] = ledger.content_sha256()
-    replaced(path / SEAL, json.dumps(found, indent=2) + "\n")
+    replaced(path / SEAL, page(Seal(hashes(path, ledger))))
+
+
+def refuse_broken_seal(path: Path, ledger: Ledger) -> None:
+    """Raise CheckFailed when the folder is not what was sealed."""
+    claimed, found = parsed(Seal, (path / SEAL).read_bytes(), str(path / SEAL)).sha256, hashes(path, ledger)
+    if changed := [name for name in found if claimed.get(name) != found[name]]:
+        raise CheckFailed(
+            f"{', '.join(changed)} in {path} was changed after the run was sealed: see densepure-rt audit"
+        )
+
+
+def hashes(path: Path, ledger: Ledger) -> dict[str, str]:
+    """What a seal holds: the SHA-256 of each file of a run."""
+    names = (*SEALED, *((ATTACKS,) if (path / ATTACKS).exists() else ()))
+    found = {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in names}
+    return found | {LEDGER: ledger.content_sha256()}
 
 
 def brief(value: Any) -> str:

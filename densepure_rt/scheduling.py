@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from densepure_rt.datasets import LabelledImage
+from densepure_rt.errors import CheckFailed
 from densepure_rt.runtime.device import NOT_FINITE
 from densepure_rt.runtime.noise import Purpose
 from densepure_rt.runtime.reverse import Outcome
@@ -93,6 +94,8 @@ class Tally:
         self._taken += 1
         if label == NOT_FINITE:
             self.not_finite += 1
+        elif not 0 <= label < len(self.counts[phase]):
+            raise CheckFailed(f"label {label} is none of the {len(self.counts[phase])} classes: the ledger is damaged")
         else:
             self.counts[phase][label] += 1
 
@@ -115,12 +118,14 @@ class UnderWay(Generic[J]):
         self.image, self.judge, self.deadline, self.journal = image, judge, deadline, journal
         self.stopped = False
         taken = NOTHING if journal is None else journal.taken(image.idx)
+        self._most = sum(samples for _, samples in judge.phases)
+        if len(taken.labels) > self._most:
+            raise CheckFailed(f"image {image.idx} has {len(taken.labels)} labels, and takes {self._most} at most")
         self.cost = Cost(unet_calls=taken.unet_calls, classifier_calls=taken.classifier_calls)
         for label in taken.labels.tolist():
             self._judge(label)
         self.returned = self.drawn = len(taken.labels)
         self.handles = open_handles(judge.phases) if judge.needed else []
-        self._most = sum(samples for _, samples in judge.phases)
         every = (
             (handle, sample)
             for handle, (_, samples) in zip(self.handles, judge.phases, strict=True)

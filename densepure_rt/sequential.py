@@ -34,6 +34,7 @@ RADIUS_LOSS = 0.05  # of the radius that n_max samples would give; what is given
 
 THRESHOLD_MARGIN = 1e-6  # on logs, where an integer threshold is sought
 BOUND_MARGIN = 1e-9  # on logs, where a bound is; wider than the error of log_e
+NEGLIGIBLE = 1e-15  # of a forecast: chances that are followed no further
 HALVINGS = 50  # of (0, 1): to 1e-15
 CACHED_LOOKS = 2**17
 
@@ -332,9 +333,11 @@ class SequentialRule(_Limits):
                     part, reached = chances[first - least : stop - least], standing.after(first, certify, give_up)
                     if reached.decided:  # at n_max every standing is
                         finished[reached.certified] += part.sum()
-                    else:
+                    elif part.sum() > NEGLIGIBLE:
                         arrived[reached].append((first, part))
             under_way, before = arrived, n
+            if not under_way:
+                break
         certified = np.cumsum(finished[::-1])[-2::-1]  # the chance of j or more
         return Forecast(samples, (*map(float, certified), *(0.0 for _ in self.radii[len(self.tests) :])))
 

@@ -237,7 +237,7 @@ class SmoothedClassifier:
         if secret is not None and len(secret) < SECRET_BYTES:
             raise UsageError(f"a secret is {SECRET_BYTES} bytes or more, got {len(secret)}")
         self.secret = new_secret() if secret is None else secret
-        self._busy = False  # two iterations would share slots
+        self.busy = False  # two iterations would share slots
 
     def __enter__(self) -> SmoothedClassifier:
         return self
@@ -392,9 +392,9 @@ class SmoothedClassifier:
                 open_handles = partial(self._open, image, settings.sigma, chain)
                 yield UnderWay(image, new_judge(image), open_handles, min(end, now + budget.image), journal)
 
-        if self._busy:
+        if self.busy:
             raise UsageError("this classifier is already at work: finish or close that iteration, or load another one")
-        self._busy = True
+        self.busy = True
         scheduler = Scheduler(opened())
         try:
             while not scheduler.done:
@@ -412,7 +412,7 @@ class SmoothedClassifier:
         finally:
             for unfinished in scheduler.open:
                 self._close(unfinished)
-            self._busy = False
+            self.busy = False
 
     def _open(self, image: LabelledImage, sigma: float, chain: Chain, phases: Phases) -> list[int]:
         keys = [image_key(self.secret, purpose, sigma, image.pixels) for purpose, _ in phases]

@@ -43,7 +43,6 @@ from densepure_rt.export.machine import (
     gpu_state,
     load_average,
     measured_peak,
-    processor,
 )
 from densepure_rt.export.programs import first_line
 from densepure_rt.export.sources import refuse_other_models
@@ -63,6 +62,7 @@ from densepure_rt.runtime.device import (
     available_cores,
     installed_versions,
     open_device,
+    processor,
 )
 from densepure_rt.runtime.noise import Key
 from densepure_rt.runtime.reverse import decide

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -91,14 +90,6 @@ def measured_peak(clock: Clock) -> dict[str, float]:
         name: gflop / min(stopwatch(product) for _ in range(PEAK_REPEATS))
         for name, (gflop, product) in products.items()
     }
-
-
-def processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def load_average() -> float | None:

@@ -35,12 +35,21 @@ from densepure_rt.datasets import LabelledImage
 from densepure_rt.errors import UsageError
 from densepure_rt.export.bench import refuse_impossible, runs_on_gpu, torch_settings
 from densepure_rt.export.classifiers import ClassifierModel
-from densepure_rt.export.machine import Clock, Load, OtherLoad, gpu_state, load_average, processor
+from densepure_rt.export.machine import Clock, Load, OtherLoad, gpu_state, load_average
 from densepure_rt.export.reference import reverse_step
 from densepure_rt.export.sources import refuse_other_models
 from densepure_rt.export.unets import DiffusionModel
 from densepure_rt.runtime.bundle import Bundle
-from densepure_rt.runtime.device import Batch, Device, Kind, Provider, available_cores, installed_versions, open_device
+from densepure_rt.runtime.device import (
+    Batch,
+    Device,
+    Kind,
+    Provider,
+    available_cores,
+    installed_versions,
+    open_device,
+    processor,
+)
 from densepure_rt.runtime.schedule import Chain, Coefficients, make_chain
 from densepure_rt.smoothing import PAPER, Settings, SmoothedClassifier, seeded_secret
 
@@ -343,7 +352,8 @@ class PublishedProcedure:
     """The published procedure in PyTorch, an operation at a time, and in `meter` what its calls take.
 
     Each of the K runs has a generator of smoothing noise, all seeded alike, so that all runs see the same noisy images,
-    and a generator of reverse noise, seeded with the run's number. Neither is seeded anew for an image or a batch.
+    and a generator of reverse noise, seeded with the run's number. Neither is seeded anew for an image or a batch. As
+    published, run 0 with seed 0 draws both from equal streams.
     """
 
     def __init__(

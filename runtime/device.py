@@ -6,11 +6,14 @@ reads source slots and writes target slots, or reads slots and returns labels.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
@@ -112,6 +115,15 @@ def installed_versions(*distributions: str) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def processor() -> str:
+    """The name of this machine's CPU, as far as the system tells."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def onnxruntime_conflict() -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import platform
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from densepure_rt.runtime.device import (
     Floats,
     Provider,
     probe,
+    processor,
 )
 from densepure_rt.runtime.noise import Key, RoundedNormal, first_state, smoothing_law, smoothing_noise, vote_noise
 
@@ -212,7 +212,7 @@ class OnnxDevice:
         return {
             "provider": "onnxruntime CPU" if self.provider == "cpu" else f"onnxruntime {self.provider}",
             "onnxruntime": onnxruntime.__version__,
-            "processor": platform.processor() or platform.machine(),
+            "processor": processor(),
             "threads": self.threads,
             "batch": self.batch,
             "independent_of_batch_mates": True,  # or `probe` would have raised

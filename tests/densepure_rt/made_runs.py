@@ -57,7 +57,7 @@ def make_run(
 ) -> Path:
     """The folder of a run that has `done` images, numbered from 0, of `asked`."""
     path.mkdir(parents=True)
-    count = ImagesIdentity("made", len(done) if asked is None else asked, "b" * 64)
+    count = ImagesIdentity(len(done) if asked is None else asked, "b" * 64)
     of = manifest(None, **({"images": count, "rule": rule, "sigma": SIGMA} | identity))
     provenance: Provenance = replace(of.provenance, argv=argv)
     (path / "manifest.json").write_text(page(replace(of, provenance=provenance)))

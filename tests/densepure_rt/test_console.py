@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -113,7 +114,7 @@ def test_without_a_terminal_the_last_item_is_always_announced(
     monkeypatch.setattr(console, "stderr", Console(file=io.StringIO(), force_terminal=False))
     status = Status()
     for item in track(range(3), 3, status):
-        status.text = f"seen {item}"
+        status.text = partial(str, f"seen {item}")
     printed = capsys.readouterr()
     assert printed.out == ""
     (line,) = printed.err.splitlines()
@@ -135,7 +136,7 @@ def test_on_a_terminal_the_bar_shows_the_status(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(console, "stderr", Console(file=written, force_terminal=True, width=200))
     status = Status()
     for item in track(range(2), 2, status):
-        status.text = f"seen {item}"
+        status.text = partial(str, f"seen {item}")
     assert "2/2" in written.getvalue()
     assert "seen 1" in written.getvalue()
     assert math.isclose(written.getvalue().count("\x1b[?25l"), written.getvalue().count("\x1b[?25h"))  # cursor is back

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
+from types import FrameType
 
 import numpy as np
 import pytest
@@ -73,7 +74,7 @@ def test_an_image_that_is_done_keeps_all_its_labels_in_one_place(tmp_path: Path)
             ledger.add(7, outcome(label))
         ledger.commit()
         ledger.add(7, outcome(4))
-        ledger.finish(0, 7, "record\n", "timing\n")
+        ledger.finish(0, 7, 4, "record\n", "timing\n")
         (done,) = ledger.done()
         assert (done.place, done.idx, done.labels.tolist(), done.record) == (0, 7, [3, -1, 3, 4], "record\n")
         assert ledger.taken(7).labels.tolist() == []
@@ -94,12 +95,88 @@ def test_what_a_killed_process_had_committed_is_there(tmp_path: Path) -> None:
         assert ledger.taken(5).labels.tolist() == [1, 2, 3]
 
 
+class CtrlC:
+    """Raises KeyboardInterrupt before the step number `at` of what is traced: a line of the ledger's module."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.steps = at, 0
+
+    def __call__(self, frame: FrameType, event: str, argument: object) -> CtrlC | None:
+        if not frame.f_code.co_filename.endswith("ledger.py"):
+            return None
+        if event == "line":
+            self.steps += 1
+            if self.steps == self.at:
+                raise KeyboardInterrupt
+        return self
+
+
+def test_ctrl_c_before_any_step_of_a_commit_or_an_end_doubles_and_loses_no_label(tmp_path: Path) -> None:
+    """What was committed before it is there once, in its place, and what comes later follows it."""
+    interrupted = 0
+    for at in range(1, 400):
+        path = tmp_path / f"{at}.sqlite"
+        ledger = Ledger(path)
+        for label in range(40):
+            ledger.add(3, outcome(label % 10))
+        ledger.commit()
+        for label in range(40, 60):
+            ledger.add(3, outcome(label % 10))
+        trace = CtrlC(at)
+        sys.settrace(trace)
+        try:
+            ledger.commit()
+            ledger.add(3, outcome(0))
+            ledger.finish(0, 3, 61, "record", "timing")
+        except KeyboardInterrupt:
+            interrupted += 1
+        finally:
+            sys.settrace(None)
+        ledger.close()
+        with Ledger(path) as again:
+            done = list(again.done())
+            found = done[0].labels.tolist() if done else again.taken(3).labels.tolist()
+            assert found == [label % 10 for label in range(len(found))], at
+            assert len(found) == 61 if done else 40 <= len(found) <= 61
+            if not done:
+                for label in range(len(found), 70):
+                    again.add(3, outcome(label % 10))
+                again.finish(0, 3, 70, "record", "timing")
+        if trace.steps < at:
+            break
+    assert 20 < interrupted < 399
+
+
+def test_labels_beyond_a_gap_are_dropped(tmp_path: Path) -> None:
+    with Ledger(tmp_path / "l") as ledger:
+        for label in (1, 2, 3):
+            ledger.add(5, outcome(label))
+        ledger.commit()
+    with sqlite3.connect(tmp_path / "l") as database:
+        database.execute("update samples set first = 40")
+        database.execute("insert into samples values (5, 0, ?, 1, 1)", (packed([7, 8]),))
+    database.close()
+    with Ledger(tmp_path / "l") as ledger:
+        assert ledger.taken(5).labels.tolist() == [7, 8]
+        ledger.add(5, outcome(9))
+        ledger.finish(0, 5, 3, "record", "timing")
+        assert next(ledger.done()).labels.tolist() == [7, 8, 9]
+
+
+def test_an_image_whose_labels_are_not_all_there_is_not_done(tmp_path: Path) -> None:
+    with Ledger(tmp_path / "l") as ledger:
+        ledger.add(5, outcome(1))
+        with pytest.raises(CheckFailed, match="has 1 labels of image 5, which 2 decided"):
+            ledger.finish(0, 5, 2, "record", "timing")
+        assert list(ledger.done()) == []
+
+
 def test_the_content_has_a_hash_of_its_own_whatever_the_pages_look_like(tmp_path: Path) -> None:
     for name, order in (("a", (0, 1)), ("b", (1, 0))):
         with Ledger(tmp_path / name) as ledger:
             for idx in order:
                 ledger.add(idx, outcome(idx))
-                ledger.finish(idx, idx, "r", "t")
+                ledger.finish(idx, idx, 1, "r", "t")
     with Ledger(tmp_path / "a", read_only=True) as one, Ledger(tmp_path / "b", read_only=True) as other:
         assert one.content_sha256() == other.content_sha256()
     with sqlite3.connect(tmp_path / "b") as database:
@@ -118,7 +195,7 @@ def test_a_damaged_file_is_one_clear_error_or_a_right_read(
         for idx in range(4):
             for label in range(50):
                 ledger.add(idx, outcome(label % 10))
-            ledger.finish(idx, idx, f"record {idx}\n" * 30, "timing\n")
+            ledger.finish(idx, idx, 50, f"record {idx}\n" * 30, "timing\n")
     content = bytearray(path.read_bytes())
     if data.draw(st.booleans()):
         del content[data.draw(st.integers(0, len(content) - 1)) :]

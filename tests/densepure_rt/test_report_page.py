@@ -76,7 +76,7 @@ def hostile_page(tmp_path: Path, address: str) -> tuple[str, tuple[str, ...]]:
         class_names=names,
         precision=names[0],
         tie_rule=names[1],
-        images=ImagesIdentity(names[3], 9, "b" * 64),
+        images=ImagesIdentity(9, "b" * 64),
     )
     read = read_run(run)
     return page([report_of(read, name) for name in names]), names

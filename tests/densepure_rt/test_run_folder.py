@@ -50,7 +50,7 @@ def result(
     idx: int = 0, label: int | None = 3, predict: int | None = 3, radius: float | None = 0.25, seconds: float = 1.5
 ) -> Certified:
     certificate = Certificate(predict, radius, n0=4, n=20, n_a=19, alpha=0.001, p_lower=0.6)
-    return Certified(LabelledImage(idx, np.zeros((1, 2, 2), np.uint8), label), certificate, Cost(24, 7, 5, 0, seconds))
+    return Certified(LabelledImage(idx, np.zeros((1, 2, 2), np.uint8), label), certificate, Cost(0, 7, 5, 0, seconds))
 
 
 def manifest(secret: bytes | None = None, **changed: object) -> Manifest:
@@ -62,13 +62,14 @@ def manifest(secret: bytes | None = None, **changed: object) -> Manifest:
         "precision": "fp32",
         "runs_on": "onnxruntime CPU",
         "compute_capability": None,
+        "processor": "one",
         "schedule": Schedule("linear", 1000),
         "variance": "fixed_small",
         "prediction": "epsilon",
         "clip": None,
         "class_names": tuple("0123456789"),
         "image": (1, 2, 2),
-        "images": ImagesIdentity("four", 4, "b" * 64),
+        "images": ImagesIdentity(4, "b" * 64),
         "sigma": 0.5,
         "sigma_in_network_units": 1.0,
         "steps": 1,
@@ -86,7 +87,7 @@ def manifest(secret: bytes | None = None, **changed: object) -> Manifest:
         "public_seed": None if secret else 1,
     }
     identity = Identity(**(given | changed))
-    provenance = Provenance((), {}, "now", "here", "3", "Linux", {}, {}, None)
+    provenance = Provenance((), {}, "now", "here", "four", "3", "Linux", {}, {}, None)
     return Manifest(SCHEMA_VERSION, identity.sha256, identity, provenance)
 
 
@@ -156,7 +157,7 @@ def test_a_run_goes_on_where_it_was_cut_short(tmp_path: Path) -> None:
     with RunFolder(tmp_path, manifest(), None) as folder:
         for idx in (7, 3):
             folder.add(result(idx=idx))
-        folder.ledger.add(9, Outcome(0, 0, 3, 1, 1))
+        folder.ledger.add(9, Outcome(0, 0, 3, 1, 1))  # as one that is under way
     whole = contents(tmp_path)
     for name in RESULTS:
         (tmp_path / name).write_bytes(whole[name][:-5])
@@ -164,26 +165,27 @@ def test_a_run_goes_on_where_it_was_cut_short(tmp_path: Path) -> None:
         assert [record.idx for record, _ in again.done] == [7, 3]
         assert {name: (tmp_path / name).read_bytes() for name in RESULTS} == {name: whole[name] for name in RESULTS}
         assert again.ledger.taken(9).labels.tolist() == [3]
-        again.add(result(idx=9))
-    assert [json.loads(line)["idx"] for line in (tmp_path / "results.jsonl").read_text().splitlines()] == [7, 3, 9]
+        again.add(result(idx=8))
+    assert [json.loads(line)["idx"] for line in (tmp_path / "results.jsonl").read_text().splitlines()] == [7, 3, 8]
 
 
 def test_a_run_of_another_identity_is_refused_with_the_fields_that_differ(tmp_path: Path) -> None:
     with RunFolder(tmp_path, manifest(), None) as folder:
         folder.add(result())
-    before = contents(tmp_path)
-    other = manifest(sigma=0.25, images=ImagesIdentity("four", 5, "b" * 64))
+    before = contents(tmp_path) | {"ledger.sqlite": b""}  # whose pages may differ
+    other = manifest(sigma=0.25, images=ImagesIdentity(5, "b" * 64))
     with pytest.raises(
         UsageError, match=r"another identity \(images.count: 4 there, 5 now; sigma: 0.5 there, 0.25 now\)"
     ):
         RunFolder(tmp_path, other, None)
-    assert contents(tmp_path) == before
+    assert contents(tmp_path) | {"ledger.sqlite": b""} == before
 
 
 def test_what_is_no_part_of_the_identity_may_differ(tmp_path: Path) -> None:
-    RunFolder(tmp_path, manifest(), None).close()
+    with RunFolder(tmp_path, manifest(), None) as folder:
+        folder.add(result())
     elsewhere = replace(
-        manifest(), provenance=Provenance(("x",), {"threads": 2}, "then", "there", "3", "L", {}, {}, None)
+        manifest(), provenance=Provenance(("x",), {"threads": 2}, "then", "there", "four", "3", "L", {}, {}, None)
     )
     with RunFolder(tmp_path, elsewhere, None) as folder:
         assert folder.manifest.provenance.host == "here"
@@ -192,7 +194,8 @@ def test_what_is_no_part_of_the_identity_may_differ(tmp_path: Path) -> None:
 @pytest.mark.parametrize("left", ["results.tsv", "results.jsonl", "timing.jsonl", "ledger.sqlite"])
 def test_what_no_run_can_go_on_from_is_never_written_over(tmp_path: Path, left: str) -> None:
     (tmp_path / left).write_text("precious")
-    with pytest.raises(UsageError, match=f"holds {left} of a run that cannot go on.*--out"):
+    said = "damaged" if left == "ledger.sqlite" else f"holds {left} of a run that cannot go on.*--out"
+    with pytest.raises((UsageError, CheckFailed), match=said):
         RunFolder(tmp_path, manifest(), None)
     assert contents(tmp_path) == {left: b"precious"}
 
@@ -222,7 +225,7 @@ def test_a_complete_run_is_sealed_and_a_run_that_goes_on_is_not(tmp_path: Path) 
         for idx in (1, 2, 3):
             folder.add(result(idx=idx))
         folder.finish(replace(SUMMARY, done=4))
-    sealed = json.loads((tmp_path / "seal.json").read_text())
+    sealed = json.loads((tmp_path / "seal.json").read_text())["sha256"]
     assert set(sealed) == {"manifest.json", "ledger.sqlite", "summary.json", *RESULTS}
     for name in set(sealed) - {"ledger.sqlite"}:
         assert sealed[name] == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
@@ -237,6 +240,54 @@ def test_a_revealed_secret_is_in_the_manifest_and_draws_no_more_noise(tmp_path: 
     assert not (tmp_path / "secret.key").exists()
     with pytest.raises(UsageError, match="has been revealed"):
         secret_to_go_on(tmp_path)
+
+
+@pytest.mark.parametrize("killed_after", ["the key has its new name", "the manifest is written"])
+def test_a_reveal_that_was_cut_short_is_completed_by_another(tmp_path: Path, killed_after: str) -> None:
+    with RunFolder(tmp_path, manifest(SECRET), SECRET) as folder:
+        for idx in range(4):
+            folder.add(result(idx=idx))
+        folder.finish(replace(SUMMARY, done=4))
+    sealed = (tmp_path / "seal.json").read_bytes()
+    before = (tmp_path / "manifest.json").read_bytes()
+    reveal(tmp_path)
+    (tmp_path / "seal.json").write_bytes(sealed)
+    if killed_after == "the key has its new name":
+        (tmp_path / "manifest.json").write_bytes(before)
+    assert reveal(tmp_path) == SECRET.hex()
+    hashes = json.loads((tmp_path / "seal.json").read_text())["sha256"]
+    assert hashes["manifest.json"] == hashlib.sha256((tmp_path / "manifest.json").read_bytes()).hexdigest()
+
+
+def test_what_was_changed_after_the_seal_is_not_sealed_again(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, manifest(SECRET), SECRET) as folder:
+        for idx in range(4):
+            folder.add(result(idx=idx))
+        folder.finish(replace(SUMMARY, done=4))
+    text = (tmp_path / "manifest.json").read_text()
+    (tmp_path / "manifest.json").write_text(text.replace('"here"', '"elsewhere"'))
+    for again in (lambda: reveal(tmp_path), lambda: RunFolder(tmp_path, manifest(SECRET), SECRET)):
+        with pytest.raises(CheckFailed, match="manifest.json in .* was changed after the run was sealed"):
+            again()
+
+
+def test_a_ledger_of_another_run_is_not_adopted(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, manifest(), None) as folder:
+        folder.add(result())
+        folder.ledger.set_value("identity_sha256", "f" * 64)
+    with pytest.raises(CheckFailed, match="belongs to a run of another identity"):
+        RunFolder(tmp_path, manifest(), None)
+
+
+def test_a_key_that_came_back_after_it_was_revealed_draws_nothing(tmp_path: Path) -> None:
+    """As from a backup, or when a run was started before its secret was revealed."""
+    with RunFolder(tmp_path, manifest(SECRET), SECRET) as folder:
+        folder.add(result())
+    reveal(tmp_path)
+    (tmp_path / "secret.revealed").rename(tmp_path / "secret.key")
+    assert secret_to_go_on(tmp_path) == SECRET
+    with pytest.raises(UsageError, match="has been revealed"):
+        RunFolder(tmp_path, manifest(SECRET), SECRET)
 
 
 def test_what_cannot_be_revealed_is_said(tmp_path: Path) -> None:
