@@ -22,7 +22,7 @@ from densepure_rt.falsify_run import EACH, attacked, certificate_of_record, chec
 from densepure_rt.forecast import forecast
 from densepure_rt.records import AttackRecord, ImageRecord, TimingRecord
 from densepure_rt.run_folder import record_of
-from densepure_rt.smoothing import Budget, Settings, load
+from densepure_rt.smoothing import Budget, Settings, load, seeded_secret
 
 SETTINGS = Settings(sigma=0.1, steps=0, n=400, alpha=0.01, radii=(0.0, 0.05))
 
@@ -67,7 +67,7 @@ def images() -> ImageSet:
 
 
 def attacked_run(out: Path, images: ImageSet, share: float) -> list[AttackRecord]:
-    with load(batch=16, threads=1) as classifier:
+    with load(secret=seeded_secret(5), batch=16, threads=1) as classifier:
         expected = forecast(classifier, SETTINGS, len(images))
         _, attacks = run(classifier, images, SETTINGS, expected, out, 5, Budget(), share)
     return attacks
