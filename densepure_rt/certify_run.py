@@ -113,6 +113,7 @@ def manifest_of(
         versions={"densepure-rt": __version__} | installed_versions("numpy", "scipy", "onnxruntime"),
         weights_sha256={"unet": bundle.unet.weights_sha256, "classifier": bundle.classifier.weights_sha256},
         seed_note=None if seed is None else "seed public: valid only for images fixed before the seed was chosen",
+        parity=bundle.unet.accuracy,
     )
     return Manifest(SCHEMA_VERSION, identity.sha256, identity, provenance)
 

@@ -17,6 +17,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from densepure_rt.certification import Result
 from densepure_rt.errors import CheckFailed
+from densepure_rt.runtime.bundle import Accuracy
 from densepure_rt.runtime.schedule import Schedule, TimestepRule, Variance
 
 SCHEMA_VERSION: Literal[2] = 2
@@ -201,7 +202,10 @@ class Identity:
 
 @dataclass(frozen=True)
 class Provenance:
-    """Who ran it, where and when. revealed_secret: hex, once `densepure-rt reveal` has made it public."""
+    """Who ran it, where and when. revealed_secret: hex, once `densepure-rt reveal` has made it public.
+
+    parity: how far the engine's ONNX file was from PyTorch when it was exported, where its sidecar says so.
+    """
 
     __pydantic_config__ = STRICT
     argv: tuple[str, ...]
@@ -216,6 +220,7 @@ class Provenance:
     seed_note: str | None
     shard: str | None = None
     revealed_secret: str | None = None
+    parity: Accuracy | None = None
 
 
 @dataclass(frozen=True)

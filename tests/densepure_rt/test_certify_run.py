@@ -282,6 +282,7 @@ def test_the_manifest_says_what_was_run(run: Run, first: Run) -> None:
     assert provenance["device"]["batch"] == 4
     assert "--skip" in provenance["argv"]
     assert {"densepure-rt", "numpy", "onnxruntime", "scipy"} <= set(provenance["versions"])
+    assert provenance["parity"] == json.loads((ENGINES / "unet.onnx.json").read_text())["accuracy"]
 
 
 @pytest.mark.parametrize(("batch", "threads"), [(1, 1), (64, 1), (7, 2)])
