@@ -1,4 +1,4 @@
-"""Certified accuracy over radii, of a run as it was recorded: for reports and comparisons. Nothing here prints.
+"""Certified accuracy over radii, of a run as it was recorded or imported: for reports and comparisons.
 
 certified accuracy(r) = share of the labelled images that are certified for their own label at a radius of r or more.
 All radii are l2 in [0, 1] pixel units.
@@ -10,15 +10,31 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from densepure_rt.certify_run import settings_of
 from densepure_rt.forecast import reach_of
-from densepure_rt.records import Identity, ImageRecord
+from densepure_rt.import_reader import ImportedRun
+from densepure_rt.records import Identity
 from densepure_rt.run_reader import Run
 from densepure_rt.sequential import RadiusRule, SequentialRule
 
 CONFIDENCE = 0.95  # of everything that a report says of images beyond those that were run
 RHO = 0.05  # of `right_of_these`, which does not hold for much smaller ones
+
+
+class Answer(Protocol):
+    """What came of an image, own or imported. radius: None for an abstention. correct: None without a label."""
+
+    @property
+    def label(self) -> int | None: ...
+    @property
+    def radius(self) -> float | None: ...
+    @property
+    def correct(self) -> bool | None: ...
+
+
+A = TypeVar("A", bound=Answer)
 
 
 @dataclass(frozen=True)
@@ -27,6 +43,7 @@ class Curve:
 
     grid: the run was asked about `radii` alone, so that only these are known; else all from 0 to the last. images: how
     many it is the share of. labelled: whether these have labels; else it counts certificates for whatever class.
+    open_ended: nothing is certified beyond the last of `radii`, and whether n samples could have is not known.
     """
 
     radii: tuple[float, ...]
@@ -34,30 +51,49 @@ class Curve:
     grid: bool
     images: int
     labelled: bool
+    open_ended: bool = False
 
     def at(self, radius: float) -> float | None:
         """None where the run was not asked, or where its n samples cannot reach."""
-        place = bisect_left(self.radii, radius) if radius >= 0 else len(self.radii)
-        if place == len(self.radii) or (self.grid and self.radii[place] != radius):
+        if not radius >= 0:
+            return None
+        place = bisect_left(self.radii, radius)
+        if place == len(self.radii):
+            return 0.0 if self.open_ended else None
+        if self.grid and self.radii[place] != radius:
             return None
         return self.accuracy[place]
 
 
 def curve_of(run: Run) -> Curve:
     """The curve of the labelled images that are done, or of all where none has a label. No image: no radii."""
-    labelled = tuple(record for record in run.records if record.label is not None)
-    counted = labelled or run.records
+    counted, labelled = counted_of(run.records)
     grid = run.manifest.identity.rule.method == "sequential"
     radii = (reachable_radii(run.manifest.identity) if grid else breakpoints(run)) if counted else ()
     shares = tuple(share_certified(counted, radius) for radius in radii)
-    return Curve(radii, shares, grid, len(counted), labelled=bool(labelled))
+    return Curve(radii, shares, grid, len(counted), labelled)
 
 
-def share_certified(records: Sequence[ImageRecord], radius: float) -> float:
+def curve_of_imported(found: ImportedRun) -> Curve:
+    """The same on the sound reading of another tool's radii: up to their reach, else up to the last one."""
+    counted, labelled = counted_of(found.records)
+    end = found.origin.reach
+    radii = tuple(sorted({0.0, end or 0.0} | {record.radius for record in counted if record.radius is not None}))
+    shares = tuple(share_certified(counted, radius) for radius in radii)
+    return Curve(radii, shares, False, len(counted), labelled, open_ended=end is None)
+
+
+def counted_of(records: Sequence[A]) -> tuple[Sequence[A], bool]:
+    """The answers that a curve is the share of, and whether these have labels: all, where none has."""
+    labelled = tuple(record for record in records if record.label is not None)
+    return labelled or records, bool(labelled)
+
+
+def share_certified(records: Sequence[Answer], radius: float) -> float:
     return sum(holds(record, radius) for record in records) / len(records)
 
 
-def holds(record: ImageRecord, radius: float) -> bool:
+def holds(record: Answer, radius: float) -> bool:
     """Whether the image is certified at `radius`, and for its own label where it has one."""
     return record.correct is not False and record.radius is not None and record.radius >= radius
 

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from densepure_rt.accuracy import Curve, band_half_width, curve_of, holds, reach, right_of_these
+from densepure_rt.accuracy import (
+    Curve,
+    band_half_width,
+    curve_of,
+    curve_of_imported,
+    holds,
+    reach,
+    right_of_these,
+)
 from densepure_rt.certify_run import RADII, abstention
 from densepure_rt.console import plural
 from densepure_rt.errors import EnvironmentFault, UsageError
+from densepure_rt.import_reader import ImportedRun
 from densepure_rt.records import Abstention, ImageRecord
 from densepure_rt.run_reader import Run
 from densepure_rt.step_chart import COLOURS, Axis, Line, falling, rising, step_chart
@@ -41,64 +50,64 @@ class Totals(NamedTuple):
 
 @dataclass(frozen=True)
 class RunReport:
-    """A run as a report shows it. reach: the largest radius that n can certify. distinct: images, equal ones once.
+    """A run, or imported results, as a report shows it. source: which; what it does not know is None.
 
-    certified: for the image's own label, or for any where it has none; other_class: for another than its label.
+    asked: images. radii: those that it was asked about alone. reach: the largest radius that n can certify. distinct:
+    images, equal ones once. certified: for the image's own label, or for any where it has none; other_class: for
+    another than its label. reasons: of those that abstained, where they are known.
     """
 
     name: str
-    run: Run
+    source: Run | ImportedRun
+    setting: str
+    sigma: float | None
+    alpha: float
+    asked: int
+    radii: tuple[float, ...]
     curve: Curve
     reach: float | None
-    distinct: int
+    distinct: int | None
     certified: int
     other_class: int
+    abstained: int
     reasons: Mapping[Abstention, int]
-    totals: Totals
+    totals: Totals | None
 
     @property
     def done(self) -> int:
-        return len(self.run.records)
-
-    @property
-    def alpha(self) -> float:
-        return self.run.manifest.identity.rule.alpha
-
-    @property
-    def setting(self) -> str:
-        identity = self.run.manifest.identity
-        shape = f"{plural(identity.steps, 'step')}, {plural(identity.votes, 'vote')}"
-        return f"sigma {identity.sigma:g}, {shape}, {identity.precision}, {identity.rule.method}"
+        return len(self.source.records)
 
     def bound_at(self, radius: float) -> float | None:
-        """`right_of_these` at a radius; None where the accuracy is not known or equal images share their noise."""
+        """`right_of_these` at a radius; None where the accuracy is not known, or whether images share their noise."""
         accuracy = self.curve.at(radius)
-        if accuracy is None or self.distinct < self.done:
+        if accuracy is None or self.distinct is None or self.distinct < self.done:
             return None
         return right_of_these(accuracy, self.curve.images, self.alpha)
 
-    def weakest(self) -> list[ImageRecord]:
-        """Images that did worst: certified for another class, then not certified, then by radius and share of votes."""
 
-        def strength(record: ImageRecord) -> tuple[int, float, float]:
-            kind = 2 if holds(record, 0.0) else int(record.predict is None)
-            return kind, record.radius or 0.0, record.n_a / max(1, record.n)
-
-        return sorted(self.run.records, key=strength)[:WEAKEST]
+def report_of(source: Run | ImportedRun, name: str) -> RunReport:
+    return report_of_run(source, name) if isinstance(source, Run) else report_of_imported(source, name)
 
 
-def report_of(run: Run, name: str) -> RunReport:
-    records, timings = run.records, run.timings
+def report_of_run(run: Run, name: str) -> RunReport:
+    identity, records, timings = run.manifest.identity, run.records, run.timings
+    shape = f"{plural(identity.steps, 'step')}, {plural(identity.votes, 'vote')}"
     certified = sum(holds(record, 0.0) for record in records)
     reasons = Counter(why for record in records if (why := abstention(record)) is not None)
     return RunReport(
         name=name,
-        run=run,
+        source=run,
+        setting=f"sigma {identity.sigma:g}, {shape}, {identity.precision}, {identity.rule.method}",
+        sigma=identity.sigma,
+        alpha=identity.rule.alpha,
+        asked=identity.images.count,
+        radii=identity.rule.radii or (),
         curve=curve_of(run),
-        reach=reach(run.manifest.identity),
+        reach=reach(identity),
         distinct=len({record.image_sha256 for record in records}),
         certified=certified,
         other_class=len(records) - certified - reasons.total(),
+        abstained=reasons.total(),
         reasons=reasons,
         totals=Totals(
             samples=sum(timing.samples for timing in timings),
@@ -108,6 +117,52 @@ def report_of(run: Run, name: str) -> RunReport:
             seconds=sum(timing.seconds for timing in timings),
         ),
     )
+
+
+def report_of_imported(found: ImportedRun, name: str) -> RunReport:
+    """Results of another tool on their sound reading."""
+    settings, records = found.origin.settings, found.records
+    words = [f"imported {settings.kind}"]
+    words += [] if settings.sigma is None else [f"sigma {settings.sigma:g}"]
+    words += [] if settings.seeds is None else [plural(len(settings.seeds), "vote")]
+    words += [] if settings.n is None else [f"n = {settings.n:,}"]
+    certified = sum(holds(record, 0.0) for record in records)
+    abstained = sum(record.radius is None for record in records)
+    return RunReport(
+        name=name,
+        source=found,
+        setting=", ".join(words),
+        sigma=settings.sigma,
+        alpha=settings.alpha,
+        asked=len(records),
+        radii=(),
+        curve=curve_of_imported(found),
+        reach=found.origin.reach,
+        distinct=None,
+        certified=certified,
+        other_class=len(records) - certified - abstained,
+        abstained=abstained,
+        reasons={},
+        totals=None,
+    )
+
+
+def own(reports: Sequence[RunReport]) -> Iterator[tuple[RunReport, Run]]:
+    return ((report, report.source) for report in reports if isinstance(report.source, Run))
+
+
+def imported(reports: Sequence[RunReport]) -> Iterator[tuple[RunReport, ImportedRun]]:
+    return ((report, report.source) for report in reports if isinstance(report.source, ImportedRun))
+
+
+def weakest(run: Run) -> list[ImageRecord]:
+    """Images that did worst: certified for another class, then not certified, then by radius and share of votes."""
+
+    def strength(record: ImageRecord) -> tuple[int, float, float]:
+        kind = 2 if holds(record, 0.0) else int(record.predict is None)
+        return kind, record.radius or 0.0, record.n_a / max(1, record.n)
+
+    return sorted(run.records, key=strength)[:WEAKEST]
 
 
 def names_of(paths: Sequence[Path]) -> list[str]:
@@ -122,8 +177,7 @@ def names_of(paths: Sequence[Path]) -> list[str]:
 
 def table_radii(reports: Sequence[RunReport]) -> tuple[float, ...]:
     """The radii of the papers' tables, and of the runs' grids."""
-    grids = (report.run.manifest.identity.rule.radii or () for report in reports)
-    return tuple(sorted({*RADII}.union(*grids)))
+    return tuple(sorted({*RADII}.union(*(report.radii for report in reports))))
 
 
 def percent(share: float | None) -> str:
@@ -142,8 +196,8 @@ def markdown(reports: Sequence[RunReport]) -> str:
     rows = [head, ("---",) * 3 + ("--:",) * (len(radii) + 1)]
     for report in reports:
         shares = (percent(report.curve.at(radius)) for radius in radii)
-        abstained = str(sum(report.reasons.values()))
-        rows.append((report.name, report.setting, f"{report.done} of {asked(report)}", *shares, abstained))
+        images, abstained = f"{report.done} of {report.asked}", str(report.abstained)
+        rows.append((report.name, report.setting, images, *shares, abstained))
     return "".join(f"| {' | '.join(map(plain_cell, row))} |\n" for row in rows)
 
 
@@ -151,10 +205,6 @@ def plain_cell(text: str) -> str:
     """Text that Markdown takes for nothing else: names come from files."""
     marks = "\\`*_[]<>|#!&~$"
     return text if set(text) <= {"-", ":"} else "".join(f"\\{c}" if c in marks else c for c in " ".join(text.split()))
-
-
-def asked(report: RunReport) -> int:
-    return report.run.manifest.identity.images.count
 
 
 def accuracy_lines(reports: Sequence[RunReport]) -> list[Line]:
@@ -183,21 +233,21 @@ def accuracy_chart(reports: Sequence[RunReport], alone: bool = False) -> Html:
 
 
 def samples_axis(reports: Sequence[RunReport]) -> Axis:
-    counts = [max(1, timing.samples) for report in reports for timing in report.run.timings] or [1]
+    counts = [max(1, timing.samples) for _, run in own(reports) for timing in run.timings] or [1]
     return Axis("samples of an image", start=min(counts) / 1.25, end=max(*counts, 2 * min(counts)) * 1.25, log=True)
 
 
 def samples_lines(reports: Sequence[RunReport]) -> list[Line]:
-    """The share of images that were decided with no more than so many samples."""
+    """The share of images that were decided with no more than so many samples; nothing where that is not known."""
     axis, lines = samples_axis(reports), []
     for report in reports:
-        counts = [timing.samples for timing in report.run.timings]
+        counts = [timing.samples for _, run in own([report]) for timing in run.timings]
         lines.append(Line(report.name, (*rising(counts, axis.start), (axis.end, 1.0)) if counts else ()))
     return lines
 
 
 def samples_chart(reports: Sequence[RunReport]) -> Html:
-    words = f"share of images over the samples they took, of {', '.join(report.name for report in reports)}"
+    words = f"share of images over the samples they took, of {', '.join(report.name for report, _ in own(reports))}"
     return step_chart(samples_lines(reports), samples_axis(reports), "share of images", words)
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from string import Template
-from typing import Any
 
 from densepure_rt.accuracy import CONFIDENCE, RHO, band_half_width
 from densepure_rt.certification import floored
@@ -21,18 +19,24 @@ from densepure_rt.report import (
     accuracy_chart,
     accuracy_lines,
     accuracy_name,
-    asked,
     floored_percent,
+    imported,
+    own,
     percent,
     samples_chart,
     samples_lines,
     table_radii,
+    weakest,
 )
+from densepure_rt.report_origin import imported_section, parity_section, provenance_section
+from densepure_rt.report_parts import folded, section, table
+from densepure_rt.run_reader import Run
 from densepure_rt.step_chart import COLOURS, STYLE, Line, swatch
 
 
 def page(reports: Sequence[RunReport], gallery: Sequence[Shown] = ()) -> str:
-    """The whole file. gallery: of the first run."""
+    """The whole file. gallery: of the first run, an own one."""
+    first = reports[0].source
     names = ", ".join(report.name for report in reports)
     sections = (
         heading(reports),
@@ -40,8 +44,10 @@ def page(reports: Sequence[RunReport], gallery: Sequence[Shown] = ()) -> str:
         table_section(reports),
         abstention_section(reports),
         cost_section(reports),
-        gallery_section(reports[0], gallery) if gallery else None,
+        gallery_section(reports[0].name, first, gallery) if gallery and isinstance(first, Run) else None,
         weakest_section(reports),
+        imported_section(reports),
+        parity_section(reports),
         meaning_section(),
         provenance_section(reports),
     )
@@ -68,11 +74,11 @@ def heading(reports: Sequence[RunReport]) -> Html:
 
 def card(report: RunReport, i: int) -> Html:
     """A run's certified accuracy at the ends of its grid, or at 0 and sigma."""
-    curve, sigma = report.curve, report.run.manifest.identity.sigma
+    curve, sigma = report.curve, report.sigma or 0.0
     ends = (curve.radii[0], curve.radii[-1]) if curve.grid and curve.radii else (0.0, sigma)
     figures = ((radius, share) for radius in dict.fromkeys(ends) if (share := curve.at(radius)) is not None)
     what = accuracy_name([report]) if curve.images else "no image is done yet"
-    unfinished = ": not finished" if report.done < asked(report) else ""
+    unfinished = ": not finished" if report.done < report.asked else ""
     return element(
         "div",
         element("strong", report.name),
@@ -85,7 +91,7 @@ def card(report: RunReport, i: int) -> Html:
             ),
             class_="big",
         ),
-        element("div", f"{what}, {report.done:,} of {plural(asked(report), 'image')}{unfinished}", class_="soft note"),
+        element("div", f"{what}, {report.done:,} of {plural(report.asked, 'image')}{unfinished}", class_="soft note"),
         class_=f"run line{i % len(COLOURS)}",
     )
 
@@ -119,16 +125,23 @@ def accuracy_words(reports: Sequence[RunReport]) -> Iterator[str]:
             "A sequential run knows its curve at the radii it was asked about alone: the points. The thin line between "
             "two of them is what the larger one guarantees."
         )
-    if any(not report.curve.grid for report in reports):
+    if any(not report.curve.grid and not report.curve.open_ended for report in reports):
         yield "The curve of a run that measures radii ends at the largest one that its n samples can certify."
-    rules = (report.run.manifest.identity.rule for report in reports)
+    if open_ended := [report.name for report in reports if report.curve.open_ended]:
+        yield (
+            f"Of {' and '.join(open_ended)} it is not known how far its samples could reach: the curve ends at its "
+            f"largest radius."
+        )
+    if any(imported(reports)):
+        yield "Imported radii are read at the lowest that their files bear out."
+    rules = (run.manifest.identity.rule for _, run in own(reports))
     for loss in sorted({rule.radius_loss for rule in rules if rule.radius_loss is not None}):
         yield (
             f"A radius run settles for {100 * (1 - loss):g} % of the radius that n samples would give, so that its "
             f"curve may lie to the left of theirs."
         )
     for report in reports:
-        if skipped := sorted(set(report.run.manifest.identity.rule.radii or ()) - set(report.curve.radii)):
+        if skipped := sorted(set(report.radii) - set(report.curve.radii)):
             radii = ", ".join(f"{radius:g}" for radius in skipped)
             yield f"{report.name} was asked about {radii} too, which its n samples cannot reach."
 
@@ -141,8 +154,13 @@ def legend(lines: Sequence[Line], reports: Sequence[RunReport]) -> Html:
             element("span", line.name, " ", element("small", report.setting)),
         )
         for i, (line, report) in enumerate(zip(lines, reports, strict=True))
+        if line.corners
     )
     return element("ul", *rows, class_="legend")
+
+
+def run_head(report: RunReport) -> Html:
+    return joined(report.name, element("small", report.setting))
 
 
 def table_section(reports: Sequence[RunReport]) -> Html:
@@ -177,6 +195,13 @@ def bound_note(bound: float | None) -> Html | None:
 def wrong_words(report: RunReport) -> Iterator[str | Html]:
     expected = report.alpha * report.done
     yield element("strong", report.name)
+    if report.distinct is None:
+        yield (
+            f": imported. If alpha = {report.alpha:g} holds for its {plural(report.done, 'answer')}, as was said when "
+            f"they were imported, at most {expected:.3g} are expected to be wrong certificates; whether the noise of "
+            f"its images was independent is not known, so that no bound on the test set is given."
+        )
+        return
     yield (
         f": of {plural(report.done, 'answer')} at alpha = {report.alpha:g}, at most {expected:.3g} are expected to be "
         f"wrong certificates."
@@ -215,7 +240,7 @@ def abstention_section(reports: Sequence[RunReport]) -> Html:
         )
         for report in reports
     )
-    anytime = any(report.run.manifest.identity.rule.method != "fixed" for report in reports)
+    anytime = any(run.manifest.identity.rule.method != "fixed" for _, run in own(reports))
     return section(
         "Certified, and abstained",
         *blocks,
@@ -236,27 +261,32 @@ def outcomes(report: RunReport) -> Iterator[tuple[str, str, int]]:
     certified = "certified for their label" if report.curve.labelled else "certified"
     found = [("good", certified, report.certified), ("wrong", "certified for another class", report.other_class)]
     found += [(why.replace(" ", "-"), said, report.reasons.get(why, 0)) for why, said in WHY.items()]
+    found.append(("unexplained", "abstained", report.abstained - sum(report.reasons.values())))
     yield from (outcome for outcome in found if outcome[2])
 
 
-def cost_section(reports: Sequence[RunReport]) -> Html:
+def cost_section(reports: Sequence[RunReport]) -> Html | None:
+    """Of own runs: what the images of others took is not known."""
     head = ("", "samples", "UNet calls", "classifier calls", "time", "not finite", "cut short by time")
     rows = [
         (
             report.name,
             *(
                 joined(f"{total:,}", element("small", f"{total / max(1, report.done):,.1f} an image"))
-                for total in report.totals[:3]
+                for total in totals[:3]
             ),
             joined(
-                duration(report.totals.seconds),
-                element("small", f"{duration(report.totals.seconds / max(1, report.done))} an image"),
+                duration(totals.seconds),
+                element("small", f"{duration(totals.seconds / max(1, report.done))} an image"),
             ),
-            f"{report.totals.not_finite:,}",
-            f"{sum(record.stopped for record in report.run.records):,}",
+            f"{totals.not_finite:,}",
+            f"{sum(record.stopped for record in run.records):,}",
         )
-        for report in reports
+        for report, run in own(reports)
+        if (totals := report.totals)
     ]
+    if not rows:
+        return None
     words = (
         "Samples: those that the answers rest on. Calls: all that were made for the images that are done. Time: wall "
         "seconds on the machine of the run. Not finite: samples whose output was NaN or Inf; they count against the "
@@ -270,19 +300,19 @@ def cost_section(reports: Sequence[RunReport]) -> Html:
             legend(samples_lines(reports), reports) if len(reports) > 1 else None,
             element("figcaption", "The share of images that took no more than so many samples (logarithmic)."),
         )
-        if any(report.done for report in reports)
+        if any(report.done for report, _ in own(reports))
         else None,
         table(head, rows, words),
     )
 
 
-def gallery_section(report: RunReport, gallery: Sequence[Shown]) -> Html:
-    classes = report.run.manifest.identity.class_names
+def gallery_section(name: str, run: Run, gallery: Sequence[Shown]) -> Html:
+    classes = run.manifest.identity.class_names
     return section(
         "What the networks saw",
         element(
             "p",
-            f"Sample {SAMPLE} of some images of {report.name}, drawn again from its key: the image, with noise "
+            f"Sample {SAMPLE} of some images of {name}, drawn again from its key: the image, with noise "
             "(clipped to what can be shown), and purified, once for each vote. From the strongest certificate down.",
             class_="soft",
         ),
@@ -332,9 +362,9 @@ def answer(record: ImageRecord, classes: Sequence[str]) -> str:
 
 def weakest_section(reports: Sequence[RunReport]) -> Html:
     folds = []
-    for report in reports:
-        samples = {timing.idx: timing.samples for timing in report.run.timings}
-        classes = report.run.manifest.identity.class_names
+    for report, run in own(reports):
+        samples = {timing.idx: timing.samples for timing in run.timings}
+        classes = run.manifest.identity.class_names
         rows = [
             (
                 str(record.idx),
@@ -343,7 +373,7 @@ def weakest_section(reports: Sequence[RunReport]) -> Html:
                 f"{record.n_a:,} of {record.n:,}",
                 f"{samples[record.idx]:,}",
             )
-            for record in report.weakest()
+            for record in weakest(run)
         ]
         if rows:
             head = ("image", "label", "answer", "votes for the class", "samples")
@@ -364,60 +394,3 @@ def meaning_section() -> Html:
         "Radii and bounds are rounded down.",
     )
     return section("What a certificate says, and what it does not", element("ul", *(element("li", p) for p in points)))
-
-
-def provenance_section(reports: Sequence[RunReport]) -> Html:
-    folds = []
-    for report in reports:
-        manifest = report.run.manifest
-        sealed = {
-            "identity SHA-256": manifest.identity_sha256,
-            "reach": None if report.reach is None else floored(report.reach),
-        }
-        facts = [*leaves(sealed), *leaves(asdict(manifest.identity)), *leaves(asdict(manifest.provenance), "run by ")]
-        rows = (element("tr", element("th", name, scope="row"), element("td", value)) for name, value in facts)
-        folds.append(folded(report.name, element("table", element("tbody", *rows), class_="facts")))
-    return section("What was run", *folds)
-
-
-def leaves(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """A nested record as names and readable values; what is None is left out."""
-    for key, item in value.items():
-        name = f"{prefix}{key.replace('_', ' ')}"
-        if isinstance(item, Mapping):
-            yield from leaves(item, f"{name}: ")
-        elif isinstance(item, list | tuple):
-            if item:
-                yield name, ", ".join(readable(part) for part in item)
-        elif item is not None:
-            yield name, readable(item)
-
-
-def readable(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "(" + ", ".join(f"{name} {readable(part)}" for name, part in value.items()) + ")"
-    return f"{value:.8g}" if isinstance(value, float) else str(value)
-
-
-def section(title: str, *children: str | None) -> Html:
-    return element("section", element("h2", title), *children)
-
-
-def folded(title: str, *children: str) -> Html:
-    return element("details", element("summary", title), *children)
-
-
-def run_head(report: RunReport) -> Html:
-    return joined(report.name, element("small", report.setting))
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], words: str | None = None) -> Html:
-    """The first cell of a row names it. words: beneath, so that they stay in place when a wide table is scrolled."""
-    body = (
-        element("tr", element("th", row[0], scope="row"), *(element("td", cell) for cell in row[1:])) for row in rows
-    )
-    titles = element("tr", *(element("th", name, scope="col") for name in head))
-    whole = element("table", element("thead", titles), element("tbody", *body))
-    return joined(
-        element("div", whole, class_="wide"), None if words is None else element("p", words, class_="soft note")
-    )

@@ -17,13 +17,17 @@ from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 
 if TYPE_CHECKING:
     from densepure_rt.compare import Change, Comparison
+    from densepure_rt.gallery import Shown
 
 ALSO = ("png", "svg", "md")
 MOST_CHANGES = 10  # images of each kind that `compare` prints
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs, finished or not.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN", help="Folders of runs, finished or not, and of what import --out kept."),
+    ],
     out: Annotated[Path, typer.Option(help="The page: one HTML file that needs no network.")] = Path("report.html"),
     also: Annotated[
         str, typer.Option(help="Beside it, with commas: png, svg (the curve), md (the papers' table).")
@@ -39,22 +43,28 @@ def report(
         Path | None, typer.Option(help="For --gallery: what was certified; default: the shipped images.")
     ] = None,
 ) -> None:
-    """Make a page of one or several runs: certified accuracy with its band, abstentions, cost and what was run."""
+    """Make a page of one or several runs: certified accuracy with its band, abstentions, cost and what was run.
+
+    Results of older tools that import kept stand beside them on their sound reading.
+    """
     from densepure_rt.gallery import gallery as shown_again
+    from densepure_rt.import_reader import read_results
     from densepure_rt.report import accuracy_chart, accuracy_png, markdown, names_of, report_of
     from densepure_rt.report_page import page
-    from densepure_rt.run_reader import read_run
+    from densepure_rt.run_reader import Run
 
     kinds = tuple(word.strip() for word in also.split(",") if word.strip())
     if unknown := [kind for kind in kinds if kind not in ALSO]:
         raise UsageError(f"--also {unknown[0]} is not known: {', '.join(ALSO)}, or several with commas")
     if out.suffix.lstrip(".") in ALSO:
         raise UsageError(f"--out {out} is the HTML page: name it .html, and ask for others beside it with --also")
-    reports = [report_of(read_run(path), name) for path, name in zip(runs, names_of(runs), strict=True)]
-    first = reports[0].run
-    pictures = (
-        () if gallery is None else shown_again(first, gallery, secret_of(first.path, first.manifest), engine, images)
-    )
+    reports = [report_of(read_results(path), name) for path, name in zip(runs, names_of(runs), strict=True)]
+    pictures: Sequence[Shown] = ()
+    if gallery is not None:
+        first = reports[0].source
+        if not isinstance(first, Run):
+            raise UsageError(f"--gallery draws samples again, and {first.path} was imported: name an own run first")
+        pictures = shown_again(first, gallery, secret_of(first.path, first.manifest), engine, images)
     makers: Mapping[str, Callable[[], str | bytes]] = {
         "png": lambda: accuracy_png(reports),
         "svg": lambda: accuracy_chart(reports, alone=True),

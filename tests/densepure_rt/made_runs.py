@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from densepure_rt.records import ImageRecord, ImagesIdentity, Provenance, RuleIdentity, TimingRecord, line, page
+from densepure_rt.runtime.bundle import Accuracy
 from tests.densepure_rt.test_run_folder import manifest
 
 N, ALPHA, SIGMA = 200, 0.001, 0.5
@@ -53,13 +54,14 @@ def make_run(
     asked: int | None = None,
     rule: RuleIdentity = FIXED,
     argv: tuple[str, ...] = (),
+    parity: Accuracy | None = None,
     **identity: Any,
 ) -> Path:
     """The folder of a run that has `done` images, numbered from 0, of `asked`."""
     path.mkdir(parents=True)
     count = ImagesIdentity(len(done) if asked is None else asked, "b" * 64)
     of = manifest(None, **({"images": count, "rule": rule, "sigma": SIGMA} | identity))
-    provenance: Provenance = replace(of.provenance, argv=argv)
+    provenance: Provenance = replace(of.provenance, argv=argv, parity=parity)
     (path / "manifest.json").write_text(page(replace(of, provenance=provenance)))
     records = "".join(line(record_of(idx, made)) for idx, made in enumerate(done))
     timings = "".join(line(TimingRecord(idx, made.samples, 10, 20, 1, 0.5)) for idx, made in enumerate(done))
