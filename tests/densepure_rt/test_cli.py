@@ -425,7 +425,7 @@ def test_a_batch_beyond_all_memory_is_no_traceback() -> None:
 
 @pytest.mark.parametrize("name", ["engine", "out"])
 def test_a_path_with_too_long_a_name_is_no_traceback(name: str) -> None:
-    done = cli("certify", *TINY, "--n0", 1, "--max", 1, f"--{name}", "x" * 300)
+    done = cli("certify", *TINY, *FIXED, "--n0", 1, "--max", 1, f"--{name}", "x" * 300)
     assert done.returncode in (2, 3)
     assert "xxx" in done.stderr
 
@@ -434,7 +434,7 @@ def test_a_path_with_too_long_a_name_is_no_traceback(name: str) -> None:
 def test_an_out_folder_that_cannot_be_made_exits_3(tmp_path: Path, below: str) -> None:
     (tmp_path / "file").write_text("not a folder")
     out = tmp_path / "file" / below
-    refused(cli("certify", *TINY, "--n0", 1, "--max", 1, "--out", out), 3, "cannot write", str(out), "--out")
+    refused(cli("certify", *TINY, *FIXED, "--n0", 1, "--max", 1, "--out", out), 3, "cannot write", str(out), "--out")
     assert (tmp_path / "file").read_text() == "not a folder"
 
 
@@ -480,7 +480,12 @@ def test_images_that_do_not_fit_exit_2_and_leave_no_folder(
     here: Callable[..., Done], images: Path, tmp_path: Path, name: str, words: list[str]
 ) -> None:
     out = tmp_path / "run"
-    refused(here("certify", *TINY, "--n0", 1, "--images", images / name, "--out", out), 2, str(images / name), *words)
+    refused(
+        here("certify", *TINY, *FIXED, "--n0", 1, "--images", images / name, "--out", out),
+        2,
+        str(images / name),
+        *words,
+    )
     assert not out.exists()
 
 

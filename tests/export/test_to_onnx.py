@@ -235,7 +235,7 @@ def test_bundle_was_compared_with_pytorch(toy: Exported) -> None:
 def test_bundle_certifies(toy: Exported, pixels: NDArray[np.uint8]) -> None:
     with densepure_rt.load(toy.unet, batch=4, threads=1) as smoothed:
         assert smoothed.class_names == NAMES
-        found = smoothed.certify(pixels[0], sigma=0.5, steps=3, votes=3, n0=4, n=12)
+        found = smoothed.certify(pixels[0], sigma=0.5, steps=3, votes=3, n0=4, n=12, method="fixed")
         assert 0 <= found.n_a <= 12
 
 
@@ -549,7 +549,10 @@ def test_a_mismatch_leaves_no_large_weights_behind(pixels: NDArray[np.uint8], tm
 
 def certificates(engine: Path, pixels: NDArray[np.uint8]) -> list[object]:
     with densepure_rt.load(engine, batch=4, threads=1, secret=SECRET) as smoothed:
-        return [smoothed.certify(image, sigma=1.0, steps=2, votes=3, n0=10, n=40, alpha=0.3) for image in pixels]
+        return [
+            smoothed.certify(image, sigma=1.0, steps=2, votes=3, n0=10, n=40, alpha=0.3, method="fixed")
+            for image in pixels
+        ]
 
 
 def test_a_bundle_certifies_the_same_wherever_its_weights_lie(
@@ -734,7 +737,7 @@ def test_bundle_without_a_unet_is_plain_smoothing_of_its_classifier(plain: Path,
     labels: list[int] = []
     with densepure_rt.load(plain, batch=4, threads=1, secret=SECRET) as smoothed:
         for image in pixels:
-            found = smoothed.certify(image, sigma=sigma, steps=0, votes=1, n0=20, n=200, alpha=0.05)
+            found = smoothed.certify(image, sigma=sigma, steps=0, votes=1, n0=20, n=200, alpha=0.05, method="fixed")
             law, tops = smoothing_law(sigma), []
             for purpose, samples in (("select", 20), ("certify", 200)):
                 key = image_key(SECRET, purpose, sigma, image)  # type: ignore[arg-type]
@@ -755,4 +758,4 @@ def test_bundle_without_a_unet_takes_no_steps(plain: Path, pixels: NDArray[np.ui
         densepure_rt.load(plain, batch=2, threads=1, secret=SECRET) as smoothed,
         pytest.raises(UsageError, match=rf"no diffusion network.*{steps} steps.*--steps 0"),
     ):
-        smoothed.certify(pixels[0], steps=steps, n0=2, n=4)
+        smoothed.certify(pixels[0], steps=steps, n0=2, n=4, method="fixed")
