@@ -185,7 +185,7 @@ def test_bundle_says_what_it_was_made_of(work: Workplace, function: str, file: s
 
 def test_every_image_is_voted_on(work: Workplace, function: str) -> None:
     engine = ("--engine", function, "--images", "cifar", "--batch", 20, "--steps", 2, "--votes", 3, "--sigma", 0.25)
-    assert "(densepure's rule)" in work("certify", "--dry-run", *engine, "--n", 10).stderr
+    assert "(densepure's rule)" in work("certify", "--dry-run", *engine, "--n", 20).stderr
     rows = work.certify("voted", *engine, *FEW)
     assert [row["idx"] for row in rows] == [str(idx) for idx in range(20)]
     records = [json.loads(line) for line in (work.folder / "voted" / "results.jsonl").read_text().splitlines()]
