@@ -59,8 +59,6 @@ from densepure_rt.runtime.noise import NOISE_LAW, image_sha256, smoothing_law, v
 from densepure_rt.runtime.schedule import Coefficients, make_chain
 from densepure_rt.smoothing import Settings, certificate_of, commitment, seeded_secret
 
-MOST_CLASSES = 10**6
-
 
 @dataclass(frozen=True)
 class Finding:

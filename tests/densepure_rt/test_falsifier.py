@@ -26,7 +26,7 @@ from densepure_rt.errors import UsageError
 from densepure_rt.falsifier import LEVEL, Falsification, falsify
 from densepure_rt.replay import replay
 from densepure_rt.runtime.device import Batch
-from densepure_rt.runtime.noise import image_key, smoothing_law, smoothing_noise
+from densepure_rt.runtime.noise import Purpose, image_key, smoothing_law, smoothing_noise
 from densepure_rt.sequential import prediction_rule
 from densepure_rt.smoothing import Settings, SmoothedClassifier, load, seeded_secret
 
@@ -402,13 +402,14 @@ def test_a_certificates_own_samples_point_across_the_plane(
     """
     sampling = Settings(sigma=SIGMA, steps=0, votes=1, n0=100, n=1900, method=method)
     with opened(7) as classifier:
-        parts = {
+        every: dict[str, list[tuple[Purpose, range]]] = {
             "fixed": [("select", range(100)), ("certify", range(1900))],
             "sequential": [("certify", range(2000))],
-        }[method]
+        }
+        parts = every[method]
         labels = np.concatenate(
             [
-                falsifier.labels_of(classifier, [plane.image.pixels], sampling, purpose, samples)[0]  # type: ignore[arg-type]
+                falsifier.labels_of(classifier, [plane.image.pixels], sampling, purpose, samples)[0]
                 for purpose, samples in parts
             ]
         )

@@ -81,6 +81,7 @@ def test_arbitrary_bytes_are_an_error_or_what_numpy_reads(content: bytes) -> Non
 def test_a_pickle_is_not_opened(tmp_path: Path) -> None:
     class Trap:
         def __reduce__(self) -> tuple[object, tuple[str]]:
+            # Pickle takes any arguments; typeshed's object.__reduce__ is narrower.
             return (tmp_path.joinpath("sprung").touch, ())  # type: ignore[return-value]
 
     file = io.BytesIO()

@@ -149,6 +149,7 @@ def arrays(tmp_path_factory: pytest.TempPathFactory) -> Arrays:
 
 
 def changed(log: Log, idx: int, **fields: int | str) -> Log:
+    # Each test knows which field takes which of the two types.
     return replace(log, rows=tuple(row._replace(**fields) if row.idx == idx else row for row in log.rows))  # type: ignore[arg-type]
 
 

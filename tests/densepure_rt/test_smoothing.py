@@ -26,7 +26,7 @@ from densepure_rt.certification import Certificate
 from densepure_rt.datasets import LabelledImage, open_images
 from densepure_rt.errors import UsageError
 from densepure_rt.runtime.noise import Key, Purpose, image_key, smoothing_law, smoothing_noise, vote_noise
-from densepure_rt.sequential import LOOK, anytime_radius
+from densepure_rt.sequential import LOOK, SequentialRule, anytime_radius
 from densepure_rt.smoothing import (
     PAPER,
     Budget,
@@ -548,13 +548,13 @@ def test_an_image_whose_time_is_up_has_the_anytime_radius_of_its_samples(
     """Stopped as soon as anything has come back, before the first look."""
     chosen = [image if labelled else dataclasses.replace(image, label=None) for image in images[:4]]
     settings = Settings(sigma=0.25, steps=1, n=10_000, radii=(0.7,))
-    for (image, certificate, _), plain in zip(
-        shipped.certify_each(chosen, settings, Budget(image=1e-6)), images, strict=False
-    ):
+    rule = settings.anytime_rule(784, labelled)
+    assert isinstance(rule, SequentialRule)
+    level = (1 - rule.reserve) * rule.test_level
+    found = list(shipped.certify_each(chosen, settings, Budget(image=1e-6)))
+    for (image, certificate, _), plain in zip(found, images[:4], strict=True):
         assert certificate.stopped
         assert certificate.n < LOOK
-        rule = settings.anytime_rule(784, labelled)
-        level = (1 - rule.reserve) * rule.test_level  # type: ignore[union-attr]
         assert certificate.radius == anytime_radius(certificate.n_a, certificate.n, level, 0.25, not labelled)
         if labelled:
             assert certificate.predict in (plain.label, None)
