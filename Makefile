@@ -86,7 +86,7 @@ $(USE): pyproject.toml constraints.txt | python
 
 $(DEV): pyproject.toml constraints.txt Makefile | python
 	$(PYTHON) -m venv .venv-dev
-	.venv-dev/bin/python $(PIP_INSTALL) -e ".[cpu,export,report,dev]"
+	.venv-dev/bin/python $(PIP_INSTALL) -e ".[cpu,export,report,cluster,serve,dev]"
 	@# Not for import beside the rest, so not in the environment: an ONNX Runtime that was built for GPUs, and the bindings
 	@# of three TensorRT versions, whose names the tests read. What cannot be had here makes those tests skip.
 	-.venv-dev/bin/python $(PIP_FETCH) install --no-deps --upgrade --target .venv-dev/onnxruntime-gpu onnxruntime-gpu==1.31.1

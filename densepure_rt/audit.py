@@ -22,6 +22,7 @@ from densepure_rt.certify_run import radii_of, rule_of, settings_of, summarize
 from densepure_rt.datasets import ImageSet
 from densepure_rt.errors import CheckFailed, DensePureError, EnvironmentFault
 from densepure_rt.forecast import reach_of
+from densepure_rt.keys import stored_key
 from densepure_rt.ledger import NAME as LEDGER
 from densepure_rt.ledger import DoneImage, Ledger
 from densepure_rt.records import (
@@ -50,7 +51,6 @@ from densepure_rt.run_folder import (
     read_manifest,
     record_of,
     results_of,
-    stored_key,
 )
 from densepure_rt.run_reader import read_lines
 from densepure_rt.runtime.bundle import MAX_STEPS

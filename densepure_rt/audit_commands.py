@@ -114,7 +114,8 @@ def reveal(run: RunPath) -> None:
 
 
 def secret_of(run: Path, manifest: Manifest) -> bytes:
-    from densepure_rt.run_folder import KEY, REVEALED, stored_key
+    from densepure_rt.keys import stored_key
+    from densepure_rt.run_folder import KEY, REVEALED
     from densepure_rt.smoothing import commitment, seeded_secret
 
     if manifest.identity.public_seed is not None:

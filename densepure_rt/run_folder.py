@@ -22,7 +22,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -34,6 +33,7 @@ from PIL import Image
 
 from densepure_rt.certification import Certificate, floored
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
+from densepure_rt.keys import store_key, stored_key
 from densepure_rt.ledger import NAME as LEDGER
 from densepure_rt.ledger import Ledger
 from densepure_rt.records import (
@@ -132,19 +132,6 @@ def secret_to_go_on(path: Path) -> bytes | None:
             f"new run with another --out"
         )
     return stored_key(path / KEY)
-
-
-def stored_key(file: Path) -> bytes | None:
-    """The secret in a key file; None where there is none."""
-    try:
-        text = file.read_text(encoding="ascii").strip()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
-        raise EnvironmentFault(f"cannot read the key {file} ({error})") from error
-    if not re.fullmatch("[0-9a-f]{64,}", text) or len(text) % 2:
-        raise UsageError(f"{file} is no key: it must hold 64 hexadecimal digits or more")
-    return bytes.fromhex(text)
 
 
 def reveal(path: Path) -> str:
@@ -273,9 +260,7 @@ class RunFolder:
     def _found(self, secret: bytes | None) -> None:
         """A new folder, or one in which nothing was sampled: the key, then the manifest, which commits to it."""
         if secret is not None and stored_key(self.path / KEY) != secret:
-            descriptor = os.open(self.path / KEY, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "w") as key:
-                key.write(secret.hex() + "\n")
+            store_key(self.path / KEY, secret)
         replaced(self.path / MANIFEST, page(self.manifest))
         self.ledger.set_value("identity_sha256", self.manifest.identity_sha256)
 

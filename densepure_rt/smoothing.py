@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 from densepure_rt.certification import Certificate, FixedRule, check_sampling
 from densepure_rt.datasets import LabelledImage
 from densepure_rt.errors import UsageError
+from densepure_rt.keys import SECRET_BYTES, new_secret
 from densepure_rt.runtime.bundle import Bundle, open_bundle
 from densepure_rt.runtime.device import (
     MAX_BATCH,
@@ -48,7 +48,6 @@ from densepure_rt.sequential import (
 from densepure_rt.voting import Ballot
 
 Method = Literal["fixed", "sequential", "radius"]
-SECRET_BYTES = 32
 MAX_VOTES = 1000  # published work uses up to 40
 PREDICT_N = 1000  # samples of a prediction at most; 13 that agree are enough
 J = TypeVar("J", bound=Judge)
@@ -214,10 +213,6 @@ class Predicted(NamedTuple):
 def seeded_secret(seed: int) -> bytes:
     """The secret of a public seed: for reproduction, not against an adversary."""
     return hashlib.sha256(f"densepure-rt public seed {seed}".encode()).digest()
-
-
-def new_secret() -> bytes:
-    return secrets.token_bytes(SECRET_BYTES)
 
 
 def commitment(secret: bytes) -> str:

@@ -25,6 +25,7 @@ import densepure_rt
 from densepure_rt.certification import Certificate
 from densepure_rt.datasets import LabelledImage, open_images
 from densepure_rt.errors import UsageError
+from densepure_rt.keys import new_secret
 from densepure_rt.runtime.noise import Key, Purpose, image_key, smoothing_law, smoothing_noise, vote_noise
 from densepure_rt.sequential import LOOK, SequentialRule, anytime_radius
 from densepure_rt.smoothing import (
@@ -34,7 +35,6 @@ from densepure_rt.smoothing import (
     SmoothedClassifier,
     commitment,
     load,
-    new_secret,
     seeded_secret,
     shipped_engine,
 )
