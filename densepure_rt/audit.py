@@ -179,21 +179,26 @@ def check_ledger(ledger: Ledger, manifest: Manifest) -> Finding:
 def check_records(done: list[DoneImage], identity: Identity) -> Finding:
     """Each record against what the labels of its samples decide."""
     settings, faults = settings_of(identity), []
-    for place, image in enumerate(done):
+    for image in done:
         try:
-            faults += [f"image {image.idx}: {fault}" for fault in faults_of(image, place, identity, settings)]
+            faults += [f"image {image.idx}: {fault}" for fault in faults_of(image, identity, settings)]
         except DensePureError as fault:
             faults.append(f"image {image.idx}: {fault}")
     if len(done) > identity.images.count:
         faults.append(f"{len(done)} images are certified, of {identity.images.count}")
+    faults += [
+        f"image {image.idx} has place {image.place} of {identity.images.count}"
+        for image in done
+        if not 0 <= image.place < identity.images.count
+    ]
     samples = sum(len(image.labels) for image in done)
     return Finding("records", f"{len(done)} decided again from {samples:,} labels", tuple(faults))
 
 
-def faults_of(image: DoneImage, place: int, identity: Identity, settings: Settings) -> Iterator[str]:
+def faults_of(image: DoneImage, identity: Identity, settings: Settings) -> Iterator[str]:
     record, timing = parsed(ImageRecord, image.record, "its record"), parsed(TimingRecord, image.timing, "its timing")
-    if (image.place, image.idx, image.idx) != (place, record.idx, timing.idx):
-        yield f"place {image.place}, and indices {record.idx} and {timing.idx}, do not belong together"
+    if (image.idx, image.idx) != (record.idx, timing.idx):
+        yield f"indices {record.idx} and {timing.idx} do not belong together"
     classes = len(identity.class_names)
     if len(image.labels) and not NOT_FINITE <= image.labels.min() <= image.labels.max() < classes:
         yield f"a label is none of the {classes} classes"

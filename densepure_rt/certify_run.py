@@ -232,10 +232,11 @@ def run(
                 images=len(images),
                 done=len(finished),
             )
+            places = {idx: place for place, idx in enumerate(images.order)}
             left = (image for image in images if image.idx not in finished)
             work = classifier.certify_each(left, settings, budget, folder.ledger)
             for result in track(work, len(images), status, before=len(finished)):
-                folder.add(result)
+                folder.add(result, places[result.image.idx])
                 report(result)
             if falsify is not None:
                 each = attack_each(classifier, images, settings, folder, falsify, proposals)

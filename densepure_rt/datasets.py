@@ -70,6 +70,11 @@ class ImageSet:
             yield LabelledImage(self.indices[i], pixels, None if self.labels is None else self.labels[i])
 
     @property
+    def order(self) -> list[int]:
+        """The `idx` of each image."""
+        return [self.indices[i] for i in self.positions]
+
+    @property
     def labelled(self) -> bool:
         return self.labels is not None
 

@@ -10,8 +10,8 @@ falsify.jsonl   attacks on the certificates, where `--falsify` asked for them
 seal.json       SHA-256 of all these, written when the run is complete: what `densepure-rt audit` holds them against
 secret.key      what the noise was keyed with, readable by its owner alone; absent with a public seed
 
-The results are appended to in the order of the images, as they are done. They are written anew from the ledger when a
-run goes on.
+The results are appended to as images are done. They are written anew from the ledger, in the order of the images, when
+a run goes on and when it ends.
 """
 
 from __future__ import annotations
@@ -209,14 +209,15 @@ class RunFolder:
         if self._ledger is not None:
             self._ledger.close()
 
-    def add(self, result: Certified) -> None:
-        """The next image, in the order of the run's images."""
+    def add(self, result: Certified, place: int | None = None) -> None:
+        """Keep an image. place: among the run's images; None for the next one."""
         image, certificate, cost = result
         record = record_of(image.idx, image_sha256(image.pixels).hex(), image.label, certificate)
         timing = TimingRecord(image.idx, **vars(cost))
         lines = lines_of(record, timing)
         with writing(self.path):
-            self.ledger.finish(len(self.done), record.idx, timing.samples, lines.record, lines.timing)
+            place = len(self.done) if place is None else place
+            self.ledger.finish(place, record.idx, timing.samples, lines.record, lines.timing)
             self.done.append((record, timing))
             for name, text in zip(RESULTS, lines, strict=True):
                 self._files[name].write(text)
@@ -269,10 +270,8 @@ class RunFolder:
         if (owner := self.ledger.value("identity_sha256")) != self.manifest.identity_sha256:
             raise CheckFailed(f"{self.path / LEDGER} belongs to a run of another identity ({owner})")
         done = []
-        for place, image in enumerate(self.ledger.done()):
+        for image in self.ledger.done():
             what = f"{self.path / LEDGER}, image {image.idx},"
-            if image.place != place:
-                raise CheckFailed(f"{self.path / LEDGER} has no image at place {place}: the run cannot go on")
             done.append((parsed(ImageRecord, image.record, what), parsed(TimingRecord, image.timing, what)))
         self.done = done
 
