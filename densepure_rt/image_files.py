@@ -38,7 +38,7 @@ GRID_ATOL = 1e-3  # of value * 255; float32 k / 255, as ToTensor writes it, is w
 
 
 @contextmanager
-def reading(path: Path, what: str) -> Iterator[None]:
+def reading(path: Path | str, what: str) -> Iterator[None]:
     """Turn any failure to read or decode `path` into one UsageError.
 
     The net is wide because decoders that are fed damaged bytes raise nearly anything: struct.error, SyntaxError,

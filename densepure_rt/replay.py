@@ -22,12 +22,13 @@ Pixels = NDArray[np.uint8]  # [C, H, W]
 @dataclass(frozen=True)
 class Replayed:
     """noisy: clipped to what can be shown; the network sees the rest too. purified, labels: of all votes, in order,
-    cast or not. label: what the ballot decides, or NOT_FINITE.
+    cast or not. cast: the first so many decided the ballot. label: what it decides, or NOT_FINITE.
     """
 
     noisy: Pixels
     purified: tuple[Pixels, ...]
     labels: tuple[int, ...]
+    cast: int
     label: int
 
 
@@ -54,6 +55,7 @@ def replay(
         noisy=np.clip(image.pixels + noise, 0, 255).astype(np.uint8),
         purified=tuple(shown(state) for state in states),
         labels=labels,
+        cast=outcome.votes,
         label=outcome.label,
     )
 
