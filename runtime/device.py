@@ -32,6 +32,9 @@ DEFAULT_VALUES = DEFAULT_BATCH * 3 * 64 * 64  # a default batch holds no more: a
 MAX_BATCH = 65_535  # items; CUDA takes no more in the y of a grid
 MAX_THREADS = 1024
 ONNXRUNTIME_WHEELS = ("onnxruntime", "onnxruntime-gpu")
+# Precisions that ONNX Runtime 1.32 loads and computes wrongly (fp8: its optimiser moves the quantization, and the
+# default classifier is off by twice its norm) or, on a CPU, has no kernels for.
+UNRUNNABLE: dict[Provider, tuple[str, ...]] = {"cpu": ("fp8", "bf16"), "cuda": ("fp8",), "tensorrt": ("fp8",)}
 STEP_INPUTS = ("mean", "std", "noise", "t", "coef")
 STEP_OUTPUTS = ("mean_next", "std_next", "finite")
 CLASSIFY_INPUTS = ("mean",)
@@ -167,6 +170,15 @@ def onnxruntime_providers() -> list[str]:
     import onnxruntime
 
     return list(onnxruntime.get_available_providers())
+
+
+def refuse_unrunnable(name: str, precision: str, provider: Provider) -> None:
+    """Raise UsageError for an engine in a precision that this provider does not compute rightly."""
+    if precision in UNRUNNABLE[provider]:
+        raise UsageError(
+            f"{name} is {precision}, which ONNX Runtime does not run rightly with --provider {provider}: build a plan "
+            f'from it with "densepure-rt export --target tensorrt --precision {precision}", or use an fp32 engine'
+        )
 
 
 def open_device(bundle: Bundle, batch: int | None, threads: int, provider: Provider = "cpu") -> Device:

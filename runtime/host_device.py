@@ -1,0 +1,133 @@
+"""The device whose slots and noise are numpy's: what runs the two networks is given to it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from densepure_rt.runtime.bundle import Bundle
+from densepure_rt.runtime.device import NOT_FINITE, Batch, Floats, probe
+from densepure_rt.runtime.noise import Key, RoundedNormal, first_state, smoothing_law, smoothing_noise, vote_noise
+
+RunNetwork = Callable[[Mapping[str, Floats]], Sequence[Floats]]  # a feed of one whole batch -> the outputs, in order
+
+
+@dataclass(frozen=True)
+class OpenImage:
+    pixels: NDArray[np.uint8]
+    key: Key
+    law: RoundedNormal
+    scale: float
+
+
+class HostDevice:
+    """See `densepure_rt.runtime.device.Device`.
+
+    step, classify: the networks of the bundle. `callers` threads call them at the same time, with whole batches of
+    `batch` items each. facts: what `describe` says besides.
+
+    Raises CheckFailed when a result is not finite, or depends on who shares a batch.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        step: RunNetwork,
+        classify: RunNetwork,
+        batch: int,
+        callers: int,
+        facts: Mapping[str, str | int | bool],
+    ) -> None:
+        self.batch, self.in_flight, self.facts = batch, callers, facts
+        self.image_shape = bundle.unet.image
+        self._step, self._classify = step, classify
+        self._images: dict[int, OpenImage] = {}
+        self._handles, self._tickets = itertools.count(), itertools.count()
+        self._pool = ThreadPoolExecutor(callers, thread_name_prefix="densepure-rt")
+        self._outstanding: dict[Future[NDArray[np.int64] | None], int] = {}
+        self._mean = self._std = np.empty((0, *self.image_shape), np.float32)
+        self._finite = np.empty(0, bool)
+        probe(bundle, batch, lambda feed: [*self._step(feed), *self._classify({"mean": feed["mean"]})])
+
+    def open_image(self, pixels: NDArray[np.uint8], key: Key, sigma: float, scale: float) -> int:
+        handle = next(self._handles)
+        self._images[handle] = OpenImage(pixels.copy(), key, smoothing_law(sigma), scale)
+        return handle
+
+    def close_image(self, handle: int) -> None:
+        self._images.pop(handle, None)
+
+    def reserve(self, slots: int) -> None:
+        if slots > len(self._mean):
+            self._mean = np.zeros((slots, *self.image_shape), np.float32)
+            self._std = np.zeros((slots, *self.image_shape), np.float32)
+            self._finite = np.zeros(slots, bool)
+
+    def submit(self, batch: Batch) -> int:
+        run = {"smooth": self._run_smooth, "step": self._run_step, "classify": self._run_classify}[batch.kind]
+        ticket = next(self._tickets)
+        self._outstanding[self._pool.submit(run, batch)] = ticket
+        return ticket
+
+    def collect(self) -> tuple[int, NDArray[np.int64] | None]:
+        done, _ = wait(self._outstanding, return_when=FIRST_COMPLETED)
+        oldest = min(done, key=self._outstanding.__getitem__)
+        return self._outstanding.pop(oldest), oldest.result()
+
+    def drain(self) -> None:
+        wait(self._outstanding)
+        self._outstanding.clear()
+
+    def read(self, slots: Sequence[int]) -> tuple[Floats, Floats]:
+        return self._mean[list(slots)], self._std[list(slots)]
+
+    def describe(self) -> Mapping[str, str | int | bool]:
+        independent = {"independent_of_batch_mates": True}  # or `probe` would have raised
+        return {**self.facts, "batch": self.batch, **independent}
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        self._outstanding.clear()
+        self._images.clear()
+
+    def _run_smooth(self, batch: Batch) -> None:
+        for handle, sample, slot in zip(batch.image, batch.sample, batch.target, strict=True):
+            image = self._images[int(handle)]
+            levels = image.pixels + smoothing_noise(image.law, image.key, int(sample), image.pixels.shape)
+            self._mean[slot] = first_state(levels, image.scale)
+            self._std[slot] = 0
+            self._finite[slot] = True
+
+    def _run_step(self, batch: Batch) -> None:
+        n = len(batch.source)
+        noise = np.zeros((self.batch, *self.image_shape), np.float32)
+        for i in np.flatnonzero(batch.step):
+            key = self._images[int(batch.image[i])].key
+            noise[i] = vote_noise(key, int(batch.sample[i]), int(batch.vote[i]), int(batch.step[i]), self.image_shape)
+        mean, std, finite = self._step(
+            {
+                "mean": self._padded(self._mean[batch.source]),
+                "std": self._padded(self._std[batch.source]),
+                "noise": noise,
+                "t": self._padded(batch.t),
+                "coef": self._padded(batch.coef),
+            },
+        )
+        self._mean[batch.target] = mean[:n]
+        self._std[batch.target] = std[:n]
+        self._finite[batch.target] = self._finite[batch.source] & (finite[:n] > 0)
+
+    def _run_classify(self, batch: Batch) -> NDArray[np.int64]:
+        n = len(batch.source)
+        (logits,) = self._classify({"mean": self._padded(self._mean[batch.source])})
+        finite = self._finite[batch.source] & np.isfinite(logits[:n]).all(axis=1)
+        return np.where(finite, logits[:n].argmax(axis=1), NOT_FINITE)
+
+    def _padded(self, values: Floats) -> Floats:
+        """`values` filled up to a whole batch with copies of the first item: a batch always has the same shape."""
+        return np.concatenate([values, np.repeat(values[:1], self.batch - len(values), axis=0)])
