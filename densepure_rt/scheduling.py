@@ -103,8 +103,8 @@ class Tally:
 class UnderWay(Generic[J]):
     """An image that is being sampled, from where `taken` ends.
 
-    handles: on the device, one a phase; none when what was taken decides it. deadline: when it is stopped undecided.
-    journal: takes each label that judges it.
+    handles: on the device, one a phase, once it is opened; what was taken may decide it before. deadline: when it is
+    stopped undecided. journal: takes each label that judges it.
     """
 
     def __init__(
@@ -125,10 +125,15 @@ class UnderWay(Generic[J]):
         for label in taken.labels.tolist():
             self._judge(label)
         self.returned = self.drawn = len(taken.labels)
-        self.handles = open_handles(judge.phases) if judge.needed else []
+        self.handles: list[int] = []
+        self._open_handles = open_handles
+
+    def open(self) -> None:
+        """Take its handles, for the samples that are drawn from now on."""
+        self.handles = self._open_handles(self.judge.phases)
         every = (
             (handle, sample)
-            for handle, (_, samples) in zip(self.handles, judge.phases, strict=True)
+            for handle, (_, samples) in zip(self.handles, self.judge.phases, strict=True)
             for sample in range(samples)
         )
         self._samples = islice(every, self.drawn, None)
@@ -207,6 +212,7 @@ class Scheduler(Generic[J]):
                 break
             self._in_order.append(opened)
             if not opened.decided:
+                opened.open()
                 self._undecided.append(opened)
                 self._by_handle |= dict.fromkeys(opened.handles, opened)
                 return opened

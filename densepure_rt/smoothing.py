@@ -199,7 +199,7 @@ class Predicted(NamedTuple):
     """label: None where n samples leave it open. votes: how many of the n samples taken chose each class.
 
     error_bound: the smoothed classifier's label is another one with probability at most this, over the sampling; None
-    without a label.
+    without a label. stopped: time was up before it was decided.
     """
 
     image: LabelledImage
@@ -208,6 +208,17 @@ class Predicted(NamedTuple):
     votes: NDArray[np.int64]
     error_bound: float | None
     cost: Cost
+    stopped: bool = False
+
+
+def prediction_of(
+    image: LabelledImage, judge: AnytimeJudge, charge: float, classes: int, cost: Cost, stopped: bool = False
+) -> Predicted:
+    """What a judge says by `prediction_rule`, which took `charge` off its alpha."""
+    decision, counts = judge.decision, judge.decider.counts
+    votes = np.array([counts.get(label, 0) for label in range(classes)])
+    bound = None if decision.predict is None else error_at_most(decision.n_a, decision.n) + charge
+    return Predicted(image, decision.predict, decision.n, votes, bound, cost, stopped)
 
 
 def seeded_secret(seed: int) -> bytes:
@@ -354,10 +365,7 @@ class SmoothedClassifier:
             return AnytimeJudge(rule.start(), "predict", settings.n)
 
         for image, found in self._judged(images, settings, judge):
-            decision, counts = found.decision, found.decider.counts
-            votes = np.array([counts.get(label, 0) for label in range(len(self.class_names))])
-            bound = None if decision.predict is None else error_at_most(decision.n_a, decision.n) + rule.charge
-            yield Predicted(image.image, decision.predict, decision.n, votes, bound, image.cost)
+            yield prediction_of(image.image, found, rule.charge, len(self.class_names), image.cost)
 
     def _checked(self, image: NDArray[np.uint8], idx: int) -> LabelledImage:
         if image.dtype != np.uint8 or image.shape != self.bundle.unet.image:

@@ -184,6 +184,7 @@ def test_one_image_alone_fills_batches_with_samples_that_it_may_need() -> None:
 def test_phases_follow_each_other_with_indices_of_their_own() -> None:
     tally = Tally((("select", 2), ("certify", 3)), CLASSES)
     found = UnderWay(image(0), tally, lambda phases: [5, 6])
+    found.open()
     assert [found.draw() for _ in range(5)] == [(5, 0), (5, 1), (6, 0), (6, 1), (6, 2)]
     for label in (3, 3, 1, NOT_FINITE, 1):
         assert tally.needed > 0
