@@ -5,19 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 import random
-import time
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import numpy as np
-
 from densepure_rt.errors import UsageError
-from densepure_rt.runtime.device import Batch, Device, Kind
-from densepure_rt.runtime.schedule import Chain
 from densepure_rt.sequential import RadiusRule, SequentialRule
 from densepure_rt.smoothing import Settings, SmoothedClassifier
 
-ROUNDS = 2  # timed batches for each caller, after one round that is not
 # What an image is expected to be like before its first sample: 20 quantiles of the share of samples that voted for the
 # label, of the 500 shipped images at sigma 0.25 and 0.5 (`make table`); 1.0 is taken for 0.9999.
 TYPICAL_P = (0.0, 0.125, 0.49, 0.81, 0.946, 0.984, 0.996, *(0.9999,) * 13)
@@ -65,32 +59,6 @@ def calls_a_sample(settings: Settings) -> tuple[tuple[int, int], tuple[int, int]
     return (least, most), votes
 
 
-def seconds_per_item(device: Device, chain: Chain, kind: Kind) -> float:
-    """Wall seconds an item of full batches takes, all callers busy."""
-    n = device.batch
-    slots = n * device.in_flight
-    device.reserve(slots)
-    channels_height_width = device.read([0])[0].shape[1:]
-    handle = device.open_image(np.zeros(channels_height_width, np.uint8), (0, 0), chain.sigma, chain.scale)
-
-    def run(rounds: int) -> float:
-        started = time.perf_counter()
-        for _ in range(rounds):
-            for caller in range(device.in_flight):
-                own = np.arange(n) + caller * n
-                step = np.full(n if kind == "step" else 0, len(chain) - 1)  # the last: it draws its noise
-                columns = {"image": np.full(n, handle), "sample": own, "vote": own * 0, "source": own, "target": own}
-                device.submit(Batch(kind=kind, step=step, t=chain.t[step], coef=chain.coef[step], **columns))
-            for _ in range(device.in_flight):
-                device.collect()
-        return time.perf_counter() - started
-
-    run(1)
-    seconds = run(ROUNDS)
-    device.close_image(handle)
-    return seconds / (ROUNDS * slots)
-
-
 def reach_of(settings: Settings, pixels: int) -> float | None:
     """The largest radius of a labelled image, when all its samples agree; None when even that certifies nothing."""
     if settings.method == "fixed":
@@ -135,8 +103,8 @@ def forecast(classifier: SmoothedClassifier, settings: Settings, images: int) ->
     (unet_least, unet_most), (label_least, label_most) = calls_a_sample(settings)
     unet_calls = Range(samples.least * unet_least, samples.expected * unet_least, samples.most * unet_most)
     labels = Range(samples.least * label_least, samples.expected * label_least, samples.most * label_most)
-    per_step = seconds_per_item(classifier.device, chain, "step") if len(chain) else 0.0
-    per_label = seconds_per_item(classifier.device, chain, "classify")
+    per_step = classifier.sampler.seconds_per_item(chain, "step") if len(chain) else 0.0
+    per_label = classifier.sampler.seconds_per_item(chain, "classify")
     return Forecast(
         images=images,
         reach=reach,

@@ -24,6 +24,7 @@ from densepure_rt.runtime.noise import Purpose
 from densepure_rt.runtime.reverse import Outcome
 
 Phases = tuple[tuple[Purpose, int], ...]  # what its samples are for, and the most of each, in their order
+LOST = -2  # in place of a label: whatever draws the samples of this image dies of it, so that the image has failed
 MOST_OPEN = 256  # images held at a time: enough for the others to go on beside one that takes thousands of samples
 
 
@@ -116,7 +117,7 @@ class UnderWay(Generic[J]):
         journal: Journal | None = None,
     ) -> None:
         self.image, self.judge, self.deadline, self.journal = image, judge, deadline, journal
-        self.stopped = False
+        self.stopped = self.failed = False
         taken = NOTHING if journal is None else journal.taken(image.idx)
         self._most = sum(samples for _, samples in judge.phases)
         if len(taken.labels) > self._most:
@@ -141,7 +142,7 @@ class UnderWay(Generic[J]):
     @property
     def decided(self) -> bool:
         """Whether no further label is taken."""
-        return self.stopped or self.judge.needed == 0
+        return self.stopped or self.failed or self.judge.needed == 0
 
     @property
     def idle(self) -> bool:
@@ -166,6 +167,9 @@ class UnderWay(Generic[J]):
         self.cost.unet_calls += outcome.unet_calls
         self.cost.classifier_calls += outcome.votes
         if self.decided:  # drawn in vain
+            return
+        if outcome.label == LOST:
+            self.failed = True
             return
         self._judge(outcome.label)
         if self.journal is not None:

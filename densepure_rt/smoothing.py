@@ -31,8 +31,8 @@ from densepure_rt.runtime.device import (
     open_device,
 )
 from densepure_rt.runtime.noise import Purpose, image_key, smoothing_law
-from densepure_rt.runtime.reverse import decide
 from densepure_rt.runtime.schedule import Chain, TimestepRule, make_chain
+from densepure_rt.samplers import OnDevice, Sampler
 from densepure_rt.scheduling import Cost, Journal, Judge, Phases, Scheduler, Tally, UnderWay
 from densepure_rt.sequential import (
     LOOK,
@@ -232,14 +232,16 @@ def commitment(secret: bytes) -> str:
 
 
 class SmoothedClassifier:
-    """A bundle on a device, ready to certify: a context manager.
+    """A bundle and what draws its samples, ready to certify: a context manager.
 
     secret: what all noise is keyed with. Noise belongs to (secret, image, sigma): the same image under the same secret
-    gets the same certificate.
+    gets the same certificate. failed: `idx` of the images of the last iteration that could not be sampled, and of which
+    nothing was said; see `scheduling.LOST`.
     """
 
-    def __init__(self, bundle: Bundle, device: Device, secret: bytes | None = None) -> None:
-        self.bundle, self.device = bundle, device
+    def __init__(self, bundle: Bundle, sampler: Sampler, secret: bytes | None = None) -> None:
+        self.bundle, self.sampler = bundle, sampler
+        self.failed: list[int] = []
         if secret is not None and len(secret) < SECRET_BYTES:
             raise UsageError(f"a secret is {SECRET_BYTES} bytes or more, got {len(secret)}")
         self.secret = new_secret() if secret is None else secret
@@ -254,7 +256,14 @@ class SmoothedClassifier:
         self.close()
 
     def close(self) -> None:
-        self.device.close()
+        self.sampler.close()
+
+    @property
+    def device(self) -> Device:
+        """That of this process. Raises UsageError where others draw the samples."""
+        if not isinstance(self.sampler, OnDevice):
+            raise UsageError("this needs an engine in this process: leave --cluster out")
+        return self.sampler.device
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -397,15 +406,18 @@ class SmoothedClassifier:
 
         if self.busy:
             raise UsageError("this classifier is already at work: finish or close that iteration, or load another one")
-        self.busy = True
+        self.busy, self.failed = True, []
         scheduler = Scheduler(opened())
         try:
             while not scheduler.done:
-                with closing(decide(self.device, chain, scheduler, settings.ballot)) as outcomes:
+                with closing(self.sampler.decide(chain, scheduler, settings.ballot)) as outcomes:
                     for outcome in outcomes:
                         for closed in (*scheduler.add(outcome), *scheduler.stop_late(time.perf_counter())):
                             self._close(closed)
                         for ready in scheduler.finished():
+                            if ready.failed:
+                                self.failed.append(ready.image.idx)
+                                continue
                             ready.cost.seconds, answered = time.perf_counter() - answered, time.perf_counter()
                             yield ready, ready.judge
                         if scheduler.done:
@@ -419,11 +431,11 @@ class SmoothedClassifier:
 
     def _open(self, image: LabelledImage, sigma: float, chain: Chain, phases: Phases) -> list[int]:
         keys = [image_key(self.secret, purpose, sigma, image.pixels) for purpose, _ in phases]
-        return [self.device.open_image(image.pixels, key, sigma, chain.scale) for key in keys]
+        return [self.sampler.open_image(image.pixels, key, sigma, chain.scale) for key in keys]
 
     def _close(self, image: UnderWay[J]) -> None:
         for handle in image.handles:
-            self.device.close_image(handle)
+            self.sampler.close_image(handle)
 
 
 def shipped_engine() -> Path:
@@ -471,4 +483,4 @@ def load(
         engine_sha256,
         trust,
     )
-    return SmoothedClassifier(bundle, open_device(bundle, batch, threads, known), secret)
+    return SmoothedClassifier(bundle, OnDevice(open_device(bundle, batch, threads, known)), secret)

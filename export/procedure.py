@@ -51,6 +51,7 @@ from densepure_rt.runtime.device import (
     processor,
 )
 from densepure_rt.runtime.schedule import Chain, Coefficients, make_chain
+from densepure_rt.samplers import OnDevice
 from densepure_rt.smoothing import PAPER, Settings, SmoothedClassifier, seeded_secret
 
 SIGMA = 0.25  # the smallest of Xiao et al. 2023
@@ -490,7 +491,7 @@ def run_ours(
 ) -> OurRun:
     """Our procedure on all images, and what it took, as counted at the device: with all that was drawn in vain."""
     counting = CountingDevice(device)
-    smoothed = SmoothedClassifier(bundle, cast(Device, counting), seeded_secret(seed))
+    smoothed = SmoothedClassifier(bundle, OnDevice(cast(Device, counting)), seeded_secret(seed))
     unlabelled = [dataclasses.replace(image, label=None) for image in images]
     started, main, process = now(), time.thread_time(), time.process_time()
     certified = list(watch(smoothed.certify_each(unlabelled, settings), len(images)))

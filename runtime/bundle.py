@@ -129,12 +129,16 @@ class ClassifierSidecar(Sidecar):
 
 @dataclass(frozen=True)
 class Bundle:
-    """A step engine and a classifier whose sidecars fit together."""
+    """A step engine and a classifier whose sidecars fit together.
+
+    sidecars: SHA-256 of the two sidecars' files; None for a plan that is taken for what its name says.
+    """
 
     unet: StepSidecar
     classifier: ClassifierSidecar
     unet_path: Path
     classifier_path: Path
+    sidecars: tuple[str | None, str | None] = (None, None)
 
 
 def data_mark(data: FileRef) -> str:
@@ -459,7 +463,12 @@ def open_bundle(
             f"{engine.name} is for {flavour_of(unet)}, {path.name} for {flavour_of(labels)}: one device runs both, so "
             f"name a classifier of the same kind with --classifier"
         )
-    return Bundle(unet, labels, engine, path)
+    return Bundle(unet, labels, engine, path, (written_sha256(engine), written_sha256(path)))
+
+
+def written_sha256(engine: Path) -> str | None:
+    """Of its sidecar's file, where there is one."""
+    return sha256_of(sidecar_path(engine)) if sidecar_path(engine).exists() else None
 
 
 def flavour_of(sidecar: Sidecar) -> str:

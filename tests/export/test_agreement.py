@@ -46,6 +46,7 @@ from densepure_rt.runtime.device import NOT_FINITE, STEP_INPUTS
 from densepure_rt.runtime.noise import Key, first_state, image_key, smoothing_law, smoothing_noise, vote_noise
 from densepure_rt.runtime.onnx_device import OnnxDevice
 from densepure_rt.runtime.schedule import Schedule, make_chain
+from densepure_rt.samplers import OnDevice
 from densepure_rt.smoothing import Settings, SmoothedClassifier
 
 GREY, COLOUR = (1, 6, 6), (3, 5, 8)
@@ -146,7 +147,7 @@ def swapped(exported: Exporter) -> Bundle:
 
 @contextmanager
 def at_work(bundle: Bundle, batch: int = 8, threads: int = 2) -> Iterator[SmoothedClassifier]:
-    with SmoothedClassifier(bundle, OnnxDevice(bundle, batch, threads)) as smoothed:
+    with SmoothedClassifier(bundle, OnDevice(OnnxDevice(bundle, batch, threads))) as smoothed:
         yield smoothed
 
 

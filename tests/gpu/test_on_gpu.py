@@ -55,6 +55,7 @@ from densepure_rt.runtime.tensorrt_device import (
     compile_kernels,
     import_cuda,
 )
+from densepure_rt.samplers import OnDevice
 from densepure_rt.smoothing import Settings, SmoothedClassifier, seeded_secret, shipped_engine
 from densepure_rt.voting import Ballot
 from tests.gpu.report import Report, densepure_rt
@@ -446,7 +447,7 @@ def test_two_runs_count_the_same(
     settings = Settings(SIGMA, STEPS, votes=5, n0=50, n=300, method="fixed")
 
     def counts(device: TensorRTDevice) -> list[Any]:
-        certified = SmoothedClassifier(plan, device, SECRET).certify_each(images[:4], settings)
+        certified = SmoothedClassifier(plan, OnDevice(device), SECRET).certify_each(images[:4], settings)
         return [(found.certificate, found.cost.unet_calls) for found in certified]
 
     first, second = counts(device), counts(device)
@@ -606,7 +607,7 @@ def test_throughput_is_measured(
     calls = calls_a_second(run, device.batch, wait)
     settings = Settings(SIGMA, STEPS, votes=5, n0=100, n=1000, method="fixed")
     begun = time.perf_counter()
-    certified = list(SmoothedClassifier(plan, device, SECRET).certify_each(images[:5], settings))
+    certified = list(SmoothedClassifier(plan, OnDevice(device), SECRET).certify_each(images[:5], settings))
     seconds = (time.perf_counter() - begun) / len(certified)
     operations, peak = float_operations(shipped.unet_path), float32_peak(here)
     report.add(

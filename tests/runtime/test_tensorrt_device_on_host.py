@@ -27,6 +27,7 @@ from densepure_rt.runtime.onnx_device import OnnxDevice
 from densepure_rt.runtime.reverse import Outcome, decide
 from densepure_rt.runtime.schedule import Chain, make_chain
 from densepure_rt.runtime.tensorrt_device import IMAGE, IN_FLIGHT, ITEM, KERNELS, TensorRTDevice
+from densepure_rt.samplers import OnDevice
 from densepure_rt.smoothing import Budget, Settings, SmoothedClassifier, seeded_secret, shipped_engine
 from densepure_rt.voting import Ballot
 from tests.runtime.host_cuda import (
@@ -250,7 +251,7 @@ def test_certificates_of_images_that_come_and_go_are_those_of_the_reference_devi
     labelled = [LabelledImage(i, pixels, None) for i, (pixels, _) in enumerate(images_of(small, 12))]
 
     def certified(bundle: Bundle, device: Device) -> list[Any]:
-        classifier = SmoothedClassifier(bundle, device, seeded_secret(3))
+        classifier = SmoothedClassifier(bundle, OnDevice(device), seeded_secret(3))
         return [
             (found.certificate, found.cost.unet_calls, found.cost.classifier_calls, found.cost.not_finite)
             for sigma in (0.5, 0.25, 0.5)
@@ -274,7 +275,7 @@ def test_a_run_on_a_plan_names_the_library_and_the_gpu_in_its_identity(
     pixels = [pixels for pixels, _ in images_of(small, 2)]
     images = ImageSet("two", range(2), None, pixels.__getitem__, range(2))
     with opened_on_host(library, as_plans(small, flavour, (6,))) as (device, trt):
-        classifier = SmoothedClassifier(small, device, seeded_secret(3))
+        classifier = SmoothedClassifier(small, OnDevice(device), seeded_secret(3))
         identity = identity_of(classifier, images, Settings(steps=2), Budget(), seed=3)
         described = device.describe()
     assert identity.runs_on == f"{flavour}, tensorrt {described['tensorrt']}"
