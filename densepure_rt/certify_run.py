@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from densepure_rt import __version__, logs
-from densepure_rt.certification import floored
+from densepure_rt.certification import Certificate, floored
 from densepure_rt.console import Status, track
 from densepure_rt.datasets import ImageSet
 from densepure_rt.falsify_run import Proposals, attack_each, attacked, no_proposals
@@ -46,7 +46,7 @@ from densepure_rt.smoothing import UNLIMITED, Budget, Certified, Settings, Smoot
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the papers' CIFAR-10 tables
 
 
-def abstention(record: ImageRecord) -> Abstention | None:
+def abstention(record: ImageRecord | Certificate) -> Abstention | None:
     """Why nothing was certified; None when something was."""
     if record.predict is not None:
         return None

@@ -42,7 +42,7 @@ from densepure_rt.smoothing import (
     prediction_of,
 )
 
-Model = Literal["predict", "certify"]
+ModelName = Literal["predict", "certify"]
 Pixels = NDArray[np.uint8]  # [C, H, W]
 
 
@@ -116,7 +116,7 @@ class Meter:
     device_seconds: in which the device had work. batch: items that one holds.
     """
 
-    open: Mapping[Model, int]
+    open: Mapping[ModelName, int]
     samples: int
     unet_calls: int
     classifier_calls: int
@@ -130,7 +130,7 @@ class Meter:
 class Request(Asked[AnytimeJudge]):
     """An image of a request, and the answer that it waits for."""
 
-    def __init__(self, model: Model, image: LabelledImage, judge: AnytimeJudge, open_handles: Any) -> None:
+    def __init__(self, model: ModelName, image: LabelledImage, judge: AnytimeJudge, open_handles: Any) -> None:
         super().__init__(image, judge, model == "predict", open_handles)
         self.model, self.answer = model, Future[Any]()
         self.answer.set_running_or_notify_cancel()  # it is given up by `Service.give_up` alone
@@ -210,7 +210,7 @@ class Service:
         return cast(Certified, (await self.answers("certify", [image], deadline))[0])
 
     async def answers(
-        self, model: Model, images: Sequence[Pixels], deadline: float | None
+        self, model: ModelName, images: Sequence[Pixels], deadline: float | None
     ) -> list[Predicted] | list[Certified]:
         """The answers to `images`, all of which are taken or none; see `Served`."""
         requests = self.ask(model, images)
@@ -223,7 +223,7 @@ class Service:
         finally:
             self.give_up(requests)  # where this is cancelled
 
-    def ask(self, model: Model, images: Sequence[Pixels]) -> list[Request]:
+    def ask(self, model: ModelName, images: Sequence[Pixels]) -> list[Request]:
         """Take up `images`, all of them or none. The answer of each is in its future."""
         for image in images:
             if image.dtype != np.uint8 or image.shape != self.served.bundle.unet.image:
@@ -248,7 +248,7 @@ class Service:
             self._changed.notify_all()
         return requests
 
-    def _request(self, model: Model, pixels: Pixels, secret: bytes) -> Request:
+    def _request(self, model: ModelName, pixels: Pixels, secret: bytes) -> Request:
         self._came += 1
         image, sigma = LabelledImage(self._came, pixels, None), self.served.settings.sigma
         if model == "predict":

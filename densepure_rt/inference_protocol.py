@@ -1,0 +1,321 @@
+"""The Open Inference Protocol (KServe v2, as Triton speaks it): requests in, responses out, as pure functions of bytes.
+
+A body is JSON, or JSON followed by raw tensors (the binary tensor data extension): then the header
+`Inference-Header-Content-Length` says where the JSON ends, and the tensors lie behind it in the order of the inputs,
+little-endian, rows first. What comes in is untrusted: nothing is allocated by a size that a request only declares, and
+whatever is wrong with it is a ProtocolError.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from densepure_rt.errors import UsageError
+
+Datatype = Literal["UINT8", "INT64", "FP64", "BOOL", "BYTES"]
+HEADER_LENGTH = "Inference-Header-Content-Length"
+VERSION = "1"  # of every model
+EXTENSIONS = ("binary_tensor_data",)
+LITTLE_ENDIAN: Mapping[Datatype, str] = {"UINT8": "u1", "INT64": "<i8", "FP64": "<f8", "BOOL": "?"}
+MOST_ID = 256  # characters of a request's id, which is sent back
+SHOWN = 40  # characters of what was sent that an error repeats
+T = TypeVar("T")
+
+
+class ProtocolError(UsageError):
+    """A request that is not what the protocol or the model asks for."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An input or output of a model. shape: -1 for the images of a request."""
+
+    name: str
+    datatype: Datatype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a client may ask of a model. most_images: in one request. about: what else its metadata says."""
+
+    name: str
+    input: Tensor
+    outputs: tuple[Tensor, ...]
+    most_images: int
+    about: Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class InferRequest:
+    """images: uint8, of the model's shape. outputs: those asked for, by name, and whether as raw bytes."""
+
+    id: str | None
+    images: NDArray[np.uint8]
+    outputs: Mapping[str, bool]
+    deadline_ms: float | None
+
+
+def metadata(model: Model) -> dict[str, Any]:
+    return {
+        "name": model.name,
+        "versions": [VERSION],
+        "platform": "densepure-rt",
+        "inputs": [described(model.input)],
+        "outputs": [described(output) for output in model.outputs],
+        "parameters": dict(model.about),
+    }
+
+
+def described(tensor: Tensor) -> dict[str, Any]:
+    return {"name": tensor.name, "datatype": tensor.datatype, "shape": list(tensor.shape)}
+
+
+# requests
+
+
+def parse_request(model: Model, body: bytes, header_length: str | None = None) -> InferRequest:
+    """header_length: that header's value; None where there is none, and all of the body is JSON.
+
+    Raises ProtocolError, and nothing else.
+    """
+    head, raw = split(body, header_length)
+    request = an_object(from_json(head), "the request", {"id", "parameters", "inputs", "outputs"})
+    parameters = parameters_of(request, "the request", {"deadline_ms", "binary_data_output"})
+    binary = checked(parameters, "binary_data_output", bool, "parameters", False)
+    name = checked(request, "id", str, "the request", None)
+    if name is not None and len(name) > MOST_ID:
+        raise ProtocolError(f"an id has {MOST_ID} characters at most, got {len(name)}")
+    return InferRequest(
+        id=name,
+        images=image_of(model, a_list(request, "inputs"), raw),
+        outputs=outputs_of(model, a_list(request, "outputs") if "outputs" in request else [], binary),
+        deadline_ms=deadline_of(parameters.get("deadline_ms")),
+    )
+
+
+def split(body: bytes, header_length: str | None) -> tuple[bytes, bytes]:
+    """The JSON and the raw tensors of a body."""
+    if header_length is None:
+        return body, b""
+    if not re.fullmatch("[0-9]{1,18}", header_length) or int(header_length) > len(body):
+        raise ProtocolError(
+            f"{HEADER_LENGTH} is the number of bytes of JSON at the start of a body of {len(body)}, "
+            f"got {shown(header_length)}"
+        )
+    return body[: int(header_length)], body[int(header_length) :]
+
+
+def from_json(text: bytes) -> Any:
+    try:
+        return json.loads(text.decode("utf-8"), parse_constant=refuse_constant, object_pairs_hook=without_duplicates)
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ProtocolError):
+            raise
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ProtocolError(f"the request is not JSON in UTF-8 ({reason})") from error
+
+
+def refuse_constant(name: str) -> None:
+    raise ProtocolError(f"the request is not JSON: {name} is no number in it")
+
+
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) < len(pairs):
+        raise ProtocolError(f"an object of the request has a name twice: {', '.join(shown(name) for name in found)}")
+    return found
+
+
+def an_object(value: Any, what: str, known: set[str]) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ProtocolError(f"{what} is a JSON object, got {kind_of(value)}")
+    if unknown := [name for name in value if name not in known]:
+        raise ProtocolError(f"{what} has {shown(unknown[0])}, which is not known here: {', '.join(sorted(known))}")
+    return value
+
+
+def a_list(request: dict[str, Any], name: str) -> list[Any]:
+    value = request.get(name)
+    if not isinstance(value, list):
+        raise ProtocolError(f"{name} is a list, got {kind_of(value)}")
+    return value
+
+
+def checked(values: dict[str, Any], name: str, kind: type[T], what: str, default: Any) -> Any:
+    """values[name], which is of this kind where it is there."""
+    value = values.get(name, default)
+    if name in values and type(value) is not kind:  # bool is an int to isinstance
+        raise ProtocolError(f"{name} of {what} is {KINDS[kind]}, got {kind_of(value)}")
+    return value
+
+
+def parameters_of(owner: dict[str, Any], what: str, known: set[str]) -> dict[str, Any]:
+    return an_object(owner.get("parameters", {}), f"parameters of {what}", known)
+
+
+def deadline_of(value: Any) -> float | None:
+    if value is None:
+        return None
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise ProtocolError(f"deadline_ms is a number of milliseconds above 0, got {shown(value)}")
+    return float(min(value, 2**53))  # an integer may be beyond all floats
+
+
+def image_of(model: Model, inputs: list[Any], raw: bytes) -> NDArray[np.uint8]:
+    """The one input of a model: uint8, of its shape."""
+    wanted = model.input
+    if len(inputs) != 1:
+        raise ProtocolError(f"{model.name} takes one input, {wanted.name}, got {len(inputs)}")
+    given = an_object(inputs[0], "an input", {"name", "datatype", "shape", "data", "parameters"})
+    if given.get("name") != wanted.name:
+        raise ProtocolError(f"the input of {model.name} is {wanted.name}, got {shown(given.get('name'))}")
+    if given.get("datatype") != wanted.datatype:
+        raise ProtocolError(f"{wanted.name} is {wanted.datatype}, got {shown(given.get('datatype'))}")
+    shape = shape_of(model, given.get("shape"))
+    size = checked(parameters_of(given, wanted.name, {"binary_data_size"}), "binary_data_size", int, wanted.name, None)
+    if size is None:
+        if raw:
+            raise ProtocolError(
+                f"{len(raw)} bytes follow the JSON, and no input says that they are its: binary_data_size"
+            )
+        return from_numbers(given.get("data"), shape, wanted.name)
+    if "data" in given:
+        raise ProtocolError(f"{wanted.name} has both data and binary_data_size: give one")
+    if not size == len(raw) == math.prod(shape):
+        raise ProtocolError(
+            f"{wanted.name} of shape {list(shape)} has {math.prod(shape)} bytes, its binary_data_size is {shown(size)} "
+            f"and {len(raw)} bytes follow the JSON"
+        )
+    return np.frombuffer(raw, np.uint8).reshape(shape)
+
+
+def shape_of(model: Model, given: Any) -> tuple[int, ...]:
+    image = model.input.shape[1:]
+    fits = (
+        isinstance(given, list)
+        and all(type(size) is int for size in given)
+        and given[1:] == list(image)
+        and 1 <= given[0] <= model.most_images
+    )
+    if not fits:
+        most = "1 image" if model.most_images == 1 else f"1 to {model.most_images} images"
+        raise ProtocolError(
+            f"{model.input.name} is {most} of {list(image)} (channels, height, width), got the shape {shown(given)}"
+        )
+    return tuple(given)
+
+
+def from_numbers(data: Any, shape: tuple[int, ...], name: str) -> NDArray[np.uint8]:
+    """An array from numbers in lists of this shape, or in one flat list."""
+    values = data if is_flat(data) else flattened(data, shape, name)
+    if len(values) != math.prod(shape):
+        raise ProtocolError(f"{name} of shape {list(shape)} has {math.prod(shape)} values, got {len(values)}")
+    for value in values:
+        if type(value) is not int or not 0 <= value <= 255:
+            raise ProtocolError(f"{name} is UINT8, integers from 0 to 255, got {shown(value)}")
+    return np.array(values, np.uint8).reshape(shape)
+
+
+def is_flat(data: Any) -> bool:
+    return isinstance(data, list) and not (data and isinstance(data[0], list))
+
+
+def flattened(data: Any, shape: tuple[int, ...], name: str) -> list[Any]:
+    level = [data]
+    for size in shape:
+        for values in level:
+            if not isinstance(values, list) or len(values) != size:
+                found = f"a list of {len(values)}" if isinstance(values, list) else kind_of(values)
+                raise ProtocolError(
+                    f"data of {name} is in lists as its shape {list(shape)} says, got {found} for {size}"
+                )
+        level = list(chain.from_iterable(level))
+    return level
+
+
+def outputs_of(model: Model, asked: list[Any], binary: bool) -> dict[str, bool]:
+    """The outputs that are asked for, all where none are named, and whether each goes as raw bytes."""
+    names = [output.name for output in model.outputs]
+    if not asked:
+        return dict.fromkeys(names, binary)
+    found: dict[str, bool] = {}
+    for each in asked:
+        output = an_object(each, "an output", {"name", "parameters"})
+        name = output.get("name")
+        if name not in names:
+            raise ProtocolError(f"{model.name} has no output {shown(name)}: {', '.join(names)}")
+        if name in found:
+            raise ProtocolError(f"the output {name} is asked for twice")
+        parameters = parameters_of(output, name, {"binary_data"})
+        found[name] = checked(parameters, "binary_data", bool, name, binary)
+    return found
+
+
+KINDS: Mapping[type[Any], str] = {bool: "true or false", str: "a string", int: "an integer"}
+
+
+def kind_of(value: Any) -> str:
+    kinds = {dict: "an object", list: "a list", type(None): "nothing", float: "a number"}
+    return (kinds | dict(KINDS)).get(type(value), type(value).__name__)
+
+
+def shown(value: Any) -> str:
+    """A value as an error repeats it: in ASCII, on one line, and short."""
+    text = kind_of(value) if isinstance(value, dict | list) and len(value) > SHOWN else ascii(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+# responses
+
+
+def encode_response(
+    model: Model, request: InferRequest, values: Mapping[str, NDArray[Any] | Sequence[str]]
+) -> tuple[bytes, dict[str, str]]:
+    """A body and its headers. values: of each output, an array, or of BYTES strings."""
+    tensors = [tensor for tensor in model.outputs if tensor.name in request.outputs]
+    raw = {
+        tensor.name: to_bytes(tensor.datatype, values[tensor.name])
+        for tensor in tensors
+        if request.outputs[tensor.name]
+    }
+    outputs = [encoded(tensor, values[tensor.name], raw.get(tensor.name)) for tensor in tensors]
+    response = {"model_name": model.name, "model_version": VERSION, "outputs": outputs}
+    if request.id is not None:
+        response["id"] = request.id
+    head = json.dumps(response, allow_nan=False).encode("ascii")
+    if not raw:
+        return head, {"Content-Type": "application/json"}
+    body = b"".join((head, *raw.values()))
+    return body, {"Content-Type": "application/octet-stream", HEADER_LENGTH: str(len(head))}
+
+
+def encoded(tensor: Tensor, values: NDArray[Any] | Sequence[str], raw: bytes | None) -> dict[str, Any]:
+    shape = list(np.shape(values))
+    output: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": shape}
+    if raw is not None:
+        return output | {"parameters": {"binary_data_size": len(raw)}}
+    return output | {"data": values.ravel().tolist() if isinstance(values, np.ndarray) else list(values)}
+
+
+def to_bytes(datatype: Datatype, values: NDArray[Any] | Sequence[str]) -> bytes:
+    """Raw values, rows first; each of BYTES behind its length, four bytes."""
+    if datatype == "BYTES":
+        return b"".join(prefixed(str(value).encode("utf-8")) for value in values)
+    return np.ascontiguousarray(values, LITTLE_ENDIAN[datatype]).tobytes()
+
+
+def prefixed(value: bytes) -> bytes:
+    return len(value).to_bytes(4, "little") + value
+
+
+def encode_error(message: str) -> bytes:
+    return json.dumps({"error": message}).encode("ascii")
