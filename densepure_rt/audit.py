@@ -51,12 +51,14 @@ from densepure_rt.run_folder import (
     read_manifest,
     record_of,
     results_of,
+    shard_of,
 )
 from densepure_rt.run_reader import read_lines
 from densepure_rt.runtime.bundle import MAX_STEPS
 from densepure_rt.runtime.device import NOT_FINITE
 from densepure_rt.runtime.noise import NOISE_LAW, image_sha256, smoothing_law, vote_law
 from densepure_rt.runtime.schedule import Coefficients, make_chain
+from densepure_rt.shards import Shard
 from densepure_rt.smoothing import Settings, certificate_of, commitment, seeded_secret
 
 
@@ -89,7 +91,7 @@ def audit(path: Path, images: ImageSet | None = None) -> list[Finding]:
         lambda: check_secret(path, manifest),
     ]
     if images is not None:
-        checks.append(lambda: check_images(images, manifest.identity, done))
+        checks.append(lambda: check_images(images, manifest, done))
     done: list[DoneImage] = []
     findings = []
     try:
@@ -99,11 +101,12 @@ def audit(path: Path, images: ImageSet | None = None) -> list[Finding]:
             findings.append(check_ledger(ledger, manifest))
             done = list(ledger.done())
             checks += [
-                lambda: check_records(done, manifest.identity),
+                lambda: check_records(done, manifest),
+                *([lambda: check_shards(done, manifest)] if manifest.provenance.of_shards else []),
                 lambda: check_tables(path, done),
-                lambda: check_summary(path, done, manifest.identity),
+                lambda: check_summary(path, done, manifest),
                 *([lambda: check_attacks(path, records_of(done))] if (path / ATTACKS).exists() else []),
-                lambda: check_seal(path, ledger, complete=len(done) == manifest.identity.images.count),
+                lambda: check_seal(path, ledger, complete=len(done) == manifest.asked),
             ]
             findings += [run(check) for check in checks]
     except CheckFailed as fault:
@@ -176,23 +179,37 @@ def check_ledger(ledger: Ledger, manifest: Manifest) -> Finding:
     return Finding("ledger", f"of identity {str(claimed)[:16]}", faults)
 
 
-def check_records(done: list[DoneImage], identity: Identity) -> Finding:
-    """Each record against what the labels of its samples decide."""
+def check_records(done: list[DoneImage], manifest: Manifest) -> Finding:
+    """Each record against what the labels of its samples decide, and its place."""
+    identity, places = manifest.identity, manifest.shard.places(manifest.identity.images.count)
     settings, faults = settings_of(identity), []
     for image in done:
         try:
             faults += [f"image {image.idx}: {fault}" for fault in faults_of(image, identity, settings)]
         except DensePureError as fault:
             faults.append(f"image {image.idx}: {fault}")
-    if len(done) > identity.images.count:
-        faults.append(f"{len(done)} images are certified, of {identity.images.count}")
     faults += [
-        f"image {image.idx} has place {image.place} of {identity.images.count}"
+        f"image {image.idx} has place {image.place}, none of {shard_of(manifest)} of {identity.images.count} images"
         for image in done
-        if not 0 <= image.place < identity.images.count
+        if image.place not in places
     ]
     samples = sum(len(image.labels) for image in done)
     return Finding("records", f"{len(done)} decided again from {samples:,} labels", tuple(faults))
+
+
+def check_shards(done: list[DoneImage], manifest: Manifest) -> Finding:
+    """Whether the shards that a run says it was merged from hold each image once; of a shard, what it holds."""
+    provenance, count = manifest.provenance, manifest.identity.images.count
+    if provenance.merged_from is None:
+        return Finding("shard", f"{provenance.shard}: {len(done)} of its {manifest.asked} images, of {count}")
+    merged = [Shard.parsed(part.shard) for part in provenance.merged_from]
+    said = f"merged from {len(merged)}"
+    if provenance.shard is not None or len(done) != count:
+        return Finding("shard", said, ("what is merged is a whole run, and this is none",))
+    held = {place for shard in merged for place in shard.places(count)}
+    if not len(held) == sum(shard.size(count) for shard in merged) == count:
+        return Finding("shard", said, ("they do not hold each image once",))
+    return Finding("shard", said)
 
 
 def faults_of(image: DoneImage, identity: Identity, settings: Settings) -> Iterator[str]:
@@ -258,15 +275,15 @@ def check_tables(path: Path, done: list[DoneImage]) -> Finding:
     return Finding("results", f"{', '.join(RESULTS)} written again from the ledger", tuple(faults))
 
 
-def check_summary(path: Path, done: list[DoneImage], identity: Identity) -> Finding:
+def check_summary(path: Path, done: list[DoneImage], manifest: Manifest) -> Finding:
     if not (path / SUMMARY).exists():
         return Finding("summary", "not written yet")
     found = parsed(Summary, read(path / SUMMARY), SUMMARY)
     pairs = [(parsed(ImageRecord, i.record, LEDGER), parsed(TimingRecord, i.timing, LEDGER)) for i in done]
-    settings = settings_of(identity)
-    reach = reach_of(settings, math.prod(identity.image))
-    expected = summarize(pairs, identity.images.count, found.interrupted, radii_of(settings), reach)
-    if len(done) < identity.images.count and found.done < len(done):
+    settings = settings_of(manifest.identity)
+    reach = reach_of(settings, math.prod(manifest.identity.image))
+    expected = summarize(pairs, manifest.asked, found.interrupted, radii_of(settings), reach)
+    if len(done) < manifest.asked and found.done < len(done):
         return Finding("summary", "of an earlier end of the run")
     faults = [
         f"{name} is {one}, and the records give {other}"
@@ -305,12 +322,13 @@ def check_attacks(path: Path, records: Mapping[int, ImageRecord]) -> Finding:
     return Finding("attacks", f"{len(attacks)} on certificates of this run", tuple(faults))
 
 
-def check_images(images: ImageSet, identity: Identity, done: list[DoneImage]) -> Finding:
-    faults = [] if images.sha256() == identity.images.sha256 else ["they are not the images of the manifest"]
+def check_images(images: ImageSet, manifest: Manifest, done: list[DoneImage]) -> Finding:
+    same = images.sha256() == manifest.identity.images.sha256
+    faults = [] if same else ["they are not the images of the manifest"]
     records = records_of(done)
-    order = [image.idx for image in images]
-    if [image.idx for image in done] != order[: len(done)]:
-        faults.append("the certified images are not the first of them, in their order")
+    places = dict(enumerate(images.order))
+    if any(places.get(image.place) != image.idx for image in done):
+        faults.append("the certified images are not at their places among them")
     for image in images:
         record = records.get(image.idx)
         if record is not None and record.image_sha256 != image_sha256(image.pixels).hex():

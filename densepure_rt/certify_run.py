@@ -41,6 +41,7 @@ from densepure_rt.runtime.bundle import FileRef, sidecar_path
 from densepure_rt.runtime.device import installed_versions
 from densepure_rt.runtime.noise import NOISE_LAW, smoothing_law, vote_law
 from densepure_rt.runtime.schedule import Coefficients
+from densepure_rt.shards import Shard
 from densepure_rt.smoothing import UNLIMITED, Budget, Certified, Settings, SmoothedClassifier, commitment
 
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the papers' CIFAR-10 tables
@@ -97,9 +98,17 @@ def accuracy_at(labelled: Sequence[ImageRecord], radius: float, reach: float | N
 
 
 def manifest_of(
-    classifier: SmoothedClassifier, images: ImageSet, settings: Settings, budget: Budget, seed: int | None
+    classifier: SmoothedClassifier,
+    images: ImageSet,
+    settings: Settings,
+    budget: Budget,
+    seed: int | None,
+    shard: Shard | None = None,
 ) -> Manifest:
-    """What is to be run. `identity` is all that a result depends on; `provenance` is who runs it where and when."""
+    """What is to be run. `identity` is all that a result depends on; `provenance` is who runs it where and when.
+
+    images: all, also where a shard of them alone is run.
+    """
     identity = identity_of(classifier, images, settings, budget, seed)
     bundle = classifier.bundle
     provenance = Provenance(
@@ -113,6 +122,7 @@ def manifest_of(
         versions={"densepure-rt": __version__} | installed_versions("numpy", "scipy", "onnxruntime"),
         weights_sha256={"unet": bundle.unet.weights_sha256, "classifier": bundle.classifier.weights_sha256},
         seed_note=None if seed is None else "seed public: valid only for images fixed before the seed was chosen",
+        shard=None if shard is None else str(shard),
         parity=bundle.unet.accuracy,
     )
     return Manifest(SCHEMA_VERSION, identity.sha256, identity, provenance)
@@ -209,11 +219,12 @@ def run(
     budget: Budget = UNLIMITED,
     falsify: float | None = None,
     proposals: Proposals = no_proposals,
+    shard: Shard | None = None,
 ) -> tuple[Summary, list[AttackRecord]]:
     """Certify `images` into the folder `out`, a line an image, and go on where an earlier run of them ended.
 
     Ctrl-C ends it after the images that are done. falsify: the share of their samples to attack the certificates with,
-    once all are there; `proposals` gives an attack further candidates.
+    once all are there; `proposals` gives an attack further candidates. shard: the part of the images to certify here.
     """
     attacks: list[AttackRecord] = []
     interrupted = True
@@ -222,7 +233,9 @@ def run(
         return summarize(folder.done, len(images), interrupted, radii_of(settings), expected.reach)
 
     status = Status(lambda: accuracy_so_far(summary()) if images.labelled else "")
-    manifest = manifest_of(classifier, images, settings, budget, seed)
+    manifest = manifest_of(classifier, images, settings, budget, seed, shard)
+    places = {idx: place for place, idx in enumerate(images.order)}
+    images = images if shard is None else shard.select(images)
     with RunFolder(out, manifest, classifier.secret if seed is None else None) as folder:
         with suppress(KeyboardInterrupt):
             finished = {record.idx for record, _ in folder.done}

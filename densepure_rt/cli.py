@@ -23,12 +23,13 @@ from densepure_rt.console import Json, Status, be_quiet, duration, plural, rows,
 from densepure_rt.errors import CheckFailed, DensePureError, EnvironmentFault, UsageError
 from densepure_rt.import_command import import_
 from densepure_rt.model_commands import ProviderName, bench, export, gradient_proposals, parity
-from densepure_rt.run_commands import compare, report
+from densepure_rt.run_commands import compare, merge, report
 
 if TYPE_CHECKING:
     from densepure_rt.datasets import ImageSet
     from densepure_rt.forecast import Forecast, Range
     from densepure_rt.records import Abstention, AttackRecord, Summary
+    from densepure_rt.shards import Shard
     from densepure_rt.smoothing import Predicted, Settings, SmoothedClassifier
 
 INTERRUPTED = 130  # the shell's code for Ctrl-C
@@ -96,6 +97,13 @@ Max = Annotated[
 ]
 Seed = Annotated[
     int | None, typer.Option(help="A public seed, for reproduction; default: a new secret from the system.")
+]
+Key = Annotated[
+    Path | None,
+    typer.Option(
+        help="File with the secret that all noise is keyed with, made where there is none; not with --seed. To reveal "
+        "one run makes public what all runs of its key file are keyed with."
+    ),
 ]
 EngineHash = Annotated[
     str | None, typer.Option("--engine-sha256", help="Refuse the engine unless its SHA-256 is this one.")
@@ -165,6 +173,14 @@ def certify(
     skip: Skip = 1,
     limit: Max = None,
     seed: Seed = None,
+    key: Key = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            help="Certify a part of the images, such as 2/8: every eighth one, from the second on. All shards take the "
+            "same options and the same --key or --seed, and each its own --out; `merge` makes one run of them."
+        ),
+    ] = None,
     engine_sha256: EngineHash = None,
     trust: Trust = False,
     out: Annotated[
@@ -187,7 +203,7 @@ def certify(
     from densepure_rt import certify_run, logs
     from densepure_rt.falsify_run import check_share, no_proposals
     from densepure_rt.forecast import forecast
-    from densepure_rt.run_folder import secret_to_go_on
+    from densepure_rt.shards import Shard
     from densepure_rt.smoothing import Budget
 
     if falsify is not None:
@@ -202,12 +218,18 @@ def certify(
     settings = make_settings(context, preset, **asked, timestep_rule=timestep_rule)
     if resume and out is None:
         raise UsageError("--resume goes on with a run: name its folder with --out")
-    secret = secret_to_go_on(out) if out is not None and seed is None and not dry_run else None
+    part = None if shard is None else Shard.parsed(shard)
+    if part is not None and out is None and not dry_run:
+        raise UsageError(f"--shard {part} needs a folder of its own, to go on in after a stop: name it with --out")
+    secret = None if dry_run else secret_of(seed, key, out)
+    if part is not None and seed is None and secret is None and not dry_run:
+        raise UsageError(f"--shard {part} needs the secret that all shards share: name one file for all of them, --key")
     with open_classifier(engine, classifier, batch, threads, provider, engine_sha256, trust, seed, secret) as smoothed:
         chosen = open_image_set(images, smoothed, skip, limit)
-        expected = forecast(smoothed, settings, len(chosen))
+        mine = chosen if part is None else part.select(chosen)
+        expected = forecast(smoothed, settings, len(mine))
         if not quiet:
-            print_forecast(smoothed, chosen, settings, expected)
+            print_forecast(smoothed, chosen, settings, expected, part)
         if dry_run:
             if as_json:
                 print(json.dumps(dataclasses.asdict(expected)))
@@ -215,7 +237,7 @@ def certify(
         folder = out or Path("runs") / datetime.datetime.now().strftime("certify-%Y%m%d-%H%M%S")
         proposals = gradient_proposals(smoothed.bundle, settings) if falsify is not None else no_proposals
         summary, attacks = certify_run.run(
-            smoothed, chosen, settings, expected, folder, seed, seconds, falsify, proposals
+            smoothed, chosen, settings, expected, folder, seed, seconds, falsify, proposals, part
         )
         print_summary(summary, chosen.labelled, folder, as_json)
         if summary.done < summary.asked:
@@ -245,6 +267,7 @@ def predict(
     skip: Skip = 1,
     limit: Max = None,
     seed: Seed = None,
+    key: Key = None,
     engine_sha256: EngineHash = None,
     trust: Trust = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout.")] = False,
@@ -256,7 +279,8 @@ def predict(
     settings = make_settings(
         context, sigma=sigma, steps=steps, votes=votes, n=n, alpha=alpha, timestep_rule=timestep_rule
     )
-    with open_classifier(engine, classifier, batch, threads, provider, engine_sha256, trust, seed) as smoothed:
+    secret = secret_of(seed, key)
+    with open_classifier(engine, classifier, batch, threads, provider, engine_sha256, trust, seed, secret) as smoothed:
         chosen = open_image_set(images, smoothed, skip, limit)
         if not as_json:
             print("idx\tlabel\tpredict\tcorrect\tname\tvotes\terror_bound")
@@ -269,6 +293,7 @@ app.command()(parity)
 app.command()(bench)
 app.command()(report)
 app.command()(compare)
+app.command()(merge)
 app.command()(audit)
 app.command()(replay)
 app.command()(reveal)
@@ -325,6 +350,15 @@ def make_settings(context: typer.Context, preset: str | None = None, **values: A
     if settings.effective.votes < settings.votes:
         stderr.print(f"with --steps {settings.steps} nothing is random after the smoothing noise: votes set to 1")
     return settings
+
+
+def secret_of(seed: int | None, key: Path | None, out: Path | None = None) -> bytes | None:
+    """What the noise is keyed with, where there is no public seed; None for a new secret."""
+    from densepure_rt.run_folder import agreed_secret
+
+    if seed is not None and key is not None:
+        raise UsageError("--seed and --key are two ways to say what keys the noise: give one")
+    return agreed_secret(out, key) if seed is None else None
 
 
 def was_typed(context: typer.Context, name: str) -> bool:
@@ -425,7 +459,9 @@ def counted(value: float) -> str:
     return f"{value:,.0f}"
 
 
-def print_forecast(smoothed: SmoothedClassifier, images: ImageSet, settings: Settings, expected: Forecast) -> None:
+def print_forecast(
+    smoothed: SmoothedClassifier, images: ImageSet, settings: Settings, expected: Forecast, shard: Shard | None = None
+) -> None:
     device = smoothed.device.describe()
     sigma, unet = settings.sigma, smoothed.bundle.unet
     timesteps = ", ".join(str(t) for t in smoothed.chain(settings).timesteps) or "none"
@@ -434,7 +470,7 @@ def print_forecast(smoothed: SmoothedClassifier, images: ImageSet, settings: Set
     lines = {
         "device": ", ".join(f"{value}" if name == "provider" else f"{name} {value}" for name, value in device.items()),
         "engine": f"{smoothed.bundle.unet_path}, {unet.precision}, sha256 {unet.file.sha256[:16]}",
-        "images": f"{expected.images} of {images.name}",
+        "images": f"{expected.images} of {images.name}" + (f", shard {shard} of {len(images)}" if shard else ""),
         "noise": f"sigma {sigma:g} in [0, 1] pixel units ({2 * sigma:g} in the network's [-1, 1])",
         "steps": f"{settings.steps}, timesteps {timesteps}; {plural(settings.effective.votes, 'vote')} a sample",
         "method": settings.method,

@@ -17,7 +17,7 @@ from densepure_rt.datasets import ImageSet, LabelledImage
 from densepure_rt.errors import UsageError
 from densepure_rt.falsifier import Falsification, falsify, proposal_of_samples
 from densepure_rt.records import AttackRecord, ImageRecord, TimingRecord
-from densepure_rt.run_folder import RunFolder
+from densepure_rt.run_folder import RunFolder, broken_picture
 from densepure_rt.smoothing import Settings, SmoothedClassifier
 
 # Samples of one attack: at 300 most shipped images whose certificate was forged to a radius of 4 are broken
@@ -67,7 +67,7 @@ def attack_each(
         candidates += proposals(image, certificate)
         found = falsify(classifier, image, certificate, settings, EACH, candidates)
         if found.candidate is not None:
-            folder.keep_picture(f"broken-{image.idx}.png", as_picture(found.candidate))
+            folder.keep_picture(broken_picture(image.idx), as_picture(found.candidate))
         yield attack_record(image.idx, certificate.radius or 0.0, found)
 
 

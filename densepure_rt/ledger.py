@@ -17,7 +17,7 @@ import hashlib
 import sqlite3
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -151,6 +151,12 @@ class Ledger:
             query = "select exists (select 1 from samples) or exists (select 1 from images)"
             return not self._database.execute(query).fetchone()[0]
 
+    @property
+    def count(self) -> int:
+        """How many images are done."""
+        with saying(self.path):
+            return int(self._database.execute("select count(*) from images").fetchone()[0])
+
     def value(self, name: str) -> str | None:
         with saying(self.path):
             row = self._database.execute("select value from run where name = ?", (name,)).fetchone()
@@ -196,6 +202,12 @@ class Ledger:
             row = (place, idx, packed(labels), record, timing)
             self._database.execute("insert into images values (?, ?, ?, ?, ?)", row)
         self._pending.pop(idx, None)
+
+    def take_over(self, images: Iterable[DoneImage]) -> None:
+        """Images that are done in other ledgers: all of them, or after an error none."""
+        rows = ((place, idx, packed(labels), record, timing) for place, idx, labels, record, timing in images)
+        with saying(self.path), self._transaction():
+            self._database.executemany("insert into images values (?, ?, ?, ?, ?)", rows)
 
     def commit(self) -> None:
         """Write what is pending."""

@@ -13,12 +13,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from densepure_rt.certification import Result
 from densepure_rt.errors import CheckFailed
 from densepure_rt.runtime.bundle import Accuracy
 from densepure_rt.runtime.schedule import Schedule, TimestepRule, Variance
+from densepure_rt.shards import PATTERN, Shard
 
 SCHEMA_VERSION: Literal[2] = 2
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -27,6 +28,7 @@ Count = Annotated[int, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Radius = Annotated[float, Field(ge=0)]
 Label = Annotated[int, Field(ge=0)]
+ShardName = Annotated[str, Field(pattern=PATTERN), AfterValidator(lambda name: str(Shard.parsed(name)))]
 Method = Literal["fixed", "sequential", "radius"]
 Abstention = Literal["gave up", "at n", "out of reach", "out of time"]
 T = TypeVar("T")
@@ -201,9 +203,22 @@ class Identity:
 
 
 @dataclass(frozen=True)
+class MergedShard:
+    """A shard that a run was merged from. seal_sha256: of its seal.json, which binds its files."""
+
+    __pydantic_config__ = STRICT
+    shard: ShardName
+    started: str
+    host: str
+    seal_sha256: Sha256
+
+
+@dataclass(frozen=True)
 class Provenance:
     """Who ran it, where and when. revealed_secret: hex, once `densepure-rt reveal` has made it public.
 
+    shard: which part of the images the folder is of; None for all. merged_from: the shards of a run that was merged;
+    argv, started, host, python and platform are then those of the merge, and the rest that of its first shard.
     parity: how far the engine's ONNX file was from PyTorch when it was exported, where its sidecar says so.
     """
 
@@ -218,9 +233,15 @@ class Provenance:
     versions: Mapping[str, str]
     weights_sha256: Mapping[str, Sha256]
     seed_note: str | None
-    shard: str | None = None
+    shard: ShardName | None = None
     revealed_secret: str | None = None
     parity: Accuracy | None = None
+    merged_from: tuple[MergedShard, ...] | None = None
+
+    @property
+    def of_shards(self) -> bool:
+        """Whether it is of one, or was merged from some."""
+        return self.shard is not None or self.merged_from is not None
 
 
 @dataclass(frozen=True)
@@ -232,6 +253,16 @@ class Manifest:
     identity_sha256: Sha256
     identity: Identity
     provenance: Provenance
+
+    @property
+    def shard(self) -> Shard:
+        """Which part of the images the folder is of: the only one of one, unless it is that of a shard."""
+        return Shard.parsed(self.provenance.shard or "1/1")
+
+    @property
+    def asked(self) -> int:
+        """How many images that is."""
+        return self.shard.size(self.identity.images.count)
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ def report_of_run(run: Run, name: str) -> RunReport:
         setting=f"sigma {identity.sigma:g}, {shape}, {identity.precision}, {identity.rule.method}",
         sigma=identity.sigma,
         alpha=identity.rule.alpha,
-        asked=identity.images.count,
+        asked=run.manifest.asked,
         radii=identity.rule.radii or (),
         curve=curve_of(run),
         reach=reach(identity),

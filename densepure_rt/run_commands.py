@@ -1,4 +1,4 @@
-"""The commands that read finished runs: `report` and `compare`. Options in, one call, one printed result."""
+"""The commands that read finished runs: `report`, `compare` and `merge`. Options in, one call, one printed result."""
 
 from __future__ import annotations
 
@@ -109,6 +109,32 @@ def compare(
         raise CheckFailed(f"{b} certifies significantly fewer images than {a} at radius {where}, level {level:g}")
     if too_many:
         raise CheckFailed(f"{plural(len(found.lost), 'image')} lost radius from {a} to {b}, more than {max_lost}")
+
+
+def merge(
+    shards: Annotated[
+        list[Path], typer.Argument(metavar="SHARD", help="The folders of certify --shard, all of one run.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the whole run; a merge that was cut short is made again.")],
+    as_json: Json = False,
+) -> None:
+    """Make one run of its shards: the folder that a single process would have left.
+
+    Exit code 2 when images are missing or in two shards, 1 when a shard is not complete or not what was sealed.
+    """
+    from densepure_rt.certify_run import accuracy_so_far
+    from densepure_rt.merge import merge as merged
+
+    summary = merged(shards, out)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(summary) | {"out": str(out)}))
+        return
+    stdout.print(
+        f"{plural(len(shards), 'shard')} merged: {plural(summary.done, 'image')}, {summary.abstained} abstained"
+    )
+    if any(share is not None for share in summary.accuracy):
+        stdout.print(accuracy_so_far(summary))
+    stdout.print(f"results in {out}")
 
 
 def print_comparison(found: Comparison) -> None:

@@ -33,11 +33,12 @@ from PIL import Image
 
 from densepure_rt.certification import Certificate, floored
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
-from densepure_rt.keys import store_key, stored_key
+from densepure_rt.keys import shared_key, store_key, stored_key
 from densepure_rt.ledger import NAME as LEDGER
 from densepure_rt.ledger import Ledger
 from densepure_rt.records import (
     AttackRecord,
+    Identity,
     ImageRecord,
     Manifest,
     OutcomeRecord,
@@ -56,6 +57,7 @@ TSV_COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")  # locusl
 RESULTS = ("results.tsv", "results.jsonl", "timing.jsonl")
 ATTACKS = "falsify.jsonl"
 SEALED = (MANIFEST, *RESULTS, SUMMARY)  # and the ledger's content; and ATTACKS, where there is one
+MOST_FIELDS = 4  # that a message names of those in which two identities differ
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 ABSTAIN = -1  # in the TSV alone, as in locuslab/smoothing
 
@@ -117,6 +119,40 @@ def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = 
             yield from differing(one, other, f"{prefix}{name}.")
         elif json.dumps(one) != json.dumps(other):
             yield prefix + name, one, other
+
+
+def differences(one: Identity, other: Identity, where_one: str, where_other: str) -> str:
+    """The first fields in which two identities differ, as a message names them; nothing when they are equal."""
+    fields = list(differing(asdict(one), asdict(other)))
+    shown = (f"{name}: {brief(a)} {where_one}, {brief(b)} {where_other}" for name, a, b in fields[:MOST_FIELDS])
+    more = (f"and {len(fields) - MOST_FIELDS} more",) if len(fields) > MOST_FIELDS else ()
+    return "; ".join((*shown, *more))
+
+
+def broken_picture(idx: int) -> str:
+    """The file that keeps what has broken an image's certificate."""
+    return f"broken-{idx}.png"
+
+
+def shard_of(manifest: Manifest) -> str:
+    return "the whole run" if manifest.provenance.shard is None else f"shard {manifest.provenance.shard}"
+
+
+def agreed_secret(path: Path | None, key: Path | None) -> bytes | None:
+    """The secret of the run in this folder, or of a key file, which is made where there is none; None for neither.
+
+    Raises UsageError when both are named and do not agree, and else as `secret_to_go_on` and `shared_key` do.
+    """
+    there = None if path is None else secret_to_go_on(path)
+    if there is None:
+        return None if key is None else shared_key(key)
+    if key is not None and (named := stored_key(key)) != there:
+        found = "is not there" if named is None else "holds another secret"
+        raise UsageError(
+            f"the key {key} {found}, and the run in {path} goes on with its own alone: leave --key out, or choose "
+            f"another folder with --out"
+        )
+    return there
 
 
 def secret_to_go_on(path: Path) -> bytes | None:
@@ -244,13 +280,15 @@ class RunFolder:
     def _go_on(self, secret: bytes | None) -> None:
         """Take over the manifest that is there, unless it is that of another run, or of one that must not go on."""
         there = read_manifest(self.path)
-        fields = list(differing(asdict(there.identity), asdict(self.manifest.identity)))
-        if fields:
-            shown = "; ".join(f"{name}: {brief(one)} there, {brief(other)} now" for name, one, other in fields[:4])
-            more = f"; and {len(fields) - 4} more" if len(fields) > 4 else ""
+        if differs := differences(there.identity, self.manifest.identity, "there", "now"):
             raise UsageError(
-                f"{self.path} already holds a run of another identity ({shown}{more}): choose another folder with "
+                f"{self.path} already holds a run of another identity ({differs}): choose another folder with "
                 f"--out, or ask for what that run was started with"
+            )
+        if (held := shard_of(there)) != (asked := shard_of(self.manifest)):
+            raise UsageError(
+                f"{self.path} already holds {held}, and {asked} was asked for: choose another folder with --out, or "
+                f"ask for what it holds"
             )
         if there.provenance.revealed_secret is not None or (self.path / REVEALED).exists():
             raise UsageError(f"the secret of the run in {self.path} has been revealed meanwhile: start a new run")

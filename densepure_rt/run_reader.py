@@ -25,7 +25,7 @@ class Run:
 
     @property
     def complete(self) -> bool:
-        return len(self.records) == self.manifest.identity.images.count
+        return len(self.records) == self.manifest.asked
 
 
 def read_run(path: Path) -> Run:

@@ -38,6 +38,7 @@ COMMANDS = (
     "bench",
     "report",
     "compare",
+    "merge",
     "audit",
     "replay",
     "reveal",
