@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +22,22 @@ from densepure_rt.console import Json, Status, be_quiet, duration, plural, rows,
 from densepure_rt.errors import CheckFailed, DensePureError, EnvironmentFault, UsageError
 from densepure_rt.import_command import import_
 from densepure_rt.model_commands import ProviderName, bench, export, gradient_proposals, parity
+from densepure_rt.options import (
+    Alpha,
+    BatchSize,
+    ClassifierFile,
+    Engine,
+    EngineHash,
+    Rule,
+    Seed,
+    Sigma,
+    Steps,
+    Threads,
+    Trust,
+    Votes,
+    radii_of,
+    seconds_of,
+)
 from densepure_rt.run_commands import compare, merge, report
 
 if TYPE_CHECKING:
@@ -56,12 +71,6 @@ app = typer.Typer(
     help="Certified-robust classification by diffusion purification and voting (DensePure), on ONNX engines.",
 )
 
-Engine = Annotated[
-    Path | None, typer.Option(help="Step engine, such as engines/unet.onnx; default: the one that ships.")
-]
-ClassifierFile = Annotated[
-    Path | None, typer.Option("--classifier", help="Classifier engine; default: the one that the sidecar names.")
-]
 Images = Annotated[
     Path | None,
     typer.Option(
@@ -69,34 +78,9 @@ Images = Annotated[
         "default: the shipped Fashion-MNIST test images."
     ),
 ]
-Sigma = Annotated[float, typer.Option(help="Standard deviation of the smoothing noise, in [0, 1] pixel units.")]
-Steps = Annotated[
-    int, typer.Option(help="Reverse steps (b). 1: one-shot denoising; 0: the classifier alone, plain smoothing.")
-]
-Votes = Annotated[int, typer.Option(help="Votes a noise sample (K).")]
-Rule = Annotated[
-    str | None,
-    typer.Option(
-        "--timestep-rule",
-        help="Which timestep belongs to sigma: nearest, or as published: densepure, carlini; default: the engine's.",
-    ),
-]
-Alpha = Annotated[float, typer.Option(help="Probability that an answer is wrong, over the sampling.")]
-BatchSize = Annotated[
-    int | None,
-    typer.Option(
-        "--batch",
-        help="Items a call of the engine; the results do not depend on it. Default: 32, or what a plan was built for.",
-    ),
-]
-Trust = Annotated[bool, typer.Option("--trust", help="Take a plan without a sidecar for what its name says.")]
-Threads = Annotated[int | None, typer.Option(help="Callers of the engine; default: one for each core.")]
 Skip = Annotated[int, typer.Option(help="Take every SKIP-th image.")]
 Max = Annotated[
     int | None, typer.Option("--max", help=f"How many images; default: all, {SHIPPED_MAX} of the shipped ones.")
-]
-Seed = Annotated[
-    int | None, typer.Option(help="A public seed, for reproduction; default: a new secret from the system.")
 ]
 Key = Annotated[
     Path | None,
@@ -104,9 +88,6 @@ Key = Annotated[
         help="File with the secret that all noise is keyed with, made where there is none; not with --seed. To reveal "
         "one run makes public what all runs of its key file are keyed with."
     ),
-]
-EngineHash = Annotated[
-    str | None, typer.Option("--engine-sha256", help="Refuse the engine unless its SHA-256 is this one.")
 ]
 
 
@@ -399,20 +380,6 @@ def open_image_set(path: Path | None, smoothed: SmoothedClassifier, skip: int, l
     return open_images(path, smoothed.bundle.unet.image, smoothed.class_names).select(skip, limit)
 
 
-def radii_of(radii: str | None, radii_sigma: str | None, sigma: float) -> tuple[float, ...] | None:
-    """The grid of --radii or of --radii-sigma, in pixel units; None for neither."""
-    if radii is not None and radii_sigma is not None:
-        raise UsageError("--radii and --radii-sigma are two ways to say the same: give one")
-    text = radii if radii is not None else radii_sigma
-    if text is None:
-        return None
-    try:
-        numbers = tuple(float(word) for word in text.split(","))
-    except ValueError:
-        raise UsageError(f"radii are numbers with commas between, such as 0,0.25,0.5; got {text!r}") from None
-    return numbers if radii is not None else tuple(sigma * number for number in numbers)
-
-
 def print_attacks(attacks: Sequence[AttackRecord]) -> None:
     """Exit code 1 when a certificate is broken."""
     broken = [attack for attack in attacks if attack.broken]
@@ -428,21 +395,6 @@ def print_attacks(attacks: Sequence[AttackRecord]) -> None:
         stderr.print(f"{plural(len(attacks), 'certificate')} attacked with {samples:,} samples, {len(broken)} broken")
     if broken:
         raise typer.Exit(CheckFailed.exit_code)
-
-
-def seconds_of(text: str | None, option: str) -> float:
-    """The seconds of 30s, 5min, 1.5h or 90; endless for None."""
-    if text is None:
-        return math.inf
-    number = text.strip().rstrip("abcdefghijklmnopqrstuvwxyz ")
-    unit = {"": 1, "s": 1, "min": 60, "h": 3600}.get(text.strip()[len(number) :].strip())
-    try:
-        seconds = float(number) * (unit or 0)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < math.inf:
-        raise UsageError(f"{option} {text}: a time is a number above 0 with s, min or h behind it, such as 30s")
-    return seconds
 
 
 def none_as(default: int, value: int | None) -> int:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 import shlex
@@ -23,7 +22,7 @@ from scipy import integrate, stats
 from typer.core import TyperGroup
 
 from densepure_rt import __version__
-from densepure_rt.cli import SHIPPED_MAX, app, main, seconds_of
+from densepure_rt.cli import SHIPPED_MAX, app, main
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINES = ROOT / "engines"
@@ -685,15 +684,6 @@ def test_time_that_is_up_leaves_the_best_radius_so_far(here: Callable[..., Done]
         assert f"the time was up after {summary['done']} of 3 images" in done.stderr
     budget = json.loads((tmp_path / "run" / "manifest.json").read_text())["identity"]["budget_seconds"]
     assert budget == {"image": None, "run": None} | {"image" if option == "--budget" else "run": 0.001}
-
-
-@pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("30s", 30), ("1.5 min", 90), (" 2h ", 7200)])
-def test_times_are_said_in_seconds_minutes_or_hours(text: str, seconds: float) -> None:
-    assert seconds_of(text, "--budget") == seconds
-
-
-def test_no_budget_is_no_limit() -> None:
-    assert seconds_of(None, "--budget") == math.inf
 
 
 def test_a_sequential_run_names_its_radii_and_what_it_skips(here: Callable[..., Done], tmp_path: Path) -> None:
