@@ -39,6 +39,7 @@ from densepure_rt.options import (
     seconds_of,
 )
 from densepure_rt.run_commands import compare, merge, report
+from densepure_rt.serve_command import serve
 
 if TYPE_CHECKING:
     from densepure_rt.datasets import ImageSet
@@ -269,6 +270,7 @@ def predict(
             print_prediction(found, smoothed.class_names, as_json)
 
 
+app.command()(serve)
 app.command()(export)
 app.command()(parity)
 app.command()(bench)

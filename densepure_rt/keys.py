@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 import os
 import re
 import secrets
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+from densepure_rt import logs
 from densepure_rt.errors import EnvironmentFault, UsageError
 
 SECRET_BYTES = 32
@@ -61,3 +67,44 @@ def written(file: Path, secret: bytes) -> Path:
         key.flush()
         os.fsync(descriptor)
     return new
+
+
+class RotatingSecret:
+    """A server's secret, replaced once it is `lifetime` seconds old. Called, it gives the one of now.
+
+    Under one secret a wrong answer repeats, and whoever asks about r images finds about r * alpha wrong ones: so it
+    should not last. file: where it is kept, made where there is none; a server that starts again goes on with it, and
+    its age counts from when it was written. public: one that never changes.
+    """
+
+    def __init__(
+        self,
+        file: Path | None = None,
+        lifetime: float = math.inf,
+        public: bytes | None = None,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        if public is not None and (file is not None or lifetime < math.inf):
+            raise UsageError("a public seed is neither kept nor replaced: leave --key and --rotate out, or --seed")
+        self._file, self._lifetime, self._now = file, lifetime, now
+        self._lock = threading.Lock()
+        self._secret, self._born = public or (new_secret() if file is None else shared_key(file)), now()
+        if file is not None:
+            self._born = min(self._born, file.stat().st_mtime)
+
+    def __call__(self) -> bytes:
+        with self._lock:
+            if self._now() - self._born >= self._lifetime:
+                self._secret, self._born = new_secret(), self._now()
+                self._keep()
+            return self._secret
+
+    def _keep(self) -> None:
+        """A file that cannot be written leaves the old secret in it, which a restart would take up again."""
+        try:
+            if self._file is not None:
+                store_key(self._file, self._secret)
+        except OSError as error:
+            logs.say(f"the new secret is not in {self._file} ({error.strerror}): repair that", logging.ERROR)
+        else:
+            logs.say("a new secret keys what is asked from now on")

@@ -160,7 +160,8 @@ class Service:
             bundle, settings, bundle.classifier.class_names, secret, self._predict_one, self._certify_one
         )
         self.most = most
-        self._device, self._chain = MeteredDevice(classifier.device), classifier.chain(settings)
+        self._meter = MeteredDevice(classifier.device)
+        self._device, self._chain = cast(Device, self._meter), classifier.chain(settings)
         self._predict_settings = dataclasses.replace(
             settings, n=PREDICT_N, method="sequential", radii=None, radius_loss=None
         )
@@ -184,7 +185,16 @@ class Service:
     @property
     def ready(self) -> bool:
         """Whether a request would be taken, or refused for being one too many."""
-        return self._failed is None and not self._draining
+        return not self.broken and not self._draining
+
+    @property
+    def broken(self) -> bool:
+        """Whether the device has failed."""
+        return self._failed is not None
+
+    def describe(self) -> Mapping[str, str | int | bool]:
+        """What the device says of itself."""
+        return self._device.describe()
 
     def meter(self) -> Meter:
         with self._changed:
@@ -195,10 +205,10 @@ class Service:
                 unet_calls=self._done["unet calls"],
                 classifier_calls=self._done["classifier calls"],
                 not_finite=self._done["not finite"],
-                device_seconds=self._device.seconds,
+                device_seconds=self._meter.seconds,
                 batch=self._device.batch,
-                batches=dict(self._device.batches),
-                items=dict(self._device.items),
+                batches=dict(self._meter.batches),
+                items=dict(self._meter.items),
             )
 
     # what is asked, from any thread
@@ -299,9 +309,7 @@ class Service:
     def _run(self) -> None:
         try:
             while self._awaited():
-                with closing(
-                    decide(cast(Device, self._device), self._chain, self._work(), self.served.settings.ballot)
-                ) as outcomes:
+                with closing(decide(self._device, self._chain, self._work(), self.served.settings.ballot)) as outcomes:
                     for outcome in outcomes:
                         self._take(outcome)
                         if self._ended:

@@ -32,6 +32,7 @@ TINY = "--n 6 --alpha 0.2 --steps 1 --batch 4 --threads 1".split()
 COMMANDS = (
     "certify",
     "predict",
+    "serve",
     "export",
     "parity",
     "bench",

@@ -1,0 +1,372 @@
+"""The HTTP of `densepure-rt serve`: the Open Inference Protocol, metrics, and how a server starts and ends.
+
+Clients are untrusted: a body is bounded while it is read, a slow one is given up, and who hangs up takes the work that
+was begun for it along.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import math
+import signal
+import socket
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from densepure_rt import __version__, demo, logs
+from densepure_rt.errors import EnvironmentFault, UsageError
+from densepure_rt.inference_protocol import (
+    EXTENSIONS,
+    HEADER_LENGTH,
+    VERSION,
+    InferRequest,
+    Model,
+    ProtocolError,
+    encode_error,
+    encode_response,
+    metadata,
+    parse_request,
+)
+from densepure_rt.runtime.device import Provider
+from densepure_rt.served_models import models_of, values_of
+from densepure_rt.server_metrics import Metrics, Outcome
+from densepure_rt.serving import DeviceFailed, Draining, Full, ModelName, Service
+from densepure_rt.smoothing import Certified, Predicted
+
+MOST_CONNECTIONS = 512  # at a time
+BODY_SECONDS = 10.0  # in which a body has to come
+IDLE_SECONDS = 20.0  # in which a connection has to begin a request, from its start or its last answer
+CLOSE_SECONDS = 5.0  # in which connections have to close at the end
+JSON_BYTES = 6  # of a value: 255, a comma, a space, and a bracket now and then
+HEAD_BYTES = 2**16  # of a request beside its values
+RETRY_SECONDS = {"full": 1, "draining": 10}  # after which it is worth asking again
+CLIENT_CLOSED = 499  # nginx's status for a client that is gone: for logs, nobody reads it
+# A page of another site can send a form's content types here without asking (CORS), and no others.
+CONTENT_TYPES = ("", "application/json", "application/octet-stream")
+
+
+@dataclass(frozen=True)
+class Deadlines:
+    """Seconds that a request may take: where it names none, and at most."""
+
+    default: float = 30.0
+    most: float = 300.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.default <= self.most:
+            raise UsageError(
+                f"--deadline {self.default:g} s is the time of a request that names none, and --max-deadline "
+                f"{self.most:g} s is not less"
+            )
+
+    def of(self, asked: InferRequest) -> float:
+        """Raises ProtocolError for more than may be."""
+        if asked.deadline_ms is None:
+            return self.default
+        if asked.deadline_ms > 1000 * self.most:
+            raise ProtocolError(
+                f"deadline_ms is at most {1000 * self.most:g} on this server, got {asked.deadline_ms:g}"
+            )
+        return asked.deadline_ms / 1000
+
+
+class Api:
+    """The routes of the protocol, for one service."""
+
+    def __init__(self, service: Service, deadlines: Deadlines) -> None:
+        self.service, self.deadlines, self.metrics = service, deadlines, Metrics(service)
+        self.models = models_of(service.served, service.describe())
+        (self.input,) = {model.input for model in self.models.values()}
+
+    def routes(self) -> list[BaseRoute]:
+        model = "/v2/models/{model}"
+        return [
+            Route("/v2", self.about),
+            Route("/v2/health/live", self.live),
+            Route("/v2/health/ready", self.ready),
+            Route("/metrics", self.measured),
+            *(
+                route
+                for path in (model, f"{model}/versions/{{version}}")
+                for route in (
+                    Route(path, self.about_model),
+                    Route(f"{path}/ready", self.model_ready),
+                    Route(f"{path}/infer", self.infer, methods=["POST"]),
+                )
+            ),
+        ]
+
+    async def about(self, request: Request) -> Response:
+        return JSONResponse({"name": "densepure-rt", "version": __version__, "extensions": EXTENSIONS})
+
+    async def live(self, request: Request) -> Response:
+        return told({"live": not self.service.broken}, not self.service.broken)
+
+    async def ready(self, request: Request) -> Response:
+        return told({"ready": self.service.ready}, self.service.ready)
+
+    async def about_model(self, request: Request) -> Response:
+        return JSONResponse(metadata(self.model(request)))
+
+    async def model_ready(self, request: Request) -> Response:
+        return told({"name": self.model(request).name, "ready": self.service.ready}, self.service.ready)
+
+    async def measured(self, request: Request) -> Response:
+        return Response(self.metrics.text(), media_type="text/plain; version=1.0.0; charset=utf-8")
+
+    async def infer(self, request: Request) -> Response:
+        came, model = time.monotonic(), self.model(request)
+        response, outcome = await self.answered(request, model, came)
+        seconds = time.monotonic() - came
+        self.metrics.count(model.name, outcome, seconds)
+        said: dict[str, Any] = {"model": model.name, "outcome": outcome, "status": response.status_code}
+        logs.say(f"{model.name}: {outcome}", **said, seconds=round(seconds, 4))
+        return response
+
+    async def answered(self, request: Request, model: Model, came: float) -> tuple[Response, Outcome]:
+        """A response and what it is, whatever happens."""
+        try:
+            asked = parse_request(model, await self.body(request), request.headers.get(HEADER_LENGTH))
+            deadline = came + self.deadlines.of(asked)
+            work = self.service.answers(cast(ModelName, model.name), list(asked.images), deadline)
+            answers = await unless_gone(request, work)
+            body, headers = encode_response(model, asked, values_of(answers))
+            return Response(body, headers=headers), outcome_of(answers)
+        except ProtocolError as error:
+            return refusal(400, str(error)), "refused"
+        except HTTPException as error:
+            return refusal(error.status_code, error.detail, error.headers), "refused"
+        except ClientDisconnect:
+            return Response(status_code=CLIENT_CLOSED), "gone"
+        except Full as error:
+            return busy(str(error), "full"), "full"
+        except Draining as error:
+            return busy(str(error), "draining"), "draining"
+        except DeviceFailed as error:
+            return refusal(500, str(error)), "failed"
+        except Exception as error:  # ours: the client is told no more, and the log has it
+            logs.say(f"{model.name}: {error!r}", logging.ERROR, model=model.name, error=type(error).__name__)
+            return refusal(500, "the server failed at this request; its log says how"), "failed"
+
+    def model(self, request: Request) -> Model:
+        name, version = request.path_params["model"], request.path_params.get("version", VERSION)
+        if name not in self.models or version != VERSION:
+            known = ", ".join(self.models)
+            raise HTTPException(404, f"there is no such model: {known} are served, of which the version is {VERSION}")
+        return self.models[name]
+
+    async def body(self, request: Request) -> bytes:
+        """All of a request's body. Raises HTTPException for one that is too large, too slow or of another type."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind not in CONTENT_TYPES:
+            raise HTTPException(415, f"a request is application/json or application/octet-stream, got {kind[:40]!r}")
+        if request.headers.get("content-encoding", "identity") != "identity":
+            raise HTTPException(415, "a compressed body is not taken: send it as it is")
+        if int(request.headers.get("content-length", "0")) > self.most_bytes:
+            raise self.too_large
+        try:
+            return await asyncio.wait_for(self.whole(request), BODY_SECONDS)
+        except asyncio.TimeoutError:
+            raise HTTPException(
+                408, f"the body did not come within {BODY_SECONDS:g} s", {"Connection": "close"}
+            ) from None
+
+    async def whole(self, request: Request) -> bytes:
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > self.most_bytes:
+                raise self.too_large
+        return bytes(body)
+
+    @functools.cached_property
+    def most_bytes(self) -> int:
+        """Of a body: as many images as a request may have, in JSON."""
+        most_images = max(model.most_images for model in self.models.values())
+        return HEAD_BYTES + JSON_BYTES * most_images * math.prod(self.input.shape[1:])
+
+    @property
+    def too_large(self) -> HTTPException:
+        return HTTPException(413, f"a body has {self.most_bytes} bytes at most on this server")
+
+
+async def unless_gone(request: Request, work: Awaitable[list[Predicted] | list[Certified]]) -> Any:
+    """What comes of `work`, which is cancelled when the client hangs up. Raises ClientDisconnect then."""
+    answers, gone = asyncio.ensure_future(work), asyncio.ensure_future(hung_up(request))
+    try:
+        await asyncio.wait({answers, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if answers.done():
+            return answers.result()
+        raise ClientDisconnect
+    finally:
+        for task in (answers, gone):
+            task.cancel()
+        await asyncio.wait({answers, gone})
+
+
+async def hung_up(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def outcome_of(answers: list[Predicted] | list[Certified]) -> Outcome:
+    """Of a request of several images: what came of any of them, the worst first."""
+    found = [answer.certificate if isinstance(answer, Certified) else answer for answer in answers]
+    if any(each.stopped for each in found):
+        return "stopped"
+    abstains = any((each.label if isinstance(each, Predicted) else each.predict) is None for each in found)
+    return "abstained" if abstains else "answered"
+
+
+def told(value: dict[str, Any], holds: bool) -> Response:
+    """The protocol says yes by 200 and no by a status of 4xx."""
+    return JSONResponse(value, 200 if holds else 400)
+
+
+def refusal(status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(encode_error(message), status, headers, "application/json")
+
+
+def busy(message: str, why: str) -> Response:
+    return refusal(503, message, {"Retry-After": str(RETRY_SECONDS[why])})
+
+
+async def http_error(request: Request, error: Exception) -> Response:
+    """What Starlette finds wrong, such as a path that is not there, as the protocol says it."""
+    assert isinstance(error, HTTPException)
+    return refusal(error.status_code, error.detail, error.headers)
+
+
+def make_app(service: Service, deadlines: Deadlines, with_demo: bool, provider: Provider = "cpu") -> Starlette:
+    """provider: of the demo's own device; see `demo.routes`."""
+    routes = Api(service, deadlines).routes()
+    if with_demo:
+        routes += demo.routes(service.served, provider)
+    return Starlette(routes=routes, exception_handlers={HTTPException: http_error})
+
+
+# from its start to its end
+
+
+class PunctualProtocol(H11Protocol):
+    """HTTP/1.1 for clients that may be slow on purpose, or too many."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.waits: asyncio.TimerHandle | None = None
+        self.wait()
+        if len(self.connections) > MOST_CONNECTIONS:
+            self.app = too_many
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self.waits is not None:
+            self.waits.cancel()
+        super().connection_lost(exc)
+
+    def on_response_complete(self) -> None:
+        self.wait()
+        super().on_response_complete()
+
+    def wait(self) -> None:
+        """uvicorn's own timer is stopped by the first byte that comes, and another may come each minute."""
+        if self.waits is not None:
+            self.waits.cancel()
+        self.waits = self.loop.call_later(IDLE_SECONDS, self.close_if_idle)
+
+    def close_if_idle(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
+
+
+async def too_many(scope: Any, receive: Any, send: Any) -> None:
+    response = busy(f"{MOST_CONNECTIONS} connections are open: try again later", "full")
+    response.headers["Connection"] = "close"
+    await response(scope, receive, send)
+
+
+class Server(uvicorn.Server):
+    """uvicorn, without its signal handlers, that says when it has started."""
+
+    def __init__(self, config: uvicorn.Config, started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self.say_started = started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.say_started()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket at an address of this machine; port 0: any that is free. Raises EnvironmentFault."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=MOST_CONNECTIONS)
+    except (OSError, OverflowError, UnicodeError) as error:
+        raise EnvironmentFault(
+            f"cannot listen at {host} port {port} ({error}): choose another address with --host and --port"
+        ) from error
+
+
+def address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def run(
+    app: Starlette, service: Service, listener: socket.socket, drain_seconds: float, started: Callable[[], None]
+) -> None:
+    """Serve until SIGTERM or SIGINT, then answer what is under way, within `drain_seconds`.
+
+    A second signal answers it at once, by what its samples bear out.
+    """
+    config = uvicorn.Config(
+        app,
+        loop="asyncio",
+        http=PunctualProtocol,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        log_level="critical",
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=int(IDLE_SECONDS),
+        timeout_graceful_shutdown=int(CLOSE_SECONDS),
+    )
+    asyncio.run(until_told(Server(config, started), service, listener, drain_seconds))
+
+
+async def until_told(server: Server, service: Service, listener: socket.socket, drain_seconds: float) -> None:
+    ending: list[asyncio.Task[None]] = []
+
+    async def drained() -> None:
+        await asyncio.to_thread(service.drain, drain_seconds)
+        server.should_exit = True
+
+    def told_to_end() -> None:
+        if ending:
+            service.stop_all()
+        else:
+            logs.say("ending: no more requests are taken, those that are there are answered")
+            ending.append(asyncio.ensure_future(drained()))
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, told_to_end)
+    await server.serve(sockets=[listener])
