@@ -24,12 +24,12 @@ EACH = (-1,)  # a value an image
 Values = Mapping[str, NDArray[Any] | Sequence[str]]
 
 
-def models_of(served: Served, runs_on: Mapping[str, Any]) -> dict[ModelName, Model]:
-    """Both models, by name. runs_on: what the device says of itself."""
+def models_of(served: Served, runs_on: Mapping[str, Any], most_open: int) -> dict[ModelName, Model]:
+    """Both models, by name. runs_on: what the device says of itself. most_open: images that the service holds."""
     image = served.bundle.unet.image
     classes = len(served.class_names)
     pixels = Tensor("image", "UINT8", (-1, *image))
-    most_images = max(1, min(MOST_IMAGES, MOST_VALUES // math.prod(image)))
+    most_images = max(1, min(MOST_IMAGES, most_open, MOST_VALUES // math.prod(image)))
     answer = (Tensor("label", "INT64", EACH), Tensor("abstain", "BOOL", EACH))
     effort = (Tensor("n", "INT64", EACH), Tensor("stopped", "BOOL", EACH))
     predict = (*answer, Tensor("confidence", "FP64", EACH), Tensor("votes", "INT64", (-1, classes)), *effort)

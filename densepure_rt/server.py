@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import uvicorn
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -88,7 +89,7 @@ class Api:
 
     def __init__(self, service: Service, deadlines: Deadlines) -> None:
         self.service, self.deadlines, self.metrics = service, deadlines, Metrics(service)
-        self.models = models_of(service.served, service.describe())
+        self.models = models_of(service.served, service.describe(), service.most)
         (self.input,) = {model.input for model in self.models.values()}
 
     def routes(self) -> list[BaseRoute]:
@@ -125,7 +126,7 @@ class Api:
         return told({"name": self.model(request).name, "ready": self.service.ready}, self.service.ready)
 
     async def measured(self, request: Request) -> Response:
-        return Response(self.metrics.text(), media_type="text/plain; version=1.0.0; charset=utf-8")
+        return Response(self.metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def infer(self, request: Request) -> Response:
         came, model = time.monotonic(), self.model(request)
@@ -346,6 +347,7 @@ def run(
         log_level="critical",
         access_log=False,
         server_header=False,
+        proxy_headers=False,
         timeout_keep_alive=int(IDLE_SECONDS),
         timeout_graceful_shutdown=int(CLOSE_SECONDS),
     )

@@ -13,7 +13,7 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -73,8 +73,8 @@ class Served:
     settings: Settings
     class_names: tuple[str, ...]
     secret: Callable[[], bytes] = field(repr=False)
-    predict: Callable[[Pixels, float | None], Awaitable[Predicted]]
-    certify: Callable[[Pixels, float | None], Awaitable[Certified]]
+    predict: Callable[[Pixels, float | None], Coroutine[Any, Any, Predicted]]
+    certify: Callable[[Pixels, float | None], Coroutine[Any, Any, Certified]]
 
 
 class MeteredDevice:
@@ -294,7 +294,7 @@ class Service:
         """Take no more requests, answer those that there are, by `seconds` from now at the latest, and end."""
         with self._changed:
             self._draining = True
-            self._changed.wait_for(lambda: not self._share.undecided, seconds)
+            self._changed.wait_for(lambda: not self._share.undecided, min(seconds, threading.TIMEOUT_MAX))
             self.stop_all()
             self._ended = True
             self._changed.notify_all()

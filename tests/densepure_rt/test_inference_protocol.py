@@ -253,7 +253,7 @@ def test_a_request_that_is_nearly_right_is_a_request_or_an_error_in_words(
 
 # responses
 
-VALUES = {
+VALUES: dict[str, NDArray[Any] | list[str]] = {
     "label": np.array([-1, 7]),
     "radius": np.array([0.0, 0.1 + 0.2]),
     "abstain": np.array([True, False]),
