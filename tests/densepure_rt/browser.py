@@ -26,7 +26,7 @@ PATIENCE = 90.0  # seconds, on a machine that does other work too
 class Tab:
     """The browser's one tab. console, asked: what it has complained of and what addresses it has asked for so far."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, socket: aiohttp.ClientWebSocketResponse) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, socket: aiohttp.ClientWebSocketResponse[bool]) -> None:
         self._loop, self._socket, self._number = loop, socket, 0
         self.console: list[str] = []
         self.asked: list[str] = []
@@ -125,7 +125,7 @@ async def new_session() -> aiohttp.ClientSession:
     return aiohttp.ClientSession()
 
 
-async def connected(session: aiohttp.ClientSession, profile: Path) -> aiohttp.ClientWebSocketResponse:
+async def connected(session: aiohttp.ClientSession, profile: Path) -> aiohttp.ClientWebSocketResponse[bool]:
     """The socket of the tab that the browser opens with; its port is in the profile."""
     end = time.monotonic() + PATIENCE
     while True:

@@ -55,8 +55,10 @@ def test_a_sample_drawn_again_has_the_label_that_a_run_gave_it(
     assert len({found.label for found in drawn}) > 1 or steps == 0
     for found in drawn:
         ballot = Ballot(votes)
-        for label in found.labels:
+        for label in found.labels[: found.cast]:
+            assert ballot.needed > 0
             ballot.cast(label)
+        assert ballot.needed == 0
         assert ballot.winner == found.label
         assert len(found.purified) == len(found.labels) == votes
 
