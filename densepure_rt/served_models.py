@@ -27,18 +27,25 @@ Values = Mapping[str, NDArray[Any] | Sequence[str]]
 def models_of(served: Served, runs_on: Mapping[str, Any], most_open: int) -> dict[ModelName, Model]:
     """Both models, by name. runs_on: what the device says of itself. most_open: images that the service holds."""
     image = served.bundle.unet.image
-    classes = len(served.class_names)
-    pixels = Tensor("image", "UINT8", (-1, *image))
     most_images = max(1, min(MOST_IMAGES, most_open, MOST_VALUES // math.prod(image)))
+    return {
+        name: Model(name, pixels_of(image), outputs, most_images, about(served, runs_on, name))
+        for name, outputs in outputs_of(len(served.class_names)).items()
+    }
+
+
+def pixels_of(image: tuple[int, int, int]) -> Tensor:
+    """What both models take. image: [channels, height, width]."""
+    return Tensor("image", "UINT8", (-1, *image))
+
+
+def outputs_of(classes: int) -> dict[ModelName, tuple[Tensor, ...]]:
+    """What each model gives."""
     answer = (Tensor("label", "INT64", EACH), Tensor("abstain", "BOOL", EACH))
     effort = (Tensor("n", "INT64", EACH), Tensor("stopped", "BOOL", EACH))
     predict = (*answer, Tensor("confidence", "FP64", EACH), Tensor("votes", "INT64", (-1, classes)), *effort)
     bound = (Tensor("radius", "FP64", EACH), Tensor("p_lower", "FP64", EACH), Tensor("n_a", "INT64", EACH))
-    certify = (*answer, *bound, *effort, Tensor("outcome", "BYTES", EACH))
-    return {
-        "predict": Model("predict", pixels, predict, most_images, about(served, runs_on, "predict")),
-        "certify": Model("certify", pixels, certify, most_images, about(served, runs_on, "certify")),
-    }
+    return {"predict": predict, "certify": (*answer, *bound, *effort, Tensor("outcome", "BYTES", EACH))}
 
 
 def about(served: Served, runs_on: Mapping[str, Any], model: ModelName) -> dict[str, Any]:

@@ -221,6 +221,18 @@ def prediction_of(
     return Predicted(image, decision.predict, decision.n, votes, bound, cost, stopped)
 
 
+def chain_of(bundle: Bundle, settings: Settings) -> Chain:
+    """The reverse steps of a bundle. Raises UsageError for steps without a network, or a sigma beyond its schedule."""
+    unet = bundle.unet
+    if unet.prediction == "none" and settings.steps:
+        raise UsageError(
+            f"{bundle.unet_path.name} holds no diffusion network, so there is nothing to take "
+            f"{settings.steps} steps with: ask for --steps 0, plain randomized smoothing"
+        )
+    rule = settings.timestep_rule or unet.timestep_rule
+    return make_chain(unet.schedule, unet.variance, settings.sigma, settings.steps, rule)
+
+
 def seeded_secret(seed: int) -> bytes:
     """The secret of a public seed: for reproduction, not against an adversary."""
     return hashlib.sha256(f"densepure-rt public seed {seed}".encode()).digest()
@@ -270,14 +282,7 @@ class SmoothedClassifier:
         return self.bundle.classifier.class_names
 
     def chain(self, settings: Settings) -> Chain:
-        unet = self.bundle.unet
-        if unet.prediction == "none" and settings.steps:
-            raise UsageError(
-                f"{self.bundle.unet_path.name} holds no diffusion network, so there is nothing to take "
-                f"{settings.steps} steps with: ask for --steps 0, plain randomized smoothing"
-            )
-        rule = settings.timestep_rule or unet.timestep_rule
-        return make_chain(unet.schedule, unet.variance, settings.sigma, settings.steps, rule)
+        return chain_of(self.bundle, settings)
 
     def certify(
         self,
@@ -366,15 +371,20 @@ class SmoothedClassifier:
                 certificate = rule.certify(selection, estimation, settings.sigma)
             yield Certified(counted.image, certificate, counted.cost)
 
-    def predict_each(self, images: Iterable[LabelledImage], settings: Settings) -> Iterator[Predicted]:
-        """The labels of `images`, in their order, from n samples each at most (see `prediction_rule`)."""
+    def predict_each(
+        self, images: Iterable[LabelledImage], settings: Settings, budget: Budget = UNLIMITED
+    ) -> Iterator[Predicted]:
+        """The labels of `images`, in their order, from n samples each at most (see `prediction_rule`).
+
+        With a budget: of the images that were come to before its end, and by what its samples bear out.
+        """
         rule = settings.prediction_rule(math.prod(self.bundle.unet.image))
 
         def judge(image: LabelledImage) -> AnytimeJudge:
             return AnytimeJudge(rule.start(), "predict", settings.n)
 
-        for image, found in self._judged(images, settings, judge):
-            yield prediction_of(image.image, found, rule.charge, len(self.class_names), image.cost)
+        for image, found in self._judged(images, settings, judge, budget):
+            yield prediction_of(image.image, found, rule.charge, len(self.class_names), image.cost, image.stopped)
 
     def _checked(self, image: NDArray[np.uint8], idx: int) -> LabelledImage:
         if image.dtype != np.uint8 or image.shape != self.bundle.unet.image:
