@@ -14,6 +14,7 @@ from densepure_rt.certify_run import abstention
 from densepure_rt.inference_protocol import Model, Tensor
 from densepure_rt.records import canonical
 from densepure_rt.runtime.noise import NOISE_LAW, smoothing_law, vote_law
+from densepure_rt.sequential import RADIUS_LOSS
 from densepure_rt.serving import ModelName, Served
 from densepure_rt.smoothing import PREDICT_N, Certified, Predicted
 
@@ -51,10 +52,12 @@ def outputs_of(classes: int) -> dict[ModelName, tuple[Tensor, ...]]:
 def about(served: Served, runs_on: Mapping[str, Any], model: ModelName) -> dict[str, Any]:
     """What answers depend on, but for the secret, and its hash as their identity."""
     bundle, settings = served.bundle, served.settings
-    method: dict[str, Any] = {"method": "sequential", "n": PREDICT_N}
-    if model == "certify":
-        method = {"method": settings.method, "n": settings.n}
-        method |= {"radii": list(settings.grid)} if settings.method == "sequential" else {}
+    method: dict[str, Any] = {"method": "sequential", "n": PREDICT_N, "radii": [0.0]}
+    if model == "certify" and settings.method == "radius":
+        loss = RADIUS_LOSS if settings.radius_loss is None else settings.radius_loss
+        method = {"method": "radius", "n": settings.n, "radius_loss": loss}
+    elif model == "certify":
+        method = {"method": "sequential", "n": settings.n, "radii": list(settings.grid)}
     found = method | {
         "sigma": settings.sigma,
         "steps": settings.steps,

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import math
+import shutil
+import stat
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from densepure_rt.errors import EnvironmentFault, UsageError
-from densepure_rt.keys import new_secret, shared_key, store_key, stored_key
+from densepure_rt.keys import RotatingSecret, new_secret, shared_key, store_key, stored_key
 
 
 def test_all_who_name_a_key_file_get_the_same_secret_however_they_come(tmp_path: Path) -> None:
@@ -44,3 +48,65 @@ def test_no_file_is_no_key_and_another_file_is_refused(tmp_path: Path) -> None:
 def test_where_no_file_can_be_made_the_key_says_so(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentFault, match="cannot write the key"):
         shared_key(tmp_path / "no" / "such" / "folder.key")
+
+
+class Clock:
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+def test_a_rotating_secret_is_another_one_after_its_lifetime_and_in_the_file_too(tmp_path: Path) -> None:
+    file, clock = tmp_path / "secret.key", Clock(time.time())
+    secret = RotatingSecret(file, lifetime=60, now=clock)
+    first = secret()
+    assert (stored_key(file), stat.S_IMODE(file.stat().st_mode)) == (first, 0o600)
+    clock.seconds += 55
+    assert secret() == first
+    clock.seconds += 10
+    second = secret()
+    assert second != first
+    assert (stored_key(file), stat.S_IMODE(file.stat().st_mode)) == (second, 0o600)
+    assert RotatingSecret(file)() == second  # a server that starts again goes on with it
+    assert first.hex() not in repr(vars(RotatingSecret)) + repr(secret)
+
+
+def test_the_age_of_a_secret_counts_from_when_it_was_written(tmp_path: Path) -> None:
+    file = tmp_path / "secret.key"
+    old = shared_key(file)
+    assert RotatingSecret(file, lifetime=60, now=Clock(time.time() + 61))() != old
+
+
+def test_without_a_file_a_secret_is_new_at_each_start_and_without_a_lifetime_it_stays() -> None:
+    clock = Clock(0)
+    secret = RotatingSecret(now=clock)
+    first = secret()
+    clock.seconds = 1e12
+    assert secret() == first != RotatingSecret()()
+
+
+def test_a_secret_rotates_where_its_file_cannot_be_written_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "keys"
+    folder.mkdir()
+    clock = Clock(time.time())
+    secret = RotatingSecret(folder / "secret.key", lifetime=60, now=clock)
+    first = secret()
+    shutil.rmtree(folder)
+    clock.seconds += 61
+    second = secret()
+    assert second != first
+    assert "the new secret is not in" in caplog.text
+    assert second.hex() not in caplog.text
+
+
+def test_a_public_secret_is_neither_kept_nor_replaced(tmp_path: Path) -> None:
+    public = bytes(range(32))
+    assert RotatingSecret(public=public)() == public
+    for file, lifetime in ((tmp_path / "secret.key", math.inf), (None, 60.0)):
+        with pytest.raises(UsageError, match="neither kept nor replaced"):
+            RotatingSecret(file, lifetime, public)
+    assert not (tmp_path / "secret.key").exists()
