@@ -9,6 +9,7 @@ import io
 import json
 import re
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections import Counter
@@ -354,6 +355,20 @@ def test_a_picture_is_chosen_by_the_keyboard_alone(tab: Tab, site: Site) -> None
 
 
 @BROWSER
+def test_of_pictures_chosen_in_haste_the_last_one_counts(tab: Tab, site: Site) -> None:
+    opened(tab, site)
+    for place, pause in ((0, 0), (1, 0.05), (2, 0.2), (3, 0.4), (BOOT, 0)):
+        tab.value(f"location.hash = '#example={place}'")
+        time.sleep(pause)
+    finished(tab)
+    assert text(tab, "label") == "Ankle boot"
+    assert text(tab, "changes").startswith("Ankle boot")
+    assert tab.value("document.querySelectorAll('#examples [aria-pressed=true]').length") == 1
+    assert tab.value("document.querySelectorAll('.error').length") == 0
+    assert tab.console == []
+
+
+@BROWSER
 def test_every_picture_and_every_control_has_a_name(tab: Tab, site: Site) -> None:
     opened(tab, site)
     tab.value("location.hash = '#example=0'")
@@ -428,6 +443,7 @@ def test_errors_of_the_server_are_said_in_words(tab: Tab, site: Site, status: in
         said = tab.wait_for(f"by('{name}-error').innerText")
         assert f"{FAULTS[status]}: <b>its words</b>." in said
         assert ("It asks for 7 s of patience." in said) == (status == 503)
+        assert said.endswith("Try again") == (status >= 500)  # the same request would be refused again
     tab.wait_for("document.querySelectorAll('#samples > li').length == SAMPLES")  # what can be had is shown
     assert tab.value("by('waiting').hidden")
 
