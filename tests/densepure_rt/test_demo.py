@@ -30,7 +30,8 @@ from starlette.routing import Mount, Route
 
 from densepure_rt.certification import floored
 from densepure_rt.datasets import LabelledImage, open_images
-from densepure_rt.demo import MOST_WAITING, Busy, Turns, facts
+from densepure_rt.demo import MOST_WAITING, Busy, Turns, facts, smallest_batch
+from densepure_rt.runtime.bundle import Plan
 from densepure_rt.runtime.noise import image_key, smoothing_law, smoothing_noise
 from densepure_rt.server import Deadlines, make_app
 from densepure_rt.serving import Service
@@ -270,6 +271,26 @@ def test_pictures_to_begin_with_are_of_the_models_classes(site: Site) -> None:
 )
 def test_the_page_knows_which_radii_are_asked_about(site: Site, settings: Settings, radii: list[float]) -> None:
     assert facts(dataclasses.replace(site.service.served, settings=settings))["radii"] == radii
+
+
+@pytest.mark.parametrize(
+    ("unet", "labels", "batch"), [((64, 8, 16), (16, 64), 16), ((), (), None), ((8,), (64,), None), (None, None, 1)]
+)
+def test_pictures_are_drawn_in_the_smallest_batch_that_both_engines_take(
+    classifier: SmoothedClassifier, unet: tuple[int, ...] | None, labels: tuple[int, ...] | None, batch: int | None
+) -> None:
+    bundle = classifier.bundle
+
+    def plan(batches: tuple[int, ...] | None) -> Plan | None:
+        built = Plan("tensorrt", "10.3", (), ("8.7",), None, bundle.unet.file, {}, {})
+        return None if batches is None else dataclasses.replace(built, batches=batches)
+
+    planned = dataclasses.replace(
+        bundle,
+        unet=dataclasses.replace(bundle.unet, plan=plan(unet)),
+        classifier=dataclasses.replace(bundle.classifier, plan=plan(labels)),
+    )
+    assert smallest_batch(planned) == batch
 
 
 # the page in a browser
