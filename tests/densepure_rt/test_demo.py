@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import dataclasses
+import http.client
 import io
 import json
 import re
@@ -15,6 +16,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -211,10 +213,16 @@ def test_what_cannot_be_done_is_said(site: Site, path: str, content: bytes, kind
     assert words in answer.content["error"]
 
 
-def test_no_more_is_read_than_may_be_sent(site: Site) -> None:
-    answer = ask(f"{site.address}/demo/image", bytes(MOST_BYTES + 1))
-    assert answer.status == 413
-    assert "16,777,216 bytes" in answer.content["error"]
+@pytest.mark.parametrize("declared", [True, False])
+def test_no_more_is_read_than_may_be_sent(site: Site, declared: bool) -> None:
+    host, port = site.address.removeprefix("http://").split(":")
+    with closing(http.client.HTTPConnection(host, int(port), timeout=60)) as connection:
+        headers = {"Content-Type": "image/png", **({"Content-Length": f"{10**12}"} if declared else {})}
+        parts = iter([]) if declared else iter([bytes(MOST_BYTES), b"1"])  # chunked, its end not known before
+        connection.request("POST", "/demo/image", parts, headers, encode_chunked=not declared)
+        answer = connection.getresponse()
+        assert answer.status == 413
+        assert "16,777,216 bytes" in json.loads(answer.read())["error"]
 
 
 def test_one_request_is_drawn_at_a_time_and_few_wait() -> None:
