@@ -14,11 +14,12 @@ from densepure_rt.runtime.reverse import Outcome
 from densepure_rt.scheduling import Judge, Phases, UnderWay
 from densepure_rt.sequential import LOOK
 
+URGENT_LOOKS = 3  # in a row, before one of another image that waits: short ones without end starve nobody either
 J = TypeVar("J", bound=Judge)
 
 
 class Asked(UnderWay[J]):
-    """An image that somebody waits for. urgent: it comes before all that are not."""
+    """An image that somebody waits for. urgent: it comes before those that are not, but for URGENT_LOOKS."""
 
     def __init__(
         self, image: LabelledImage, judge: J, urgent: bool, open_handles: Callable[[Phases], list[int]]
@@ -43,12 +44,14 @@ class FairShare(Generic[J]):
         self._ahead = ahead
         self.undecided: list[Asked[J]] = []  # in the order in which they came
         self._turn: Asked[J] | None = None
+        self._urgent_draws = 0  # since another image had a turn
         self._by_handle: dict[int, Asked[J]] = {}
         self._leaving: list[Asked[J]] = []  # decided, with handles
 
     def put(self, image: Asked[J]) -> None:
         self.undecided.append(image)
-        self._turn = None
+        if not self._overdue:
+            self._turn = None
 
     def draw(self) -> tuple[int, int] | None:
         """The next sample to take; None before another outcome or image comes."""
@@ -60,10 +63,20 @@ class FairShare(Generic[J]):
         if not image.handles:
             image.open()
             self._by_handle |= dict.fromkeys(image.handles, image)
+        self._urgent_draws += image.urgent
         return image.draw()
 
+    @property
+    def _overdue(self) -> bool:
+        """Whether it is the turn of an image that is not urgent."""
+        return self._urgent_draws >= URGENT_LOOKS * LOOK
+
     def _next(self) -> Asked[J] | None:
+        if self._turn is not None and not self._turn.urgent:
+            self._urgent_draws = 0
         certain = [image for image in self.undecided if image.wants]
+        if self._overdue:
+            certain = [image for image in certain if not image.urgent] or certain
         useful = certain or [image for image in self.undecided if image.may_want and self._room_for(image)]
         return min(useful, key=lambda image: image.turn, default=None)  # of equals the one that came first
 
@@ -87,7 +100,8 @@ class FairShare(Generic[J]):
 
     def _remove(self, image: Asked[J]) -> None:
         self.undecided.remove(image)
-        self._turn = None
+        if image is self._turn:
+            self._turn = None
         if image.handles:
             self._leaving.append(image)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import deque
 
@@ -109,6 +110,18 @@ def test_an_urgent_image_comes_before_all_others_and_in_the_midst_of_them() -> N
     share.put(asked(1, Patient(look=13, last=1), urgent=True))
     share.put(asked(2, Patient(look=13, last=1), urgent=True))
     assert draws(share, 30) == [1] * 13 + [2] * 13 + [0] * 4
+
+
+def test_urgent_images_without_end_leave_a_look_in_four_to_the_others() -> None:
+    share = FairShare[Patient](ahead=0)
+    share.put(asked(0, Patient(look=9 * LOOK, last=1)))
+    owners = []
+    for handle in range(1, 60):
+        share.put(asked(handle, Patient(look=13, last=1), urgent=True))
+        owners += draws(share, 13)
+    turns = [len(list(run)) for owner, run in itertools.groupby(owners) if owner == 0]
+    assert turns[:-1] == [LOOK] * (len(turns) - 1)
+    assert owners.count(0) == pytest.approx(len(owners) / 4, abs=LOOK)
 
 
 def test_those_who_have_had_the_least_come_first_a_look_at_a_time() -> None:
