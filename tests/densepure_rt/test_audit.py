@@ -16,12 +16,15 @@ from densepure_rt.certify_run import run
 from densepure_rt.datasets import ImageSet, open_images
 from densepure_rt.forecast import forecast
 from densepure_rt.ledger import packed, unpacked
+from densepure_rt.merge import merge
 from densepure_rt.run_folder import reveal
+from densepure_rt.shards import Shard
 from densepure_rt.smoothing import Budget, Settings, load
 
 SHAPE, NAMES = (1, 28, 28), [str(label) for label in range(10)]
 SEQUENTIAL = Settings(sigma=0.1, steps=0, n=200, alpha=0.01, radii=(0.0, 0.05, 0.1, 0.6))
 FIXED = Settings(sigma=0.1, steps=0, n0=5, n=40, alpha=0.01, method="fixed")
+SECRET = bytes(range(32))
 RADIUS = Settings(sigma=0.1, steps=0, n=200, alpha=0.01, method="radius", radius_loss=0.2)
 
 
@@ -30,10 +33,12 @@ def images() -> ImageSet:
     return open_images(None, SHAPE, NAMES).select(60, 5)
 
 
-def certified(out: Path, images: ImageSet, settings: Settings, budget: Budget | None = None) -> Path:
-    with load(batch=16, threads=1) as classifier:
+def certified(
+    out: Path, images: ImageSet, settings: Settings, budget: Budget | None = None, shard: Shard | None = None
+) -> Path:
+    with load(secret=SECRET, batch=16, threads=1) as classifier:
         expected = forecast(classifier, settings, len(images))
-        run(classifier, images, settings, expected, out, None, budget or Budget())
+        run(classifier, images, settings, expected, out, None, budget or Budget(), shard=shard)
     return out
 
 
@@ -218,3 +223,79 @@ def test_a_missing_file_is_found(copy: Path) -> None:
 
 def test_other_images_are_found(copy: Path) -> None:
     assert failed(audit(copy, open_images(None, SHAPE, NAMES).select(60, 4))) == ["images"]
+
+
+# shards
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory, images: ImageSet) -> Path:
+    """Shards 1/2 and 2/2 of five images in `1` and `2`, merged in `merged`."""
+    folder = tmp_path_factory.mktemp("shards")
+    parts = [certified(folder / str(i), images, SEQUENTIAL, shard=Shard(i, 2)) for i in (1, 2)]
+    merge(parts, folder / "merged")
+    return folder
+
+
+@pytest.fixture
+def parts(shards: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(shards, tmp_path / "shards"))
+
+
+def test_shards_and_what_is_merged_of_them_hold(shards: Path, images: ImageSet) -> None:
+    for name in ("1", "2", "merged"):
+        findings = {finding.what: finding for finding in audit(shards / name, images)}
+        assert failed(list(findings.values())) == []
+        assert {"shard", "images"} <= findings.keys()
+
+
+@pytest.mark.parametrize("name", ["2", "merged"])
+def test_every_field_of_the_manifest_of_shards_that_is_changed_is_found(parts: Path, name: str) -> None:
+    document = json.loads((parts / name / "manifest.json").read_text())
+    paths = [("provenance", *path) for path in leaves(document["provenance"])]
+    assert ("provenance", "shard") in paths
+    for path in paths:
+        (parts / name / "manifest.json").write_text(json.dumps(changed(document, path), indent=2) + "\n")
+        assert failed(audit(parts / name)), path
+
+
+@pytest.mark.parametrize(
+    ("name", "claim", "check"),
+    [
+        ("1", {"shard": "2/2"}, "records"),
+        ("1", {"shard": "1/3"}, "records"),
+        ("1", {"shard": "1/1"}, "summary"),
+        ("1", {"shard": None}, "summary"),
+        ("1", {"shard": "1/4"}, "records"),
+        ("1", {"merged_from": []}, "shard"),
+        ("merged", {"shard": "1/2"}, "records"),
+        ("merged", {"shard": "1/1"}, "shard"),
+        ("merged", {"merged_from": []}, "shard"),
+    ],
+)
+def test_a_claim_that_does_not_fit_the_images_is_found_even_when_it_is_sealed_anew(
+    parts: Path, name: str, claim: dict[str, Any], check: str
+) -> None:
+    document = json.loads((parts / name / "manifest.json").read_text())
+    document["provenance"] |= claim
+    (parts / name / "manifest.json").write_text(json.dumps(document))
+    resealed(parts / name)
+    assert check in failed(audit(parts / name))
+
+
+@pytest.mark.parametrize("shards_of", [["1/2"], ["1/2", "1/2"], ["1/2", "2/3", "2/2"], ["1/2", "2/4", "3/4"]])
+def test_shards_that_do_not_hold_each_image_once_make_no_run(parts: Path, shards_of: list[str]) -> None:
+    document = json.loads((parts / "merged" / "manifest.json").read_text())
+    one = document["provenance"]["merged_from"][0]
+    document["provenance"]["merged_from"] = [one | {"shard": shard} for shard in shards_of]
+    (parts / "merged" / "manifest.json").write_text(json.dumps(document))
+    resealed(parts / "merged")
+    assert failed(audit(parts / "merged")) == ["shard"]
+
+
+def test_images_of_a_shard_that_changed_places_are_found_with_the_images(parts: Path, images: ImageSet) -> None:
+    edit_ledger(parts / "1", "update images set place = 10 where place = 0")
+    edit_ledger(parts / "1", "update images set place = 0 where place = 2")
+    edit_ledger(parts / "1", "update images set place = 2 where place = 10")
+    resealed(parts / "1")
+    assert {"results", "images"} <= set(failed(audit(parts / "1", images)))

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from densepure_rt.certification import Certificate
 from densepure_rt.datasets import LabelledImage
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
+from densepure_rt.keys import store_key, stored_key
 from densepure_rt.records import (
     SCHEMA_VERSION,
     BudgetIdentity,
@@ -34,7 +35,7 @@ from densepure_rt.records import (
     RuleIdentity,
     Summary,
 )
-from densepure_rt.run_folder import RunFolder, record_of, reveal, secret_to_go_on, tsv_line
+from densepure_rt.run_folder import RunFolder, agreed_secret, record_of, reveal, secret_to_go_on, tsv_line
 from densepure_rt.runtime.reverse import Outcome
 from densepure_rt.runtime.schedule import Schedule
 from densepure_rt.scheduling import Cost
@@ -143,6 +144,35 @@ def test_without_a_secret_there_is_no_key(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "secret.key").exists()
     assert secret_to_go_on(tmp_path / "run") is None
     assert secret_to_go_on(tmp_path / "nowhere") is None
+
+
+def test_a_folder_and_a_key_file_must_agree_on_the_secret(tmp_path: Path) -> None:
+    run, key, other = tmp_path / "run", tmp_path / "noise.key", tmp_path / "other.key"
+    assert agreed_secret(None, None) is agreed_secret(run, None) is None
+    made = agreed_secret(run, key)
+    assert made == stored_key(key) == agreed_secret(None, key)
+    RunFolder(run, manifest(SECRET), SECRET).close()
+    assert agreed_secret(run, None) == SECRET
+    with pytest.raises(UsageError, match=r"noise\.key holds another secret"):
+        agreed_secret(run, key)
+    with pytest.raises(UsageError, match=r"other\.key is not there"):
+        agreed_secret(run, other)
+    assert not other.exists()
+    store_key(other, SECRET)
+    assert agreed_secret(run, other) == SECRET
+
+
+def test_a_folder_of_another_shard_is_refused(tmp_path: Path) -> None:
+    def of(shard: str | None) -> Manifest:
+        return replace(manifest(), provenance=replace(manifest().provenance, shard=shard))
+
+    with RunFolder(tmp_path / "run", of("1/2"), None) as folder:
+        folder.add(result(), 0)
+    for asked, words in (("2/2", "shard 2/2 was"), (None, "the whole run was")):
+        with pytest.raises(UsageError, match=f"already holds shard 1/2, and {words} asked for"):
+            RunFolder(tmp_path / "run", of(asked), None)
+    with RunFolder(tmp_path / "run", of("1/2"), None) as folder:
+        assert len(folder.done) == 1
 
 
 def test_an_empty_folder_is_used_and_other_files_in_it_are_kept(tmp_path: Path) -> None:
