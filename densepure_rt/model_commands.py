@@ -40,7 +40,7 @@ ProviderName = Annotated[
 COMPARED = 5  # images, by `parity`, unless told
 CERTIFIED = 10  # images, by `bench --procedure`, unless told
 PROPOSALS = 2  # of gradients, to an attack
-CHECKS, PLANS = "Checks", "Plans"  # the panels of --help
+CHECKS, PLANS, TRITON = "Checks", "Plans", "Triton"  # the panels of --help
 STEP, PROCEDURE = "A reverse step", "Whole certifications"
 PARITY_SAMPLES = 20
 T = TypeVar("T")
@@ -49,14 +49,22 @@ T = TypeVar("T")
 @with_models
 def export(
     models: ModelOptions,
-    out: Annotated[Path, typer.Option(help="Folder for the bundle.")] = Path("engines"),
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the bundle; default: engines, and models with triton.")
+    ] = None,
     target: Annotated[
         str,
         typer.Option(
             help="onnx, tensorrt, tensorrt-rtx, or several with commas. Plans are built from the ONNX engines in "
-            "--out, else from those that ship."
+            "--out, else from those that ship. triton, alone: the bundle of --engine as a model repository."
         ),
     ] = "onnx",
+    engine: Annotated[
+        Path | None,
+        typer.Option(
+            help="triton: step engine, ONNX file or plan; default: the one that ships.", rich_help_panel=TRITON
+        ),
+    ] = None,
     precision: Annotated[
         str, typer.Option(help="fp32, fp16, bf16, int8, int8-cpu or fp8; several with commas, a bundle each.")
     ] = "fp32",
@@ -84,8 +92,12 @@ def export(
         int, typer.Option(help="Noisy copies of each of them.", rich_help_panel=CHECKS)
     ] = PARITY_SAMPLES,
     batch: Annotated[
-        str, typer.Option(help="Batch sizes with commas, a fixed profile each.", rich_help_panel=PLANS)
-    ] = "64",
+        str | None,
+        typer.Option(
+            help="Batch sizes with commas, a fixed profile each; default: 64. triton: that of every call.",
+            rich_help_panel=PLANS,
+        ),
+    ] = None,
     compute_capability: Annotated[
         str | None,
         typer.Option(help="tensorrt-rtx: the GPUs to build for; default: 8.6,8.9,12.0.", rich_help_panel=PLANS),
@@ -122,11 +134,11 @@ def export(
     """Export a UNet and a classifier from PyTorch to ONNX engines, checked against PyTorch, and build TensorRT plans.
 
     Without options it is the model that ships. ONNX engines need densepure-rt\\[export], plans densepure-rt\\[tensorrt]
-    or densepure-rt\\[tensorrt-rtx].
+    or densepure-rt\\[tensorrt-rtx], and a model repository of Triton none of them.
     """
     from densepure_rt.runtime.bundle import PLAN_SUFFIXES
 
-    targets = words(target, "--target", ("onnx", *sorted(PLAN_SUFFIXES)))
+    targets = words(target, "--target", ("onnx", *sorted(PLAN_SUFFIXES), "triton"))
     kinds = [kind.strip() for kind in precision.split(",")]
     report: dict[str, Any] = {}
     checks = {
@@ -137,8 +149,30 @@ def export(
         "--parity-samples": parity_samples != PARITY_SAMPLES,
     }
     unused = [*models.given().values(), *(name for name, value in checks.items() if value)]
+    if "triton" in targets:
+        of_plans = {
+            "--precision": kinds != ["fp32"],
+            "--compute-capability": compute_capability,
+            "--workspace": workspace,
+            "--builder-level": builder_level,
+            "--tf32": tf32,
+            "--timing-cache": timing_cache,
+            "--hw-compat": hw_compat,
+            "--version-compatible": version_compatible,
+        }
+        unused += [f"--target {kind}" for kind in targets if kind != "triton"]
+        unused += [name for name, value in of_plans.items() if value]
+        if unused:
+            raise UsageError(
+                f"{', '.join(unused)}: --target triton packages the bundle of --engine as it is; make it first"
+            )
+        export_triton(engine, out or Path("models"), batch, force, as_json)
+        return
+    if engine is not None:
+        raise UsageError(f"--engine {engine} is what --target triton packages, and {target} was asked for")
     if "onnx" not in targets and unused:
         raise UsageError(f"{', '.join(unused)}: these change the ONNX engines; add onnx to --target")
+    out = out or Path("engines")
     if "onnx" in targets:
         on = (images, calibration_images, parity_images, parity_samples)
         report["onnx"] = export_onnx(models, out, force, as_json, kinds, keep_fp32 or (), *on)
@@ -151,7 +185,7 @@ def export(
                     f"building plans needs onnx ({error}): run \"pip install 'densepure-rt[{flavour}]'\""
                 ) from error
             options = BuildOptions(
-                batches=tuple(number(word, "--batch") for word in batch.split(",")),
+                batches=tuple(number(word, "--batch") for word in (batch or "64").split(",")),
                 compute_capabilities=tuple(compute_capability.split(",")) if compute_capability else (),
                 workspace=workspace,
                 level=builder_level,
@@ -170,6 +204,24 @@ def export(
                     stdout.print(f"wrote {plans[0]} and {plans[1]}, each with its sidecar")
     if as_json:
         print(json.dumps(report, default=str))
+
+
+def export_triton(engine: Path | None, out: Path, batch: str | None, force: bool, as_json: bool) -> None:
+    """Package a bundle as a model repository of Triton."""
+    from densepure_rt.export.to_triton import export_repository
+    from densepure_rt.runtime.bundle import open_bundle
+    from densepure_rt.smoothing import shipped_engine
+
+    bundle = open_bundle(engine or shipped_engine())
+    folders = export_repository(bundle, out, None if batch is None else number(batch, "--batch"), force)
+    if as_json:
+        print(json.dumps({"triton": [str(folder) for folder in folders]}))
+        return
+    stdout.print(f"wrote {', '.join(folder.name for folder in folders)} to {out}, a model repository of Triton")
+    stdout.print(
+        f"sigma, votes, alpha and the key file are in {out}/predict/config.pbtxt and {out}/certify/config.pbtxt"
+    )
+    stdout.print("densepure-rt must be installed in the Python of the server: see docs/deploy.md")
 
 
 def export_onnx(
