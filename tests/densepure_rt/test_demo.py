@@ -492,6 +492,37 @@ def test_a_lost_connection_is_said_and_can_be_tried_again(tab: Tab, site: Site) 
 
 
 @BROWSER
+def test_the_page_forbids_itself_what_it_does_not_need(tab: Tab, site: Site) -> None:
+    """Should a name become markup all the same: no script that is not its own, no markup from text, no other server."""
+    opened(tab, site)
+    for attempt in (
+        "document.body.innerHTML = '<b>x</b>'",
+        "document.body.append(Object.assign(document.createElement('script'), {text: 'window.owned = 1'}))",
+        "document.body.setAttribute('onclick', 'window.owned = 1') || document.body.click()",
+        "fetch('http://example.invalid/').catch(() => {})",
+        "document.body.append(Object.assign(document.createElement('img'), {src: 'http://example.invalid/'}))",
+    ):
+        tab.console.clear()
+        tab.value(f"(() => {{ try {{ {attempt} }} catch {{}} }})()")
+        tab.value("new Promise(done => setTimeout(done, 50))")  # complaints come a little later
+        assert re.search("Content Security Policy|'Trusted(HTML|Script)' assignment", "\n".join(tab.console)), attempt
+    assert tab.value("window.owned") is None
+    assert tab.value("document.querySelector('main') !== null")
+
+
+@BROWSER
+def test_of_many_classes_the_first_are_shown_and_the_others_counted(tab: Tab, site: Site) -> None:
+    opened(tab, site)
+    votes = [*range(1, 26), 0]
+    tab.value(f"(model.classes = Array.from({{length: 26}}, (_, i) => `class ${{i}}`), ballot({votes}, {sum(votes)}))")
+    cells = tab.value("[...document.querySelectorAll('#ballot span')].map(cell => cell.textContent)")
+    rows = [cells[i : i + 2] for i in range(0, len(cells), 2)]
+    assert rows[0] == ["class 24", "25"]
+    assert [int(cast) for _, cast in rows[:10]] == sorted(votes, reverse=True)[:10]
+    assert rows[10:] == [["15 other classes", str(sum(range(1, 16)))]]
+
+
+@BROWSER
 def test_radii_are_rounded_down_as_everywhere(tab: Tab, site: Site) -> None:
     opened(tab, site)
     draw = np.random.default_rng(0)
