@@ -26,13 +26,15 @@ import uvicorn
 from numpy.typing import NDArray
 from PIL import Image
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
+from starlette.types import Message
 
 from densepure_rt.certification import floored
 from densepure_rt.datasets import LabelledImage, open_images
-from densepure_rt.demo import MOST_WAITING, Busy, Turns, facts, smallest_batch
+from densepure_rt.demo import MOST_WAITING, Busy, Demo, Turns, body, facts, smallest_batch
 from densepure_rt.runtime.bundle import Plan
 from densepure_rt.runtime.noise import image_key, smoothing_law, smoothing_noise
 from densepure_rt.server import Deadlines, make_app
@@ -223,6 +225,36 @@ def test_no_more_is_read_than_may_be_sent(site: Site, declared: bool) -> None:
         answer = connection.getresponse()
         assert answer.status == 413
         assert "16,777,216 bytes" in json.loads(answer.read())["error"]
+
+
+def request_of(*messages: dict[str, Any], query: str = "") -> Request:
+    """A request whose client sends these messages, and then is silent."""
+    waiting = list(messages)
+
+    async def receive() -> Message:
+        return waiting.pop(0) if waiting else await asyncio.Future()
+
+    scope = {"type": "http", "method": "POST", "path": "/", "query_string": query.encode(), "headers": []}
+    return Request(scope, receive)
+
+
+def test_a_client_that_does_not_go_on_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("densepure_rt.demo.BODY_SECONDS", 0.05)
+    slow = request_of({"type": "http.request", "body": b"a bit", "more_body": True})
+    with pytest.raises(HTTPException, match="did not come within 0.05 s") as caught:
+        asyncio.run(body(slow))
+    assert caught.value.status_code == 408
+
+
+def test_nothing_more_is_drawn_for_a_client_that_is_gone(site: Site, image: LabelledImage) -> None:
+    sent = {"type": "http.request", "body": png(image.pixels), "more_body": False}
+    demo = Demo(site.service.served, "cpu")
+
+    async def drawn(*messages: dict[str, Any]) -> int:
+        return len(json.loads(bytes((await demo.samples(request_of(*messages, query="count=3"))).body))["samples"])
+
+    assert asyncio.run(drawn(sent)) == 3
+    assert asyncio.run(drawn(sent, {"type": "http.disconnect"})) == 0
 
 
 def test_one_request_is_drawn_at_a_time_and_few_wait() -> None:
