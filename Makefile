@@ -14,7 +14,7 @@ DEV := .venv-dev/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo accuracy table paired test test-slow test-gpu lint zoo engines schemas clean distclean python
+.PHONY: help demo accuracy table paired load test test-slow test-gpu lint zoo engines schemas clean distclean python
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ paired: $(USE) $(FAST) ## sequential and fixed certificates of 100 images on equ
 	  --seed 1 --out runs/paired/sequential
 	.venv/bin/densepure-rt certify --engine $(FAST) --sigma 0.25 --method fixed --n 10000 --steps 1 --skip 5 --max 100 \
 	  --seed 1 --out runs/paired/fixed
+
+load: $(DEV) ## 200 connections held for a minute at a server, every answer compared
+	.venv-dev/bin/python -m tests.load
 
 $(FAST): | $(DEV)
 	.venv-dev/bin/densepure-rt export --precision int8-cpu --out $(dir $(FAST))
