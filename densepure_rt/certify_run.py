@@ -245,7 +245,6 @@ def run(
                 images=len(images),
                 done=len(finished),
             )
-            places = {idx: place for place, idx in enumerate(images.order)}
             left = (image for image in images if image.idx not in finished)
             work = classifier.certify_each(left, settings, budget, folder.ledger)
             for result in track(work, len(images), status, before=len(finished)):
