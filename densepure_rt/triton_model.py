@@ -43,7 +43,7 @@ from densepure_rt.smoothing import (
 
 MODEL_NAMES: tuple[ModelName, ...] = ("predict", "certify")
 METHODS = tuple(name for name in get_args(Method) if name != "fixed")  # that have an answer whenever they are stopped
-DEADLINE = "deadline_ms"  # the parameter of a request
+DEADLINE, MAX_DEADLINE = "deadline_ms", "max_deadline_ms"  # the first is a parameter of requests too
 T = TypeVar("T")
 
 
@@ -74,6 +74,11 @@ class Parameters:
     def count(self, name: str, most: int) -> int:
         if not 1 <= (value := self.number(name, int)) <= most:
             raise UsageError(f"{self.where}: {name!r} is a count from 1 to {most}, found {value}")
+        return value
+
+    def milliseconds(self, name: str) -> float:
+        if not 0 < (value := self.number(name, float)) < math.inf:
+            raise UsageError(f"{self.where}: {name!r} is milliseconds above 0, found {self.text(name)!r}")
         return value
 
     def choice(self, name: str, allowed: Sequence[str]) -> Any:
@@ -156,6 +161,10 @@ class TritonModel:
         parameters = Parameters(name, config.get("parameters", {}))
         self.settings = settings_of(self.name, parameters)
         self.batch, self.callers = parameters.count("batch", MAX_BATCH), parameters.count("callers", MAX_THREADS)
+        self.deadline_ms, self.max_deadline_ms = (
+            parameters.milliseconds(DEADLINE),
+            parameters.milliseconds(MAX_DEADLINE),
+        )
         key_file = parameters.text("key_file")
         self.bundle = checked_bundle(repository, parameters)
         parameters.refuse_others()
@@ -180,7 +189,7 @@ class TritonModel:
     def respond(self, request: Any) -> Any:
         backend = self.backend
         try:
-            images, seconds = self.images_of(request), seconds_of(request)
+            images, seconds = self.images_of(request), self.seconds_of(request)
             device = self.opened()
             device.cancelled = request.is_cancelled
             values = values_of(self.answers(device, images, seconds))
@@ -238,13 +247,14 @@ class TritonModel:
             return codes.INVALID_ARG
         return codes.CANCELLED if isinstance(error, Cancelled) else codes.INTERNAL
 
-
-def seconds_of(request: Any) -> float:
-    """What a request's deadline leaves, infinite where it has none. Time in Triton's queue is not in it."""
-    given = json.loads(request.parameters() or "{}").get(DEADLINE)
-    if given is None:
-        return math.inf
-    with suppress(TypeError, ValueError, OverflowError):
-        if (seconds := float(given) / 1000) > 0 and not isinstance(given, bool):
-            return seconds
-    raise UsageError(f"{DEADLINE} is milliseconds above 0, got {str(given)[:40]!r}")
+    def seconds_of(self, request: Any) -> float:
+        """The time that an answer may take; what the request waited in Triton's queue is not in it."""
+        given = json.loads(request.parameters() or "{}").get(DEADLINE)
+        if given is None:
+            return self.deadline_ms / 1000
+        with suppress(TypeError, ValueError, OverflowError):
+            if 0 < float(given) <= self.max_deadline_ms and not isinstance(given, bool):
+                return float(given) / 1000
+        raise UsageError(
+            f"{DEADLINE} is milliseconds above 0, {self.max_deadline_ms:g} at most, got {str(given)[:40]!r}"
+        )

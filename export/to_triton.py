@@ -218,6 +218,8 @@ def shared_parameters(engine: FileRef, classifier: FileRef, batch: int, callers:
     return [
         parameter("batch", f"{batch}", "items in every call of an engine"),
         parameter("callers", f"{callers}", "calls at the same time; a CPU wants as many as the engines have instances"),
+        parameter("deadline_ms", "30000", "time of a request that names none: then what is known so far"),
+        parameter("max_deadline_ms", "300000", "that a request may name, at most"),
         parameter("key_file", "", "the secret of the noise, made where there is none; empty: a new one per start"),
         parameter("engine", f"{STEP_MODEL}/{VERSION}/{engine.name}", "in this repository, a local folder"),
         parameter("engine_sha256", engine.sha256),

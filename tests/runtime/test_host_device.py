@@ -31,8 +31,8 @@ def shrink(feed: Mapping[str, Floats]) -> Sequence[Floats]:
     """x0 = x / 2, and the posterior of a step graph around it."""
     x = feed["mean"] + feed["std"] * feed["noise"]
     column = [feed["coef"][:, i, None, None, None] for i in range(6)]
-    std = np.broadcast_to(np.exp(column[4] / 2), x.shape)
-    return column[2] * x / 2 + column[3] * x, std, np.ones(len(x), np.float32)
+    std = np.broadcast_to(np.exp(column[4] / 2), x.shape).astype(np.float32)
+    return column[2] * x / np.float32(2) + column[3] * x, std, np.ones(len(x), np.float32)
 
 
 def by_sign(classes: int, feed: Mapping[str, Floats]) -> Sequence[Floats]:
