@@ -282,7 +282,7 @@ def check_summary(path: Path, done: list[DoneImage], manifest: Manifest) -> Find
     pairs = [(parsed(ImageRecord, i.record, LEDGER), parsed(TimingRecord, i.timing, LEDGER)) for i in done]
     settings = settings_of(manifest.identity)
     reach = reach_of(settings, math.prod(manifest.identity.image))
-    expected = summarize(pairs, manifest.asked, found.interrupted, radii_of(settings), reach)
+    expected = summarize(pairs, manifest.asked, found.interrupted, radii_of(settings), reach, found.failed)
     if len(done) < manifest.asked and found.done < len(done):
         return Finding("summary", "of an earlier end of the run")
     faults = [

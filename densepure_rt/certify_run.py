@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import logging
 import math
 import platform
@@ -37,7 +36,6 @@ from densepure_rt.records import (
     TimingRecord,
 )
 from densepure_rt.run_folder import RunFolder
-from densepure_rt.runtime.bundle import FileRef, sidecar_path
 from densepure_rt.runtime.device import installed_versions
 from densepure_rt.runtime.noise import NOISE_LAW, smoothing_law, vote_law
 from densepure_rt.runtime.schedule import Coefficients
@@ -65,8 +63,9 @@ def summarize(
     interrupted: bool,
     radii: Sequence[float],
     reach: float | None,
+    failed: Sequence[int] = (),
 ) -> Summary:
-    """radii: of the accuracy; reach: the largest radius that n can certify."""
+    """radii: of the accuracy; reach: the largest radius that n can certify; failed: further images, not certified."""
     records, timings = [record for record, _ in done], [timing for _, timing in done]
     reasons = Counter(why for record in records if (why := abstention(record)) is not None)
     labelled = [record for record in records if record.label is not None]
@@ -75,13 +74,14 @@ def summarize(
         asked=asked,
         interrupted=interrupted,
         radii=tuple(radii),
-        accuracy=tuple(accuracy_at(labelled, radius, reach) for radius in radii),
+        accuracy=tuple(accuracy_at(labelled, radius, reach, len(failed)) for radius in radii),
         abstained=reasons.total(),
         reasons=dict(reasons),
         samples=sum(timing.samples for timing in timings) / max(1, len(timings)),
         unet_calls=sum(timing.unet_calls for timing in timings),
         not_finite=sum(timing.not_finite for timing in timings),
         stopped=sum(record.stopped for record in records),
+        failed=tuple(failed),
     )
 
 
@@ -90,11 +90,16 @@ def radii_of(settings: Settings) -> tuple[float, ...]:
     return settings.grid if settings.method == "sequential" else RADII
 
 
-def accuracy_at(labelled: Sequence[ImageRecord], radius: float, reach: float | None) -> float | None:
-    """The share of images that are certified for their own label at the radius; None of none, or beyond reach."""
+def accuracy_at(labelled: Sequence[ImageRecord], radius: float, reach: float | None, failed: int = 0) -> float | None:
+    """The share of images that are certified for their own label at the radius; None of none, or beyond reach.
+
+    failed: further images, which are not.
+    """
     if not labelled or radius > (reach or 0.0):
         return None
-    return sum(bool(record.correct) and (record.radius or 0.0) >= radius for record in labelled) / len(labelled)
+    return sum(bool(record.correct) and (record.radius or 0.0) >= radius for record in labelled) / (
+        len(labelled) + failed
+    )
 
 
 def manifest_of(
@@ -113,7 +118,7 @@ def manifest_of(
     bundle = classifier.bundle
     provenance = Provenance(
         argv=tuple(map(printable, sys.argv)),
-        device=dict(classifier.device.describe()),
+        device=dict(classifier.sampler.describe()),
         started=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         host=platform.node(),
         images=printable(images.name),
@@ -137,12 +142,12 @@ def identity_of(
     classifier: SmoothedClassifier, images: ImageSet, settings: Settings, budget: Budget, seed: int | None
 ) -> Identity:
     bundle, chain = classifier.bundle, classifier.chain(settings)
-    device = classifier.device.describe()
+    device = classifier.sampler.describe()
     library = "tensorrt" if "tensorrt" in device else "onnxruntime"
     capability = device.get("compute_capability")
     return Identity(
-        engine=named_file(bundle.unet.file, bundle.unet_path),
-        classifier=named_file(bundle.classifier.file, bundle.classifier_path),
+        engine=NamedFile(bundle.unet.file.name, bundle.unet.file.sha256, bundle.sidecars[0]),
+        classifier=NamedFile(bundle.classifier.file.name, bundle.classifier.file.sha256, bundle.sidecars[1]),
         precision=bundle.unet.precision,
         runs_on=f"{device['provider']}, {library} {device[library]}",
         compute_capability=None if capability is None else str(capability),
@@ -189,12 +194,6 @@ def settings_of(identity: Identity) -> Settings:
     )
 
 
-def named_file(ref: FileRef, path: Path) -> NamedFile:
-    sidecar = sidecar_path(path)
-    content = sidecar.read_bytes() if sidecar.exists() else None  # a plan may be taken for what its name says
-    return NamedFile(ref.name, ref.sha256, None if content is None else hashlib.sha256(content).hexdigest())
-
-
 def rule_of(settings: Settings, pixels: int) -> RuleIdentity:
     """How samples become certificates."""
     given: dict[str, Any] = {"method": settings.method, "n": settings.n, "alpha": settings.alpha}
@@ -230,9 +229,13 @@ def run(
     interrupted = True
 
     def summary() -> Summary:
-        return summarize(folder.done, len(images), interrupted, radii_of(settings), expected.reach)
+        return summarize(folder.done, len(images), interrupted, radii_of(settings), expected.reach, classifier.failed)
 
-    status = Status(lambda: accuracy_so_far(summary()) if images.labelled else "")
+    def progress() -> str:
+        said = (classifier.sampler.status(), accuracy_so_far(summary()) if images.labelled else "")
+        return "; ".join(filter(None, said))
+
+    status = Status(progress)
     manifest = manifest_of(classifier, images, settings, budget, seed, shard)
     places = {idx: place for place, idx in enumerate(images.order)}
     images = images if shard is None else shard.select(images)

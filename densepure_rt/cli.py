@@ -169,6 +169,20 @@ def certify(
         Path | None,
         typer.Option(help="Folder for the results; a run that is there goes on. Default: runs/certify-TIME, new."),
     ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            help="ray: on this machine's cores, or on the cluster of RAY_ADDRESS; ray://HOST:PORT: on that cluster. A "
+            "worker a GPU, or for each --threads CPUs (1), opens --engine on its own machine; no result depends on it."
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="cluster: how many; default: as many as there is room for.")
+    ] = None,
+    group: Annotated[
+        str | None,
+        typer.Option(help="cluster: of machines of several kinds, those whose hash begins so; default: the most."),
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option("--resume", help="Go on with the run in --out, which happens anyway: for scripts that say so."),
@@ -206,7 +220,16 @@ def certify(
     secret = None if dry_run else secret_of(seed, key, out)
     if part is not None and seed is None and secret is None and not dry_run:
         raise UsageError(f"--shard {part} needs the secret that all shards share: name one file for all of them, --key")
-    with open_classifier(engine, classifier, batch, threads, provider, engine_sha256, trust, seed, secret) as smoothed:
+    opened = (engine, classifier, batch, threads, provider, engine_sha256, trust, seed, secret)
+    if cluster is None:
+        if (workers, group) != (None, None):
+            raise UsageError("--workers and --group are of --cluster: name one, such as --cluster ray")
+        smoothed = open_classifier(*opened)
+    elif falsify is not None:
+        raise UsageError("--falsify needs an engine here: run it once more without --cluster when all is certified")
+    else:
+        smoothed = open_on_cluster(cluster, workers, group, *opened)
+    with smoothed:
         chosen = open_image_set(images, smoothed, skip, limit)
         mine = chosen if part is None else part.select(chosen)
         expected = forecast(smoothed, settings, len(mine))
@@ -222,11 +245,19 @@ def certify(
             smoothed, chosen, settings, expected, folder, seed, seconds, falsify, proposals, part
         )
         print_summary(summary, chosen.labelled, folder, as_json)
-        if summary.done < summary.asked:
+        if summary.failed:
+            which = ", ".join(map(str, summary.failed))
+            stderr.print(
+                f"error: {plural(len(summary.failed), 'image')} failed: {which}; all else is kept in {folder}, and the "
+                f"same command tries them again"
+            )
+        elif summary.done < summary.asked:
             why = "stopped" if summary.interrupted else "the time was up"
             stderr.print(f"{why} after {summary.done} of {summary.asked} images; what is done is kept in {folder}")
         if summary.interrupted:
             raise typer.Exit(INTERRUPTED)
+        if summary.failed:
+            raise typer.Exit(CheckFailed.exit_code)
         if falsify is not None:
             print_attacks(attacks)
 
@@ -375,6 +406,35 @@ def open_classifier(
     )
 
 
+def open_on_cluster(
+    cluster: str,
+    workers: int | None,
+    group: str | None,
+    engine: Path | None,
+    classifier: Path | None,
+    batch: int | None,
+    threads: int | None,
+    provider: str,
+    sha256: str | None,
+    trust: bool,
+    seed: int | None,
+    secret: bytes | None,
+) -> SmoothedClassifier:
+    """As `open_classifier`, its samples drawn by workers elsewhere; paths are those of the workers' machines."""
+    from densepure_rt.smoothing import seeded_secret
+
+    try:
+        from densepure_rt import cluster as ray_cluster
+    except ImportError as error:
+        raise EnvironmentFault(
+            f"--cluster needs Ray, which cannot be imported here ({error}): run \"pip install 'densepure-rt[cluster]'\""
+        ) from error
+    engine, classifier = (None if path is None else path.absolute() for path in (engine, classifier))
+    recipe = ray_cluster.Recipe(engine, classifier, batch, none_as(1, threads), provider, sha256, trust)
+    key = secret if seed is None else seeded_secret(seed)
+    return ray_cluster.open_on_cluster(cluster, recipe, workers, group, key)
+
+
 def open_image_set(path: Path | None, smoothed: SmoothedClassifier, skip: int, limit: int | None) -> ImageSet:
     from densepure_rt.datasets import open_images
 
@@ -416,7 +476,7 @@ def counted(value: float) -> str:
 def print_forecast(
     smoothed: SmoothedClassifier, images: ImageSet, settings: Settings, expected: Forecast, shard: Shard | None = None
 ) -> None:
-    device = smoothed.device.describe()
+    device = smoothed.sampler.describe()
     sigma, unet = settings.sigma, smoothed.bundle.unet
     timesteps = ", ".join(str(t) for t in smoothed.chain(settings).timesteps) or "none"
     rule = settings.timestep_rule or unet.timestep_rule

@@ -271,7 +271,8 @@ class Summary:
 
     accuracy: certified accuracy at each of `radii`; None where n cannot reach, or nothing is labelled. reasons: how
     many abstained for each. samples: what an image was judged by, in the mean. not_finite: samples; they count against
-    the class. stopped: images that time cut short.
+    the class. stopped: images that time cut short. failed: `idx` of those that no worker could sample; they are not
+    done, and count as uncertified.
     """
 
     __pydantic_config__ = STRICT
@@ -286,6 +287,7 @@ class Summary:
     unet_calls: Count
     not_finite: Count
     stopped: Count
+    failed: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

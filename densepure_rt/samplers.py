@@ -39,6 +39,9 @@ class Sampler(Protocol):
     def describe(self) -> Mapping[str, str | int | bool]:
         """What a record must say about what runs the engines, by name."""
 
+    def status(self) -> str:
+        """What there is to say of how it goes; nothing, of a device that works or raises."""
+
     def close(self) -> None:
         """Free everything. Safe to call twice."""
 
@@ -50,6 +53,9 @@ class OnDevice:
         self.device = device
         self.open_image, self.close_image = device.open_image, device.close_image
         self.describe, self.close = device.describe, device.close
+
+    def status(self) -> str:
+        return ""
 
     def decide(
         self, chain: Chain, work: Iterable[tuple[int, int] | None], new_ballot: Callable[[], Ballot]

@@ -1,0 +1,227 @@
+"""Runs on a Ray cluster: actors that open engines and draw samples; the driver alone judges, and keeps the ledger."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import platform
+import re
+import socket
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import ray
+
+from densepure_rt import __version__
+from densepure_rt.console import plural
+from densepure_rt.errors import CheckFailed, DensePureError, EnvironmentFault, UsageError
+from densepure_rt.fleet import WAIT, Drawn, Engines, Fleet, Member, Task, cause_of, warn_of_others
+from densepure_rt.runtime.device import Kind, available_cores
+from densepure_rt.runtime.schedule import Chain
+from densepure_rt.voting import Ballot
+
+if TYPE_CHECKING:
+    from densepure_rt.smoothing import SmoothedClassifier
+
+REACHED = 10.0  # seconds for the head of a cluster to answer in
+STORE_BYTES = 128 << 20  # of Ray's object store on one machine; a task and its result are a few hundred kilobytes
+LOCAL, REMOTE = "ray", "ray://"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a worker opens its engines; see `smoothing.load`."""
+
+    engine: Path | None
+    classifier: Path | None
+    batch: int | None
+    threads: int
+    provider: str
+    engine_sha256: str | None
+    trust: bool
+
+
+class Worker:
+    """The actor: engines that are opened once, and nothing else that lasts."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        from densepure_rt.smoothing import load
+
+        self.opened: SmoothedClassifier | Exception
+        try:
+            self.opened = load(**vars(recipe))
+        except Exception as error:  # raised where it is read: an actor that dies as it is made says less
+            self.opened = error
+
+    @property
+    def classifier(self) -> SmoothedClassifier:
+        if isinstance(self.opened, Exception):
+            raise self.opened
+        return self.opened
+
+    def engines(self) -> Engines:
+        device = self.classifier.device
+        return Engines(
+            self.classifier.bundle, dict(device.describe()), __version__, device.batch, platform.node(), os.getpid()
+        )
+
+    def seconds_per_item(self, chain: Chain, kind: Kind) -> float:
+        return self.classifier.sampler.seconds_per_item(chain, kind)
+
+    def draw(self, task: Task) -> Drawn:
+        if (found := self.engines().sha256) != task.engines:
+            raise CheckFailed(f"the worker has engines {found[:16]}, and the samples are for {task.engines[:16]}")
+        sampler = self.classifier.sampler
+        opened = {
+            handle: sampler.open_image(image.pixels, image.key, image.sigma, image.scale)
+            for handle, image in task.images.items()
+        }
+        work = [(opened[handle], first + i) for handle, first, samples in task.strips for i in range(samples)]
+        try:
+            outcomes = list(sampler.decide(task.chain, work, lambda: Ballot(task.votes)))
+        finally:
+            for handle in opened.values():
+                sampler.close_image(handle)
+        columns = zip(*((outcome.label, outcome.votes, outcome.unet_calls) for outcome in outcomes), strict=True)
+        return Drawn(*(np.array(column, np.int32) for column in columns))
+
+
+def connect(address: str) -> None:
+    """Join the cluster that is named, or start one on this machine. Raises UsageError or EnvironmentFault."""
+    if address != LOCAL and not re.fullmatch(f"{REMOTE}.+:[0-9]+", address):
+        raise UsageError(f"--cluster {address} is not known: ray, or ray://HOST:PORT")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent home
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "ignore_reinit_error": True}
+    head = address.removeprefix(REMOTE) if address != LOCAL else os.environ.get("RAY_ADDRESS")
+    if head is None:
+        address, here = "local", {"num_cpus": available_cores(), "object_store_memory": STORE_BYTES}
+        quiet |= here | {"include_dashboard": False}
+    try:
+        if head is not None and ":" in head:  # else one of Ray's own words, such as auto
+            await_port(head)
+        ray.init(head if address == LOCAL else address, **quiet)
+    except Exception as error:  # Ray raises what it likes, ConnectionError, RuntimeError and others
+        why = next(iter(str(error).splitlines()), type(error).__name__)
+        if head is None:
+            raise EnvironmentFault(f"Ray cannot be started here ({why})") from error
+        raise EnvironmentFault(
+            f"Ray cannot be reached at {head} ({why}): name the port that its head listens at; a cluster that asks for "
+            f"a token needs RAY_AUTH_MODE=token, and the token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
+        ) from error
+
+
+def await_port(head: str) -> None:
+    """Raise OSError or ValueError unless something listens there: Ray would try for ever."""
+    host, _, port = head.removeprefix(REMOTE).rpartition(":")
+    with socket.create_connection((host.strip("[]"), int(port)), timeout=REACHED):
+        pass
+
+
+def open_fleet(
+    address: str,
+    recipe: Recipe,
+    workers: int | None = None,
+    group: str | None = None,
+    actor: type[Worker] = Worker,
+    timeout: float = WAIT,
+) -> Fleet:
+    """Workers all over a cluster that have the same engines. To be closed.
+
+    workers: how many; None for one a GPU where a GPU runs the engines, else one for each `recipe.threads` CPUs. group:
+    how the hash of the engines begins; None for the largest group. Raises what opening the engines raises, UsageError
+    where that is not to be had, or EnvironmentFault.
+    """
+    if recipe.threads < 1 or (workers is not None and workers < 1):
+        raise UsageError(f"--workers {workers} and --threads {recipe.threads}: both are counts from 1 up")
+    connect(address)
+    try:
+        needs = {"GPU": 1, "CPU": 1} if needs_gpu(recipe) else {"CPU": recipe.threads}
+        there: Mapping[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        most = int(min(there.get(name, 0) // amount for name, amount in needs.items()))
+        if most < (workers or 1):
+            asked, found = (", ".join(f"{some.get(name, 0):g} {name}" for name in needs) for some in (needs, there))
+            raise UsageError(
+                f"the cluster has {found}, and {plural(workers or 1, 'worker')} of {asked} each were asked for: change "
+                f"--workers or --threads"
+            )
+        remote = ray.remote(actor).options(num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0), max_restarts=0)
+
+        def spawn(member: Member) -> None:
+            dismiss(member)
+            member.actor = remote.remote(recipe)
+            member.opening = member.actor.engines.remote()
+
+        members = [Member(number, None, None) for number in range(1, (workers or most) + 1)]
+        for member in members:
+            spawn(member)
+        opened = opened_by(members, timeout)
+        engines = chosen(opened, group)
+        others = [member for member, own in zip(members, opened, strict=True) if own.sha256 != engines.sha256]
+        if others:
+            warn_of_others(others)
+        for member in others:
+            dismiss(member)  # what they held is free for another run
+        return Fleet([member for member in members if member not in others], engines, spawn)
+    except BaseException:
+        ray.shutdown()
+        raise
+
+
+def chosen(opened: Sequence[Engines], group: str | None) -> Engines:
+    """The engines of the largest group, or of the one that is asked for."""
+    groups = Counter(engines.sha256 for engines in opened if engines.sha256.startswith(group or ""))
+    if not groups:
+        found = ", ".join(sorted({engines.sha256[:8] for engines in opened}))
+        raise UsageError(f"--group {group}: no worker has such engines; the groups are {found}")
+    largest, _ = groups.most_common(1)[0]
+    return next(engines for engines in opened if engines.sha256 == largest)
+
+
+def dismiss(member: Member) -> None:
+    """End its process, if there is one."""
+    if member.actor is not None:
+        with contextlib.suppress(Exception):  # it has ended already
+            ray.kill(member.actor)
+
+
+def open_on_cluster(
+    address: str, recipe: Recipe, workers: int | None, group: str | None, secret: bytes | None
+) -> SmoothedClassifier:
+    """A classifier whose samples a cluster draws; see `open_fleet`."""
+    from densepure_rt.smoothing import SmoothedClassifier
+
+    fleet = open_fleet(address, recipe, workers, group)
+    try:
+        return SmoothedClassifier(fleet.engines.bundle, fleet, secret)
+    except BaseException:
+        fleet.close()
+        raise
+
+
+def opened_by(members: Sequence[Member], timeout: float) -> list[Engines]:
+    """What each member has opened. Raises what the first that could not says."""
+    try:
+        found: list[Engines] = ray.get([member.opening for member in members], timeout=timeout)
+    except ray.exceptions.GetTimeoutError:
+        raise EnvironmentFault(
+            f"{plural(len(members), 'worker')} were asked for and not all there after {timeout:.0f} s: ask for fewer "
+            f"with --workers"
+        ) from None
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, DensePureError):
+            raise type(error.cause)(f"on a worker: {error.cause}") from None
+        raise EnvironmentFault(f"a worker could not open the engines ({cause_of(error)})") from error
+    except ray.exceptions.RayError as error:
+        raise EnvironmentFault(f"a worker could not be started ({cause_of(error)})") from error
+    for member, engines in zip(members, found, strict=True):
+        member.engines, member.opening = engines, None
+    return found
+
+
+def needs_gpu(recipe: Recipe) -> bool:
+    return recipe.provider != "cpu" or (recipe.engine is not None and recipe.engine.suffix == ".plan")

@@ -1,0 +1,315 @@
+"""Against real Ray clusters of this machine, whose workers are processes with the shipped engines."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import ray
+
+from densepure_rt import __version__, audit, certify_run
+from densepure_rt.cluster import Recipe, Worker, chosen, connect, open_fleet
+from densepure_rt.datasets import ImageSet, open_images
+from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
+from densepure_rt.fleet import DEATHS, FAILURES, Drawn, Engines, Fleet, Task
+from densepure_rt.forecast import forecast
+from densepure_rt.records import Summary
+from densepure_rt.runtime.bundle import open_bundle
+from densepure_rt.smoothing import Settings, SmoothedClassifier, load, seeded_secret, shipped_engine
+
+ROOT = Path(__file__).resolve().parents[2]
+SEED = 1
+SHIPPED = Recipe(None, None, 8, 1, "cpu", None, False)
+SETTINGS = Settings(sigma=0.25, steps=2, votes=3, n=200, radii=(0.0, 0.25))
+IMAGES = 8
+POISON = 3  # the place of the image that workers die of
+TIMES = ("unet_calls", "classifier_calls", "seconds")  # of timing.jsonl: what was drawn in vain is different each time
+
+
+def some_images(count: int = IMAGES) -> ImageSet:
+    bundle = open_bundle(shipped_engine())
+    return open_images(None, bundle.unet.image, bundle.classifier.class_names).select(7, count)
+
+
+def certified(classifier: SmoothedClassifier, out: Path, images: ImageSet, settings: Settings = SETTINGS) -> Summary:
+    expected = forecast(classifier, settings, len(images))
+    summary, _ = certify_run.run(classifier, images, settings, expected, out, SEED)
+    return summary
+
+
+def contents(folder: Path) -> dict[str, object]:
+    """What a run leaves but its times: results, the table without its last column, timings without TIMES, labels."""
+    timings = [json.loads(line) for line in (folder / "timing.jsonl").read_text().splitlines()]
+    kept = [{name: value for name, value in timing.items() if name not in TIMES} for timing in timings]
+    table = [line.rpartition("\t")[0] for line in (folder / "results.tsv").read_text().splitlines()]
+    summary = json.loads((folder / "summary.json").read_text()) | {"unet_calls": None}
+    identity = json.loads((folder / "manifest.json").read_text())["identity_sha256"]
+    return {
+        "results": (folder / "results.jsonl").read_bytes(),
+        "table": table,
+        "timings": kept,
+        "summary": summary,
+        "identity": identity,
+    }
+
+
+@contextmanager
+def cluster(actor: type[Worker] = Worker, workers: int = 2) -> Iterator[tuple[Fleet, SmoothedClassifier]]:
+    fleet = open_fleet("ray", SHIPPED, workers, actor=actor)
+    with SmoothedClassifier(fleet.engines.bundle, fleet, seeded_secret(SEED)) as classifier:
+        yield fleet, classifier
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """What the run of a single process leaves."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    with load(secret=seeded_secret(SEED), threads=1, batch=8) as classifier:
+        certified(classifier, out, some_images())
+    return contents(out)
+
+
+@contextmanager
+def killing(fleet: Fleet, times: int) -> Iterator[list[int]]:
+    """Workers are killed meanwhile, one of those that are there at a time; yields their processes."""
+    killed: list[int] = []
+    over = threading.Event()
+
+    def kill() -> None:
+        draw = random.Random(times)
+        while len(killed) < times and not over.wait(draw.uniform(0.05, 0.6)):
+            there = [member.engines.pid for member in fleet.members if member.engines and member.tasks]
+            if (fresh := [pid for pid in there if pid not in killed]) and fleet.started:
+                killed.append(draw.choice(fresh))
+                os.kill(killed[-1], signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    try:
+        yield killed
+    finally:
+        over.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_two_workers_killed_at_random_moments_give_what_one_process_gives(
+    tmp_path: Path, alone: dict[str, object], kills: int
+) -> None:
+    with cluster() as (fleet, classifier):
+        images = some_images()
+        with killing(fleet, kills) as killed:
+            for place in range(
+                1, 1 + kills
+            ):  # a run is over before ten workers are lost: the same again, until they are
+                certified(classifier, tmp_path / f"run{place}", images)
+                assert contents(tmp_path / f"run{place}") == alone
+                if len(killed) == kills:
+                    break
+        lost = sum(member.lost for member in fleet.members)
+        assert lost == len(killed) >= min(kills, 1)
+        assert f"{lost} lost so far" in fleet.status()
+    findings = audit.audit(tmp_path / "run1")
+    assert not any(finding.faults for finding in findings)
+
+
+class DiesOfOne(Worker):
+    """Its process ends when it is to draw one of the images, as it would of a fault in native code."""
+
+    def draw(self, task: Task) -> Drawn:
+        poison = next(image.pixels for place, image in enumerate(some_images()) if place == POISON)
+        if any((image.pixels == poison).all() for image in task.images.values()):
+            os._exit(1)
+        return super().draw(task)
+
+
+class RefusesOne(Worker):
+    """Raises for one of the images, as an engine may."""
+
+    def draw(self, task: Task) -> Drawn:
+        poison = next(image.pixels for place, image in enumerate(some_images()) if place == POISON)
+        if any((image.pixels == poison).all() for image in task.images.values()):
+            raise ValueError("not this one")
+        return super().draw(task)
+
+
+class DiesOfAll(Worker):
+    def draw(self, task: Task) -> Drawn:
+        os._exit(1)
+
+
+@pytest.mark.parametrize("actor", [DiesOfOne, pytest.param(RefusesOne, marks=pytest.mark.slow)])
+def test_an_image_that_workers_die_of_has_failed_and_the_others_are_as_ever(
+    tmp_path: Path, alone: dict[str, object], actor: type[Worker]
+) -> None:
+    images = some_images()
+    failed = images.order[POISON]
+    with cluster(actor) as (fleet, classifier):
+        found = certified(classifier, tmp_path / "run", images)
+        assert sum(member.lost for member in fleet.members) in ((0,) if actor is RefusesOne else (DEATHS, DEATHS + 1))
+    assert (found.failed, found.done, found.asked) == ((failed,), IMAGES - 1, IMAGES)
+    whole = json.loads(json.dumps(alone["summary"]))
+    assert found.accuracy[0] in (whole["accuracy"][0], pytest.approx(whole["accuracy"][0] - 1 / IMAGES))
+    assert not (tmp_path / "run" / "seal.json").exists()
+    results = alone["results"]
+    assert isinstance(results, bytes)
+    others = [line for line in results.splitlines() if json.loads(line)["idx"] != failed]
+    assert (tmp_path / "run" / "results.jsonl").read_bytes().splitlines() == others
+    assert not any(finding.faults for finding in audit.audit(tmp_path / "run"))
+    with load(secret=seeded_secret(SEED), threads=1, batch=8) as classifier:  # where nothing dies of it
+        certified(classifier, tmp_path / "run", images)
+    assert contents(tmp_path / "run") == alone
+
+
+def test_when_workers_die_of_every_image_the_run_ends_and_says_that_it_is_not_the_images(tmp_path: Path) -> None:
+    with cluster(DiesOfAll) as (_, classifier), pytest.raises(EnvironmentFault, match=f"{FAILURES} images in a row"):
+        list(classifier.certify_each(some_images(), SETTINGS))
+
+
+class OtherElsewhere(Worker):
+    """The first that is made is on another kind of machine."""
+
+    def engines(self) -> Engines:
+        own = super().engines()
+        here = Path(os.environ["DENSEPURE_TEST_FIRST"])
+        try:
+            here.touch(exist_ok=False)
+            first = True
+        except FileExistsError:
+            first = here.read_text() == str(own.pid)
+        if first:
+            here.write_text(str(own.pid))
+        return replace(own, description={**own.description, "processor": "another"}) if first else own
+
+
+def test_the_samples_of_a_run_are_drawn_by_one_kind_of_workers_and_the_others_are_let_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone: dict[str, object], caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("DENSEPURE_TEST_FIRST", str(tmp_path / "first"))
+    own = load(secret=seeded_secret(SEED), threads=1, batch=8)
+    device = dict(own.device.describe())
+    own.close()
+    kind = Engines(own.bundle, device, __version__, 8, "here", 0).sha256
+    fleet = open_fleet("ray", SHIPPED, 2, kind[:12], OtherElsewhere)
+    with SmoothedClassifier(fleet.engines.bundle, fleet, seeded_secret(SEED)) as classifier:
+        assert len(fleet.members) == 1
+        assert fleet.engines.sha256 == kind
+        certified(classifier, tmp_path / "run", some_images())
+    assert contents(tmp_path / "run") == alone
+    assert "workers that are not used: 1 of group" in caplog.text
+
+
+def engines(kind: str) -> Engines:
+    return Engines(open_bundle(shipped_engine()), {"processor": kind}, "1", 8, "node", 0)
+
+
+def test_the_largest_group_is_chosen_unless_another_is_named() -> None:
+    opened = [engines(kind) for kind in ("b", "a", "b", "c")]
+    assert chosen(opened, None).description["processor"] == "b"
+    assert chosen(opened, engines("c").sha256[:8]).description["processor"] == "c"
+    with pytest.raises(UsageError, match="the groups are") as raised:
+        chosen(opened, "no such hash")
+    assert all(engines(kind).sha256[:8] in str(raised.value) for kind in "abc")
+
+
+def test_a_worker_refuses_samples_that_are_for_other_engines() -> None:
+    worker = Worker(SHIPPED)
+    with pytest.raises(CheckFailed, match="has engines"):
+        worker.draw(Task((), {}, worker.classifier.chain(SETTINGS), 1, "0" * 64))
+    worker.classifier.close()
+
+
+@pytest.mark.parametrize(
+    ("address", "fault"),
+    [("dask", UsageError), ("ray://", UsageError), ("ray://host", UsageError), ("ray://127.0.0.1:9", EnvironmentFault)],
+)
+def test_a_cluster_that_is_not_to_be_had_is_said_at_once(address: str, fault: type[Exception]) -> None:
+    started = time.monotonic()
+    with pytest.raises(fault, match=address.removeprefix("ray://") or address):
+        connect(address)
+    assert time.monotonic() - started < 10
+    assert not ray.is_initialized()
+
+
+def test_a_head_in_the_environment_that_does_not_answer_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    with pytest.raises(EnvironmentFault, match="cannot be reached at 127.0.0.1:9"):
+        connect("ray")
+
+
+def test_more_workers_than_there_is_room_for_and_engines_that_are_not_there_are_refused() -> None:
+    with pytest.raises(UsageError, match="1,000 workers of 1 CPU each"):
+        open_fleet("ray", SHIPPED, 1000)
+    with pytest.raises(UsageError, match="on a worker: no engine at"):
+        open_fleet("ray", replace(SHIPPED, engine=Path("/no/such/unet.onnx")), 1)
+    with pytest.raises(UsageError, match="counts from 1"):
+        open_fleet("ray", SHIPPED, 0)
+    assert not ray.is_initialized()
+
+
+def command(*arguments: object) -> list[str]:
+    code = "from densepure_rt.cli import main; main()"
+    return [sys.executable, "-c", code, "certify", *map(str, arguments)]
+
+
+OPTIONS = (
+    f"--cluster ray --sigma 0.25 --steps 2 --votes 3 --n 200 --radii 0,0.25 --batch 8 --seed {SEED} --skip 7".split()
+)
+
+
+@pytest.mark.parametrize("end", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL])
+def test_a_driver_that_was_stopped_or_killed_goes_on_to_what_one_process_gives(
+    tmp_path: Path, alone: dict[str, object], end: signal.Signals
+) -> None:
+    out, environment = tmp_path / "run", os.environ | {"PYTHONPATH": str(ROOT)}
+    asked = command(*OPTIONS, "--seed", SEED, "--max", IMAGES, "--out", out)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(asked, text=True, env=environment, start_new_session=True, **pipes) as running:  # type: ignore[call-overload]
+        while running.poll() is None and not (out.exists() and (out / "results.jsonl").exists() and done(out)):
+            time.sleep(0.05)
+        if running.poll() is None:
+            os.killpg(running.pid, end) if end == signal.SIGINT else running.kill()
+        said = running.communicate(timeout=120)
+    assert running.returncode in (130, -signal.SIGKILL), said
+    assert 0 < done(out) < IMAGES
+    again = subprocess.run(asked, text=True, env=environment, capture_output=True, timeout=300)
+    assert again.returncode == 0, again.stderr
+    assert contents(out) == alone
+
+
+def done(folder: Path) -> int:
+    return len((folder / "results.jsonl").read_bytes().splitlines())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--workers", "2"], "--workers and --group are of --cluster"),
+        (["--cluster", "ray", "--falsify", "0.5"], "--falsify needs an engine here"),
+        (["--cluster", "slurm"], "--cluster slurm is not known"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(options: list[str], said: str) -> None:
+    done = subprocess.run(command(*options), text=True, capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == UsageError.exit_code
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_without_ray_the_command_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "ray.py").write_text("raise ImportError('no ray')\n")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run(command("--cluster", "ray"), text=True, capture_output=True, env=environment)
+    assert done.returncode == EnvironmentFault.exit_code
+    assert "pip install 'densepure-rt[cluster]'" in done.stderr
