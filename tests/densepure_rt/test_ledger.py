@@ -5,6 +5,7 @@ import sqlite3
 import subprocess
 import sys
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from densepure_rt.errors import CheckFailed, DensePureError, EnvironmentFault
-from densepure_rt.ledger import Ledger, packed, unpacked
+from densepure_rt.ledger import DoneImage, Ledger, packed, unpacked
 from densepure_rt.runtime.reverse import Outcome
 
 
@@ -205,6 +206,24 @@ def test_a_damaged_file_is_one_clear_error_or_a_right_read(
     with contextlib.suppress(DensePureError), Ledger(path, read_only=True) as found:
         assert len(list(found.done())) <= 8
         assert found.taken(0).labels.dtype == np.int32
+
+
+def test_images_of_other_ledgers_are_taken_over_all_or_none(tmp_path: Path) -> None:
+    def image(place: int) -> DoneImage:
+        return DoneImage(place, 10 * place, np.full(place, 3, np.int32), f"record {place}", f"timing {place}")
+
+    def breaking() -> Iterator[DoneImage]:
+        yield from map(image, (0, 1))
+        raise CheckFailed("the other ledger is damaged")
+
+    with Ledger(tmp_path / "ledger.sqlite") as ledger:
+        with pytest.raises(CheckFailed, match="the other ledger"):
+            ledger.take_over(breaking())
+        assert (ledger.count, list(ledger.done())) == (0, [])
+        ledger.take_over(map(image, (4, 0, 2)))  # as they come
+        assert ledger.count == 3
+        found = [(done.place, done.idx, done.labels.tolist(), done.record, done.timing) for done in ledger.done()]
+    assert found == [(p, 10 * p, [3] * p, f"record {p}", f"timing {p}") for p in (0, 2, 4)]
 
 
 def test_a_folder_that_is_not_there_is_an_environment_fault(tmp_path: Path) -> None:
