@@ -232,6 +232,7 @@ class TensorRTDevice:
 
     @said_plainly()
     def reserve(self, slots: int) -> None:
+        self._device.set_current()  # a loop begins here, and its thread may be another than the one that opened this
         if slots > self._slots:
             self._graphs.clear()  # they hold the old addresses
             self._mean, self._std = (self._allocate(4 * self.size * slots) for _ in range(2))

@@ -11,6 +11,7 @@ import ctypes
 import dataclasses
 import re
 import subprocess
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -243,7 +244,7 @@ class HostDevice:
         self.cuda = cuda
 
     def set_current(self) -> None:
-        pass
+        self.cuda.threads.add(threading.get_ident())
 
     def create_stream(self) -> Stream:
         stream = Stream(len(self.cuda.streams) + 1, self.cuda.early)
@@ -274,6 +275,7 @@ class HostCuda:
         self.library, self.early = library, early
         self.memory = Memory()
         self.streams: dict[int, Stream] = {}
+        self.threads: set[int] = set()  # in which the device is current
         self.ran: Counter[str] = Counter()  # kernels and engines, when they run and not when they are recorded
         self.fed: list[bytes] = []  # what the engines were given, in the order in which they ran
 
@@ -289,11 +291,17 @@ class HostCuda:
         return [graph for stream in self.streams.values() for graph in stream.graphs]
 
     def allocate(self, size: int, on: Stream, owner: Stream | None) -> Buffer:
+        self.refuse_other_threads()
         if on.captured is not None:
             raise HostError("memory was allocated inside a capture")
         return Buffer(self.memory, self.memory.allocate(size), size, owner)
 
+    def refuse_other_threads(self) -> None:
+        if threading.get_ident() not in self.threads:
+            raise HostError("CUDA_ERROR_INVALID_CONTEXT: the device is not current in this thread")
+
     def launch(self, stream: Stream | GraphBuilder, config: LaunchConfig, kernel: str, *arguments: Any) -> None:
+        self.refuse_other_threads()
         if [isinstance(argument, Buffer) for argument in arguments] != PARAMETERS[kernel] or not all(
             isinstance(argument, Buffer | np.int32) for argument in arguments
         ):

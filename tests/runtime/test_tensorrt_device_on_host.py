@@ -7,6 +7,7 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any, get_args
@@ -377,6 +378,16 @@ def test_a_loop_that_is_left_half_way_leaves_the_device_usable(
                 assert len([next(loop) for _ in range(outcomes)]) == outcomes
             device.close_image(handle)
             assert decided(device, small, SIGMA, 3, votes=5, samples=20) == expected
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_a_loop_may_run_in_another_thread_than_the_one_that_opened_the_device(
+    library: ctypes.CDLL, small: Bundle, flavour: Flavour
+) -> None:
+    with reference(small, 4) as (device, _):
+        expected = decided(device, small, SIGMA, 3, votes=5, samples=20)
+    with opened_on_host(library, as_plans(small, flavour, (4,))) as (device, _), ThreadPoolExecutor(1) as other:
+        assert other.submit(decided, device, small, SIGMA, 3, votes=5, samples=20).result() == expected
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)
