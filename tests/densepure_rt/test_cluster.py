@@ -26,6 +26,7 @@ from densepure_rt.fleet import DEATHS, FAILURES, Drawn, Engines, Fleet, Task
 from densepure_rt.forecast import forecast
 from densepure_rt.records import Summary
 from densepure_rt.runtime.bundle import open_bundle
+from densepure_rt.runtime.device import available_cores
 from densepure_rt.smoothing import Settings, SmoothedClassifier, load, seeded_secret, shipped_engine
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -170,6 +171,39 @@ def test_an_image_that_workers_die_of_has_failed_and_the_others_are_as_ever(
     with load(secret=seeded_secret(SEED), threads=1, batch=8) as classifier:  # where nothing dies of it
         certified(classifier, tmp_path / "run", images)
     assert contents(tmp_path / "run") == alone
+
+
+@pytest.mark.slow  # and only on a machine that does nothing else
+def test_two_workers_are_as_much_faster_than_one_as_two_callers_in_one_process_are(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if available_cores() < 2:
+        pytest.skip("there is one core")
+    images, settings = some_images(48), Settings(sigma=0.25, steps=2, votes=5, n=1000, radii=(0.0, 0.25))
+    recipe = replace(SHIPPED, batch=None)
+
+    def seconds(classifier: SmoothedClassifier) -> tuple[float, float]:
+        """Wall and of this process's CPU."""
+        started, cpu = time.perf_counter(), time.process_time()
+        list(classifier.certify_each(images, settings))
+        return time.perf_counter() - started, time.process_time() - cpu
+
+    wall, driver = dict[str, float](), 0.0
+    for count in (1, 2):
+        with load(secret=seeded_secret(SEED), threads=count) as classifier:
+            seconds(classifier)
+            wall[f"callers {count}"] = min(seconds(classifier)[0] for _ in range(2))
+        fleet = open_fleet("ray", recipe, count)
+        with SmoothedClassifier(fleet.engines.bundle, fleet, seeded_secret(SEED)) as classifier:
+            seconds(classifier)
+            wall[f"workers {count}"], driver = min(seconds(classifier) for _ in range(2))
+    callers, workers = (wall[f"{what} 1"] / wall[f"{what} 2"] for what in ("callers", "workers"))
+    with capsys.disabled():
+        each = ", ".join(f"{name}: {took:.1f} s" for name, took in wall.items())
+        print(f"\n{len(images)} images; {each}; two callers {callers:.2f} x one, two workers {workers:.2f} x one")
+        print(f"the driver of two workers takes {1000 * driver / len(images):.1f} ms of CPU an image")
+    assert workers >= 1.5
+    assert workers >= 0.9 * callers
 
 
 def test_when_workers_die_of_every_image_the_run_ends_and_says_that_it_is_not_the_images(tmp_path: Path) -> None:
