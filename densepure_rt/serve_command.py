@@ -58,7 +58,7 @@ def serve(
     host: Annotated[
         str, typer.Option(help="Address to listen at; 0.0.0.0 for all. There is no login: others must be trusted.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free; it is printed.")] = 8000,
+    port: Annotated[int, typer.Option(help="0: any that is free; it is printed.")] = 8000,
     queue: Annotated[
         int, typer.Option(help="Images that may be open at a time; what comes beyond is told to come again (503).")
     ] = 256,
@@ -89,7 +89,7 @@ def serve(
 ) -> None:
     """Serve predictions and certificates over HTTP (Open Inference Protocol v2), with a page to try them.
 
-    Needs pip install 'densepure-rt[serve]'. Ends at SIGTERM or Ctrl-C, when all that is open is answered.
+    Needs pip install 'densepure-rt\\[serve]'. Ends at SIGTERM or Ctrl-C, when all that is open is answered.
     """
     from densepure_rt import logs
     from densepure_rt.keys import RotatingSecret

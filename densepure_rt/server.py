@@ -315,13 +315,16 @@ class Server(uvicorn.Server):
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket at an address of this machine; port 0: any that is free. Raises EnvironmentFault."""
+    """A socket at an address of this machine; port 0: any that is free. Raises UsageError or EnvironmentFault."""
+    if not 0 <= port < 2**16:
+        raise UsageError(f"--port is a number from 0 to {2**16 - 1}, got {port}")
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=MOST_CONNECTIONS)
-    except (OSError, OverflowError, UnicodeError) as error:
+    except (OSError, UnicodeError) as error:
         raise EnvironmentFault(
-            f"cannot listen at {host} port {port} ({error}): choose another address with --host and --port"
+            f"cannot listen at {host} port {port} ({getattr(error, 'strerror', error)}): choose another address with "
+            f"--host and --port"
         ) from error
 
 

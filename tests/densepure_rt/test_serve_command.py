@@ -120,6 +120,8 @@ def test_without_its_packages_it_exits_3_with_the_pip_command(package: str) -> N
         ("--seed 1 --key x", 2, ["--key"]),
         ("--key /nowhere/x", 3, ["/nowhere/x"]),
         ("--key /dev/null", 2, ["/dev/null is no key"]),
+        ("--port -1", 2, ["--port", "-1"]),
+        ("--port 65536", 2, ["--port", "65536"]),
         ("--host 203.0.113.7", 3, ["203.0.113.7", "--host"]),
         ("--host nowhere.invalid", 3, ["nowhere.invalid", "--host"]),
         ("--engine nowhere.onnx", 2, ["nowhere.onnx"]),
