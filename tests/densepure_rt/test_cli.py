@@ -153,10 +153,9 @@ def test_what_is_not_known_exits_2(arguments: list[str]) -> None:
     assert "Usage" in done.stderr
 
 
-def readme_commands() -> Iterator[list[str]]:
-    """The words of every `densepure-rt` command in README.md, in its code blocks and in running text."""
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
+def commands_of(document: str) -> Iterator[list[str]]:
+    """The words of every `densepure-rt` command in a document, in its code blocks and in running text."""
+    text = (ROOT / document).read_text(encoding="utf-8")
     fence = re.compile(r"^```[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
     lines = [line for block in fence.findall(text) for line in block.replace("\\\n", " ").splitlines()]
     for line in [*lines, *re.findall(r"`([^`]+)`", fence.sub("", text))]:
@@ -167,9 +166,10 @@ def readme_commands() -> Iterator[list[str]]:
             yield words[:end]
 
 
-def test_every_command_in_the_readme_parses() -> None:
+@pytest.mark.parametrize("document", ["README.md", "docs/deploy.md", "docs/performance.md"])
+def test_every_command_in_a_document_parses(document: str) -> None:
     known = commands()
-    for name, *arguments in filter(None, readme_commands()):
+    for name, *arguments in filter(None, commands_of(document)):
         if name.startswith("-"):
             assert name in ("--version", "--help", "-h")
             continue
