@@ -176,7 +176,7 @@ def engine_config(model: str, sidecar: Sidecar, classes: int, batch: int) -> str
     else:
         profile = f' profile: [ "{sidecar.plan.batches.index(batch)}" ]' if len(sidecar.plan.batches) > 1 else ""
         runs = [
-            f"# Built by TensorRT {sidecar.plan.version} on {sidecar.plan.gpu}; runs on that version alone.",
+            f"# Built by TensorRT {sidecar.plan.version!r} on {sidecar.plan.gpu!r}; runs on that version alone.",
             'platform: "tensorrt_plan"',
             'backend: "tensorrt"',
             f"instance_group [ {{ kind: KIND_GPU count: 1 gpus: [ 0 ]{profile} }} ]",

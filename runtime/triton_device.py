@@ -18,6 +18,7 @@ from densepure_rt.runtime.host_device import HostDevice
 
 STEP_MODEL, CLASSIFY_MODEL = "unet", "classifier"  # their names in the model repository
 VERSION = 1  # of both: what was hashed is what is called
+EMPTY = ", got 0"  # ends Triton's error about a tensor of no bytes: its Python backend, to 2.51 at least, wants NumPy 1
 
 
 class Cancelled(DensePureError):
@@ -38,14 +39,13 @@ class BlsNetwork:
         if self.cancelled():
             raise Cancelled("the request was cancelled: nothing is answered")
         backend = self.backend
+        host = backend.PreferredMemory(backend.TRITONSERVER_MEMORY_CPU, 0)  # outputs of a plan would stay on its GPU
         request = backend.InferenceRequest(
             model_name=self.model,
             model_version=VERSION,
             requested_output_names=self.outputs,
             inputs=[backend.Tensor(name, np.ascontiguousarray(value)) for name, value in feed.items()],
-            preferred_memory=backend.PreferredMemory(
-                backend.TRITONSERVER_MEMORY_CPU, 0
-            ),  # else a plan's stay on its GPU
+            preferred_memory=host,
         )
         try:
             response = request.exec()
@@ -57,10 +57,10 @@ class BlsNetwork:
         return [np.array(tensor.as_numpy()) for tensor in tensors]  # copies: the response's memory goes with it
 
     def _failed(self, message: str) -> EnvironmentFault:
-        return EnvironmentFault(
-            f"Triton's model {self.model!r}, version {VERSION}, gave no result ({message}): see the server's log, and "
-            f"whether the model is loaded"
-        )
+        move = "see the server's log, and whether the model is loaded"
+        if EMPTY in message and not np.__version__.startswith("1."):
+            move = f"this Triton cannot read arrays of NumPy {np.__version__}: pip install 'numpy<2' in its Python"
+        return EnvironmentFault(f"Triton's model {self.model!r}, version {VERSION}, gave no result ({message}): {move}")
 
 
 class TritonDevice(HostDevice):

@@ -86,6 +86,47 @@ def test_without_torch_the_exit_is_3_with_the_pip_command(name: str) -> None:
     refused(cli(name, without=("torch",)), 3, f"{name} needs PyTorch", "pip install 'densepure-rt[cpu,export]'")
 
 
+# export --target triton
+
+
+def test_triton_is_packaged_without_torch_onnx_and_onnxruntime(tmp_path: Path) -> None:
+    done = cli("export", "--target", "triton", cwd=tmp_path, without=("torch", "onnx", "onnxruntime"))
+    assert done.returncode == 0, done.stderr
+    assert "wrote unet, classifier, predict, certify to models" in one_line(done.stdout)
+    assert (tmp_path / "models/certify/config.pbtxt").is_file()
+    refused(cli("export", "--target", "triton", cwd=tmp_path), 2, "already has unet", "--force")
+
+
+def test_the_result_of_packaging_is_json_for_programs(tmp_path: Path) -> None:
+    command = ["export", "--target", "triton", "--engine", ENGINES / "unet.onnx", "--batch", 8, "--json"]
+    done = cli(*command, "--out", tmp_path / "models")
+    assert json.loads(done.stdout) == {
+        "triton": [str(tmp_path / "models" / name) for name in ("unet", "classifier", "predict", "certify")]
+    }
+    assert '"batch" value: { string_value: "8" }' in (tmp_path / "models/predict/config.pbtxt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--target", "triton,onnx"], ["--target onnx", "as it is"]),
+        (["--target", "triton", "--precision", "int8"], ["--precision", "as it is"]),
+        (["--target", "triton", "--unet", "none"], ["--unet", "as it is"]),
+        (["--target", "triton", "--tf32"], ["--tf32", "as it is"]),
+        (["--target", "triton", "--batch", "8,9"], ["--batch takes whole numbers", "'8,9'"]),
+        (["--target", "triton", "--batch", "0"], ["--batch 0", "between 1 and"]),
+        (["--target", "triton", "--engine", "none.onnx"], ["no engine at none.onnx"]),
+        (["--target", "triton", "--engine", ENGINES / "classifier.onnx"], ["is a classifier"]),
+        (["--engine", ENGINES / "unet.onnx"], ["--engine", "--target triton"]),
+    ],
+)
+def test_what_packaging_cannot_do_is_refused_and_leaves_nothing(
+    tmp_path: Path, arguments: list[str | Path], words: list[str]
+) -> None:
+    refused(cli("export", *arguments, cwd=tmp_path), 2, *words)
+    assert list(tmp_path.iterdir()) == []
+
+
 # parity
 
 

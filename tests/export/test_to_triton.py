@@ -145,6 +145,11 @@ def test_a_plan_runs_on_a_gpu_at_its_largest_batch_by_the_profile_that_has_it(tm
     assert parameters["engine"].string_value == "unet/1/model.plan"
 
 
+def test_what_a_sidecar_says_of_a_plan_cannot_write_configuration(tmp_path: Path) -> None:
+    export_repository(planned(tmp_path, gpu='H100\nmax_batch_size: 64\nname: "theirs"'), tmp_path / "models")
+    assert (config_of(tmp_path / "models/unet").name, config_of(tmp_path / "models/unet").max_batch_size) == ("unet", 0)
+
+
 def test_a_batch_that_a_plan_has_is_taken_and_another_one_refused(tmp_path: Path) -> None:
     bundle = planned(tmp_path)
     export_repository(bundle, tmp_path / "models", batch=8)

@@ -72,6 +72,18 @@ def test_what_a_model_answers_with_an_error_says_so(bundle: Bundle, triton: Trit
         TritonDevice(triton, bundle, BATCH, 1)
 
 
+def test_a_triton_that_cannot_read_this_numpy_says_what_to_install(bundle: Bundle, triton: Triton) -> None:
+    def empty(feed: Mapping[str, NDArray[np.float32]]) -> list[NDArray[np.float32]]:
+        raise ValueError(
+            "input byte size mismatch for input 'coef' for model 'unet'. Expected 768, got 0"
+        )  # Triton 2.51
+
+    triton.models["unet", 1] = (triton.models["unet", 1][0], empty)
+    move = "see the server's log" if np.__version__.startswith("1.") else "pip install 'numpy<2' in its Python"
+    with pytest.raises(EnvironmentFault, match=move):
+        TritonDevice(triton, bundle, BATCH, 1)
+
+
 def test_nothing_more_is_asked_of_the_engines_once_a_request_is_cancelled(bundle: Bundle, triton: Triton) -> None:
     with closing(TritonDevice(triton, bundle, BATCH, 2)) as device:
         before = triton.calls
