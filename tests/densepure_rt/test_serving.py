@@ -117,7 +117,7 @@ def test_many_at_once_get_the_answers_that_each_would_get_alone(
 def test_requests_share_batches(classifier: SmoothedClassifier, images: list[LabelledImage]) -> None:
     pixels = [image.pixels for image in images]
     with service_of(classifier, CHEAP) as service:
-        run(service.answers("predict", pixels, None))
+        judged = sum(answer.n for answer in run(service.answers("predict", pixels, None)))
         together = service.meter()
     with service_of(classifier, CHEAP) as service:
         for each in pixels:
@@ -125,7 +125,7 @@ def test_requests_share_batches(classifier: SmoothedClassifier, images: list[Lab
         alone = service.meter()
     assert together.batches["classify"] < alone.batches["classify"]
     for meter in (together, alone):
-        assert 13 * len(images) <= meter.samples == meter.classifier_calls <= meter.items["classify"]
+        assert judged <= meter.samples == meter.classifier_calls <= meter.items["classify"]
         assert meter.items["classify"] <= meter.batch * meter.batches["classify"]
         assert meter.device_seconds > 0
 
