@@ -145,6 +145,8 @@ class TritonModel:
     request, since Triton lets a model call others only then; engines that fail their probe fail every request.
     """
 
+    device: TritonDevice | None = None  # from the first request on
+
     def initialize(self, args: Mapping[str, str]) -> None:
         self.backend: Any = import_module("triton_python_backend_utils")  # Triton's own, in its own process
         try:
@@ -161,10 +163,8 @@ class TritonModel:
         parameters = Parameters(name, config.get("parameters", {}))
         self.settings = settings_of(self.name, parameters)
         self.batch, self.callers = parameters.count("batch", MAX_BATCH), parameters.count("callers", MAX_THREADS)
-        self.deadline_ms, self.max_deadline_ms = (
-            parameters.milliseconds(DEADLINE),
-            parameters.milliseconds(MAX_DEADLINE),
-        )
+        self.deadline_ms = parameters.milliseconds(DEADLINE)
+        self.max_deadline_ms = parameters.milliseconds(MAX_DEADLINE)
         key_file = parameters.text("key_file")
         self.bundle = checked_bundle(repository, parameters)
         parameters.refuse_others()
@@ -177,7 +177,6 @@ class TritonModel:
         )
         self.secret = shared_key(Path(key_file)) if key_file else new_secret()
         self.outputs = outputs_of(len(self.bundle.classifier.class_names))[self.name]
-        self.device: TritonDevice | None = None
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
         return [self.respond(request) for request in requests]
@@ -195,19 +194,15 @@ class TritonModel:
             values = values_of(self.answers(device, images, seconds))
         except DensePureError as error:
             return backend.InferenceResponse(error=backend.TritonError(str(error), self.code_of(error)))
+        types = {output.name: np.object_ if output.datatype == "BYTES" else None for output in self.outputs}
         return backend.InferenceResponse(
-            [
-                backend.Tensor(
-                    output.name, np.array(values[output.name], np.object_ if output.datatype == "BYTES" else None)
-                )
-                for output in self.outputs
-            ]
+            [backend.Tensor(name, np.array(values[name], dtype)) for name, dtype in types.items()]
         )
 
     def images_of(self, request: Any) -> NDArray[np.uint8]:
         """The request's images, uint8 [images, channels, height, width]; Triton has checked all but their number."""
         tensor = self.backend.get_input_tensor_by_name(request, pixels_of(self.bundle.unet.image).name)
-        images: NDArray[np.uint8] = np.array(tensor.as_numpy())  # a copy: the request's memory goes with it
+        images: NDArray[np.uint8] = tensor.as_numpy()
         if not 1 <= len(images) <= MOST_IMAGES:
             raise UsageError(f"a request has 1 to {MOST_IMAGES} images, got {len(images)}")
         return images
