@@ -72,7 +72,9 @@ def export(
         list[str] | None,
         typer.Option("--keep-fp32", help="Keep the modules of these names float32; a shell pattern, repeatable."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a bundle of another model.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a bundle of another model, or models of Triton.")
+    ] = False,
     images: Annotated[
         Path | None,
         typer.Option(
