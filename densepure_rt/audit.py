@@ -158,10 +158,7 @@ def check_secret(path: Path, manifest: Manifest) -> Finding:
         with contextlib.suppress(EnvironmentFault):  # its owner's alone to read: that is as it should be
             secrets[name] = stored_key(path / name)
     if revealed is not None:
-        try:
-            secrets["revealed_secret"] = bytes.fromhex(revealed)
-        except ValueError:
-            return Finding("secret", "revealed", ("revealed_secret is not hexadecimal",))
+        secrets["revealed_secret"] = bytes.fromhex(revealed)
     if identity.public_seed is not None:
         secrets["public_seed"] = seeded_secret(identity.public_seed)
     known = {name: secret for name, secret in secrets.items() if secret is not None}

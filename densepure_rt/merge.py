@@ -62,7 +62,7 @@ MOST_NAMED = 8  # images, shards or folders in one message
 class Part:
     """A shard's folder, complete and as it was sealed. images: the idx of each, by its place in the run.
 
-    attacks: None where none were asked for. secret: None where it is not there, or is somebody else's to read.
+    attacks: None where none were asked for. secret: None where it is neither there to read nor revealed.
     """
 
     path: Path
@@ -113,7 +113,7 @@ def read_part(path: Path, manifest: Manifest) -> Part:
     attacks = tuple(read_lines(path / ATTACKS, AttackRecord)) if (path / ATTACKS).exists() else None
     if strange := {attack.idx for attack in attacks or ()}.difference(images.values()):
         raise CheckFailed(f"{path / ATTACKS} names images that the shard does not hold: {named(sorted(strange))}")
-    secret = secret_of(path)
+    secret = secret_of(path, manifest)
     if secret is not None and commitment(secret) != manifest.identity.secret_commitment:
         raise CheckFailed(f"the key in {path} is not the one that the run committed itself to")
     revealed = manifest.provenance.revealed_secret is not None or (path / REVEALED).exists()
@@ -131,12 +131,13 @@ def check_image(image: DoneImage, manifest: Manifest, ledger: Path) -> None:
         raise CheckFailed(f"{what} has place {image.place} in the run, which is none of shard {manifest.shard}")
 
 
-def secret_of(path: Path) -> bytes | None:
+def secret_of(path: Path, manifest: Manifest) -> bytes | None:
     for name in (KEY, REVEALED):
         with contextlib.suppress(EnvironmentFault):  # its owner's alone to read
             if (secret := stored_key(path / name)) is not None:
                 return secret
-    return None
+    revealed = manifest.provenance.revealed_secret
+    return None if revealed is None else bytes.fromhex(revealed)
 
 
 def refuse_other_runs(manifests: Mapping[Path, Manifest]) -> None:

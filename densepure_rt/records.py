@@ -24,6 +24,7 @@ from densepure_rt.shards import PATTERN, Shard
 SCHEMA_VERSION: Literal[2] = 2
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Secret = Annotated[str, Field(pattern="^([0-9a-f]{2}){32,}$")]
 Count = Annotated[int, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Radius = Annotated[float, Field(ge=0)]
@@ -234,7 +235,7 @@ class Provenance:
     weights_sha256: Mapping[str, Sha256]
     seed_note: str | None
     shard: ShardName | None = None
-    revealed_secret: str | None = None
+    revealed_secret: Secret | None = None
     parity: Accuracy | None = None
     merged_from: tuple[MergedShard, ...] | None = None
 

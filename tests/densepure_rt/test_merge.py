@@ -341,6 +341,18 @@ def test_what_was_revealed_of_one_shard_is_revealed_of_the_run(tmp_path: Path) -
         assert provenance["revealed_secret"] == SECRET.hex()
 
 
+def test_a_secret_that_the_manifest_alone_reveals_is_revealed_of_the_run(tmp_path: Path) -> None:
+    paths = [make(tmp_path / "1", "1/2"), make(tmp_path / "2", "2/2")]
+    reveal(paths[1])
+    for file in (paths[0] / "secret.key", paths[1] / "secret.revealed"):
+        file.unlink()
+    merge(paths, tmp_path / "merged")
+    assert manifest_of(tmp_path / "merged").provenance.revealed_secret == SECRET.hex()
+    assert not (tmp_path / "merged" / "secret.key").exists()
+    edit_manifest(paths[1], revealed_secret="00" * 32)
+    refused(CheckFailed, "the key in .*2 is not the one", paths, tmp_path / "forged")
+
+
 def attack(idx: int, broken: bool = False) -> AttackRecord:
     return AttackRecord(idx, 0.125, broken, "noise", 1, 1, 40, None, None, None, None, None)
 
