@@ -69,12 +69,13 @@ def summarize(
     records, timings = [record for record, _ in done], [timing for _, timing in done]
     reasons = Counter(why for record in records if (why := abstention(record)) is not None)
     labelled = [record for record in records if record.label is not None]
+    uncertified = len(failed) if len(labelled) == len(records) else 0
     return Summary(
         done=len(done),
         asked=asked,
         interrupted=interrupted,
         radii=tuple(radii),
-        accuracy=tuple(accuracy_at(labelled, radius, reach, len(failed)) for radius in radii),
+        accuracy=tuple(accuracy_at(labelled, radius, reach, uncertified) for radius in radii),
         abstained=reasons.total(),
         reasons=dict(reasons),
         samples=sum(timing.samples for timing in timings) / max(1, len(timings)),
@@ -95,7 +96,7 @@ def accuracy_at(labelled: Sequence[ImageRecord], radius: float, reach: float | N
 
     failed: further images, which are not.
     """
-    if not labelled or radius > (reach or 0.0):
+    if not len(labelled) + failed or radius > (reach or 0.0):
         return None
     return sum(bool(record.correct) and (record.radius or 0.0) >= radius for record in labelled) / (
         len(labelled) + failed

@@ -206,6 +206,10 @@ def certify(
         check_share(falsify)
     if method != "fixed" and was_typed(context, "n0") and preset is None:
         raise UsageError(f"--n0 is of --method fixed alone, and {method} was asked for: leave it out")
+    if cluster is None and (workers, group) != (None, None):
+        raise UsageError("--workers and --group are of --cluster: name one, such as --cluster ray")
+    if cluster is not None and falsify is not None:
+        raise UsageError("--falsify needs an engine here: run it once more without --cluster when all is certified")
     be_quiet(quiet)
     logs.set_up(verbose, log_json)
     seconds = Budget(seconds_of(budget, "--budget"), seconds_of(run_budget, "--run-budget"))
@@ -221,14 +225,7 @@ def certify(
     if part is not None and seed is None and secret is None and not dry_run:
         raise UsageError(f"--shard {part} needs the secret that all shards share: name one file for all of them, --key")
     opened = (engine, classifier, batch, threads, provider, engine_sha256, trust, seed, secret)
-    if cluster is None:
-        if (workers, group) != (None, None):
-            raise UsageError("--workers and --group are of --cluster: name one, such as --cluster ray")
-        smoothed = open_classifier(*opened)
-    elif falsify is not None:
-        raise UsageError("--falsify needs an engine here: run it once more without --cluster when all is certified")
-    else:
-        smoothed = open_on_cluster(cluster, workers, group, *opened)
+    smoothed = open_classifier(*opened) if cluster is None else open_on_cluster(cluster, workers, group, *opened)
     with smoothed:
         chosen = open_image_set(images, smoothed, skip, limit)
         mine = chosen if part is None else part.select(chosen)
@@ -248,8 +245,8 @@ def certify(
         if summary.failed:
             which = ", ".join(map(str, summary.failed))
             stderr.print(
-                f"error: {plural(len(summary.failed), 'image')} failed: {which}; all else is kept in {folder}, and the "
-                f"same command tries them again"
+                f"error: {plural(len(summary.failed), 'image')} failed: {which}; {summary.done} of {summary.asked} are "
+                f"kept in {folder}, and the same command tries the others again"
             )
         elif summary.done < summary.asked:
             why = "stopped" if summary.interrupted else "the time was up"

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as NodeAffinity
 
-from densepure_rt import __version__
+from densepure_rt import __version__, logs
 from densepure_rt.console import plural
 from densepure_rt.errors import CheckFailed, DensePureError, EnvironmentFault, UsageError
-from densepure_rt.fleet import WAIT, Drawn, Engines, Fleet, Member, Task, cause_of, warn_of_others
+from densepure_rt.fleet import WAIT, Drawn, Engines, Fleet, Member, Task, cause_of
 from densepure_rt.runtime.device import Kind, available_cores
+from densepure_rt.runtime.reverse import decide
 from densepure_rt.runtime.schedule import Chain
 from densepure_rt.voting import Ballot
 
@@ -60,14 +62,17 @@ class Worker:
 
     @property
     def classifier(self) -> SmoothedClassifier:
+        if isinstance(self.opened, DensePureError):
+            raise type(self.opened)(f"on {platform.node()}: {self.opened}")
         if isinstance(self.opened, Exception):
-            raise self.opened
+            raise EnvironmentFault(f"on {platform.node()}: {type(self.opened).__name__}: {self.opened}")
         return self.opened
 
     def engines(self) -> Engines:
-        device = self.classifier.device
+        bundle, device = self.classifier.bundle, self.classifier.device
+        node_id = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
         return Engines(
-            self.classifier.bundle, dict(device.describe()), __version__, device.batch, platform.node(), os.getpid()
+            bundle, dict(device.describe()), __version__, device.batch, platform.node(), node_id, os.getpid()
         )
 
     def seconds_per_item(self, chain: Chain, kind: Kind) -> float:
@@ -76,17 +81,17 @@ class Worker:
     def draw(self, task: Task) -> Drawn:
         if (found := self.engines().sha256) != task.engines:
             raise CheckFailed(f"the worker has engines {found[:16]}, and the samples are for {task.engines[:16]}")
-        sampler = self.classifier.sampler
+        device = self.classifier.device
         opened = {
-            handle: sampler.open_image(image.pixels, image.key, image.sigma, image.scale)
+            handle: device.open_image(image.pixels, image.key, image.sigma, image.scale)
             for handle, image in task.images.items()
         }
         work = [(opened[handle], first + i) for handle, first, samples in task.strips for i in range(samples)]
         try:
-            outcomes = list(sampler.decide(task.chain, work, lambda: Ballot(task.votes)))
+            outcomes = list(decide(device, task.chain, work, lambda: Ballot(task.votes)))
         finally:
             for handle in opened.values():
-                sampler.close_image(handle)
+                device.close_image(handle)
         columns = zip(*((outcome.label, outcome.votes, outcome.unet_calls) for outcome in outcomes), strict=True)
         return Drawn(*(np.array(column, np.int32) for column in columns))
 
@@ -132,54 +137,93 @@ def open_fleet(
 ) -> Fleet:
     """Workers all over a cluster that have the same engines. To be closed.
 
-    workers: how many; None for one a GPU where a GPU runs the engines, else one for each `recipe.threads` CPUs. group:
-    how the hash of the engines begins; None for the largest group. Raises what opening the engines raises, UsageError
-    where that is not to be had, or EnvironmentFault.
+    workers: how many; None for one a GPU where a GPU runs the engines, else one for each `recipe.threads` CPUs, of what
+    is free. group: how the hash of the engines begins; None for the largest group. Raises what opening the engines
+    raises, UsageError where that is not to be had, or EnvironmentFault.
     """
-    if recipe.threads < 1 or (workers is not None and workers < 1):
-        raise UsageError(f"--workers {workers} and --threads {recipe.threads}: both are counts from 1 up")
+    for option, count in (("--threads", recipe.threads), ("--workers", workers)):
+        if count is not None and count < 1:
+            raise UsageError(f"{option} {count}: it is a count from 1 up")
     connect(address)
     try:
-        needs = {"GPU": 1, "CPU": 1} if needs_gpu(recipe) else {"CPU": recipe.threads}
-        there: Mapping[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        most = int(min(there.get(name, 0) // amount for name, amount in needs.items()))
-        if most < (workers or 1):
-            asked, found = (", ".join(f"{some.get(name, 0):g} {name}" for name in needs) for some in (needs, there))
-            raise UsageError(
-                f"the cluster has {found}, and {plural(workers or 1, 'worker')} of {asked} each were asked for: change "
-                f"--workers or --threads"
-            )
-        remote = ray.remote(actor).options(num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0), max_restarts=0)
+        needs = {"GPU": 1.0, "CPU": 1.0} if needs_gpu(recipe) else {"CPU": float(recipe.threads)}
+        count = workers or room_for(needs)
+        remote = ray.remote(actor)
 
         def spawn(member: Member) -> None:
             dismiss(member)
-            member.actor = remote.remote(recipe)
+            member.actor = remote.options(
+                num_cpus=needs["CPU"],
+                num_gpus=needs.get("GPU", 0),
+                max_restarts=0,
+                scheduling_strategy="DEFAULT" if member.engines is None else same_machine(member.engines),
+            ).remote(recipe)
             member.opening = member.actor.engines.remote()
 
-        members = [Member(number, None, None) for number in range(1, (workers or most) + 1)]
+        members = [Member(number, None, None) for number in range(1, count + 1)]
         for member in members:
             spawn(member)
         opened = opened_by(members, timeout)
         engines = chosen(opened, group)
-        others = [member for member, own in zip(members, opened, strict=True) if own.sha256 != engines.sha256]
+        others = [member for member in members if member.engines and member.engines.sha256 != engines.sha256]
         if others:
             warn_of_others(others)
         for member in others:
             dismiss(member)  # what they held is free for another run
-        return Fleet([member for member in members if member not in others], engines, spawn)
+        return Fleet([member for member in members if member not in others], engines, spawn, dismiss)
     except BaseException:
         ray.shutdown()
         raise
 
 
+def same_machine(engines: Engines) -> NodeAffinity:
+    """Where a worker with these engines is put, while that machine is there: another may be of another kind."""
+    return NodeAffinity(engines.node_id, soft=True)
+
+
+def room_for(needs: Mapping[str, float]) -> int:
+    """How many workers fit, machine by machine, into what is free. Raises UsageError where none does."""
+    machines: list[Mapping[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    each = [min(int(machine.get(name, 0) // amount) for name, amount in needs.items()) for machine in machines]
+    free: Mapping[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+    if room := min(sum(each), *(int(free.get(name, 0) // amount) for name, amount in needs.items())):
+        return room
+    asked, found, left = (
+        ", ".join(f"{some.get(name, 0):g} {name}" for name in needs)
+        for some in (needs, {name: sum(machine.get(name, 0) for machine in machines) for name in needs}, free)
+    )
+    move = "no machine has a GPU for a plan: run an .onnx engine" if not any(m.get("GPU") for m in machines) else "wait"
+    raise UsageError(
+        f"a worker needs {asked} on one machine; the cluster has {found}, of which {left} free: "
+        f"{move if 'GPU' in needs else 'ask for fewer --threads, or wait for the others'}"
+    )
+
+
 def chosen(opened: Sequence[Engines], group: str | None) -> Engines:
-    """The engines of the largest group, or of the one that is asked for."""
-    groups = Counter(engines.sha256 for engines in opened if engines.sha256.startswith(group or ""))
+    """The engines of the largest group, or of the one that is asked for, of this version of the package.
+
+    Raises UsageError where the group is not there, EnvironmentFault where another version is.
+    """
+    ours = [engines for engines in opened if engines.version == __version__]
+    if not ours:
+        found = ", ".join(sorted({f"{engines.version} on {engines.node}" for engines in opened}))
+        raise EnvironmentFault(
+            f"the workers have densepure-rt {found}, and this is {__version__}: install the same one"
+        )
+    groups = Counter(engines.sha256 for engines in ours if engines.sha256.startswith(group or ""))
     if not groups:
-        found = ", ".join(sorted({engines.sha256[:8] for engines in opened}))
+        found = ", ".join(sorted({engines.sha256[:8] for engines in ours}))
         raise UsageError(f"--group {group}: no worker has such engines; the groups are {found}")
     largest, _ = groups.most_common(1)[0]
-    return next(engines for engines in opened if engines.sha256 == largest)
+    return next(engines for engines in ours if engines.sha256 == largest)
+
+
+def warn_of_others(members: Sequence[Member]) -> None:
+    """Of workers that draw nothing, since their labels would be those of another classifier."""
+    groups = Counter((member.engines.sha256[:8], member.engines.node) for member in members if member.engines)
+    found = ", ".join(f"{count} of group {group} on {node}" for (group, node), count in sorted(groups.items()))
+    said = "they have another engine, processor or version, and one kind draws all samples of a run: --group names it"
+    logs.say(f"workers that are not used: {found}; {said}", logging.WARNING)
 
 
 def dismiss(member: Member) -> None:
@@ -187,6 +231,26 @@ def dismiss(member: Member) -> None:
     if member.actor is not None:
         with contextlib.suppress(Exception):  # it has ended already
             ray.kill(member.actor)
+
+
+def opened_by(members: Sequence[Member], timeout: float) -> list[Engines]:
+    """What each member has opened. Raises what the first that could not says."""
+    try:
+        found: list[Engines] = ray.get([member.opening for member in members], timeout=timeout)
+    except ray.exceptions.GetTimeoutError:
+        raise EnvironmentFault(
+            f"{plural(len(members), 'worker')} were asked for and not all there after {timeout:.0f} s: ask for fewer "
+            f"with --workers"
+        ) from None
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, DensePureError):
+            raise type(error.cause)(f"a worker could not open the engines {error.cause}") from None
+        raise EnvironmentFault(f"a worker could not open the engines ({cause_of(error)})") from error
+    except (ray.exceptions.RayError, ConnectionError) as error:
+        raise EnvironmentFault(f"a worker could not be started ({cause_of(error)})") from error
+    for member, engines in zip(members, found, strict=True):
+        member.engines, member.opening = engines, None
+    return found
 
 
 def open_on_cluster(
@@ -201,26 +265,6 @@ def open_on_cluster(
     except BaseException:
         fleet.close()
         raise
-
-
-def opened_by(members: Sequence[Member], timeout: float) -> list[Engines]:
-    """What each member has opened. Raises what the first that could not says."""
-    try:
-        found: list[Engines] = ray.get([member.opening for member in members], timeout=timeout)
-    except ray.exceptions.GetTimeoutError:
-        raise EnvironmentFault(
-            f"{plural(len(members), 'worker')} were asked for and not all there after {timeout:.0f} s: ask for fewer "
-            f"with --workers"
-        ) from None
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, DensePureError):
-            raise type(error.cause)(f"on a worker: {error.cause}") from None
-        raise EnvironmentFault(f"a worker could not open the engines ({cause_of(error)})") from error
-    except ray.exceptions.RayError as error:
-        raise EnvironmentFault(f"a worker could not be started ({cause_of(error)})") from error
-    for member, engines in zip(members, found, strict=True):
-        member.engines, member.opening = engines, None
-    return found
 
 
 def needs_gpu(recipe: Recipe) -> bool:

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import logging
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -35,10 +35,12 @@ from densepure_rt.voting import Ballot
 
 QUEUED = 2  # tasks at a worker: the next one is there when it ends one
 BATCHES_A_TASK = 4  # full batches of noisy images: the few that are not full at its end cost little
-DEATHS = 3  # of workers in a row that drew an image, before it has failed
+DEATHS = 3  # of workers that were alone with the same samples, before their image has failed
+REFUSALS = 3  # in a row to open engines, before a worker is given up
 FAILURES = 3  # images in a row that fail, before the fault is thought to be the machines'
 POLL = 0.5  # seconds
 WAIT = 300.0  # seconds without any worker before a run gives up
+KEPT = "what is done is kept; give the same command again once"
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Engines:
     version: str
     batch: int
     node: str
+    node_id: str
     pid: int
 
     @property
@@ -96,6 +99,24 @@ class Drawn(NamedTuple):
     unet_calls: NDArray[np.int32]
 
 
+class Portion(NamedTuple):
+    """What one task draws. suspect: it was lost, and goes alone now. deaths: of workers that had this image alone."""
+
+    strips: tuple[Strip, ...]
+    suspect: bool = False
+    deaths: int = 0
+
+    @property
+    def handles(self) -> list[int]:
+        return list(dict.fromkeys(strip.handle for strip in self.strips))
+
+    def of(self, handle: int) -> tuple[Strip, ...]:
+        return tuple(strip for strip in self.strips if strip.handle == handle)
+
+    def without(self, handles: set[int]) -> Portion:
+        return self._replace(strips=tuple(strip for strip in self.strips if strip.handle not in handles))
+
+
 @dataclass(eq=False)
 class Member:
     """A worker as the driver sees it.
@@ -108,8 +129,7 @@ class Member:
     actor: Any
     opening: Any
     engines: Engines | None = None
-    tasks: dict[Any, Task] = field(default_factory=dict)
-    lost: int = 0
+    tasks: dict[Any, Portion] = field(default_factory=dict)
     refused: int = 0
     samples: int = 0
 
@@ -117,12 +137,21 @@ class Member:
 class Fleet:
     """Workers with the same engines, as one `Sampler`.
 
-    A worker that dies is replaced, and what it was drawing is drawn again. An image that DEATHS workers in a row died
-    of, each alone with it, has failed: its samples are LOST. A worker that has other engines draws nothing.
+    A worker that dies or raises an error is replaced, and what it was drawing is drawn again. An image whose samples
+    DEATHS workers died of, each alone with them, has failed: its samples are LOST.
+
+    spawn: starts another worker in a member's place, on the same machine where that is still there. dismiss: ends one.
     """
 
-    def __init__(self, members: Sequence[Member], engines: Engines, spawn: Callable[[Member], None]) -> None:
-        self.members, self.engines, self.spawn = list(members), engines, spawn
+    def __init__(
+        self,
+        members: Sequence[Member],
+        engines: Engines,
+        spawn: Callable[[Member], None],
+        dismiss: Callable[[Member], None],
+    ) -> None:
+        self.members, self.engines, self.spawn, self.dismiss = list(members), engines, spawn, dismiss
+        self.size, self.lost = len(self.members), 0
         self.images: dict[int, OpenImage] = {}
         self.started: float | None = None
         self._handles = itertools.count()
@@ -138,11 +167,16 @@ class Fleet:
     def seconds_per_item(self, chain: Chain, kind: Kind) -> float:
         """As the workers measure it while all are at work; together they take so much less."""
         asked = [member.actor.seconds_per_item.remote(chain, kind) for member in self.there]
-        found: list[float] = ray.get(asked)
+        try:
+            found: list[float] = ray.get(asked, timeout=WAIT)
+        except (ray.exceptions.RayError, ConnectionError) as error:
+            raise EnvironmentFault(
+                f"a worker was lost before the first sample ({cause_of(error)}): start the command again"
+            ) from error
         return 1 / sum(1 / seconds for seconds in found)
 
     def describe(self) -> Mapping[str, str | int | bool]:
-        return dict(self.engines.description) | {"workers": len(self.members)}
+        return dict(self.engines.description) | {"workers": self.size}
 
     def close(self) -> None:
         ray.shutdown()
@@ -150,46 +184,47 @@ class Fleet:
     @property
     def there(self) -> list[Member]:
         """The members that can be given work."""
-        return [member for member in self.members if self.fits(member)]
-
-    def fits(self, member: Member) -> bool:
-        return member.engines is not None and member.engines.sha256 == self.engines.sha256
+        return [member for member in self.members if member.engines is not None]
 
     def status(self) -> str:
         """How the workers are: how many are there, what each of them does, how often one was lost."""
-        there, lost = self.there, sum(member.lost for member in self.members)
-        said = f"{len(there)} of {plural(len(self.members), 'worker')}"
+        there = self.there
+        said = f"{len(there)} of {plural(self.size, 'worker')}"
         if there and self.started is not None:
             rates = [member.samples / (time.monotonic() - self.started) for member in there]
             said += f", {' to '.join(dict.fromkeys(f'{rate:.1f}' for rate in (min(rates), max(rates))))} samples/s each"
-        return said + (f", {lost} lost so far" if lost else "")
+        return said + (f", {self.lost} lost so far" if self.lost else "")
 
     def decide(
         self, chain: Chain, work: Iterable[tuple[int, int] | None], new_ballot: Callable[[], Ballot]
-    ) -> Generator[Outcome, None, None]:
-        """The outcomes of `work`, those of a handle in its order; see `Sampler`."""
-        return _Driver(self, chain, new_ballot().remaining, iter(work)).run()
+    ) -> Generator[Outcome | None, None, None]:
+        """The outcomes of `work`, as they come; see `Sampler`. Raises EnvironmentFault when there is no going on."""
+        try:
+            yield from _Driver(self, chain, new_ballot().remaining, iter(work)).run()
+        except (ConnectionError, ray.exceptions.RaySystemError) as error:
+            raise EnvironmentFault(f"the cluster's head is gone: {KEPT} it is back") from error
 
 
 class _Driver:
-    """One `decide` of a fleet: hands tasks out, takes what comes back, puts it in order."""
+    """One `decide` of a fleet: hands tasks out, takes what comes back."""
 
     def __init__(self, fleet: Fleet, chain: Chain, votes: int, work: Iterator[tuple[int, int] | None]) -> None:
         self.fleet, self.chain, self.votes, self.work = fleet, chain, votes, work
         self.exhausted = False
-        self.again: deque[tuple[Strip, ...]] = deque()  # what was lost, and is drawn again
-        self.suspects: dict[int, int] = {}  # images that a worker may have died of; how many were alone with it
-        self.failed: set[int] = set()
+        self.again: deque[Portion] = deque()  # what was lost, and is drawn again
+        self.failed: set[int] = set()  # handles
         self.failures = 0  # of images, since a task was last done
-        self.order = InOrder()
         self.last_there = time.monotonic()
 
-    def run(self) -> Generator[Outcome, None, None]:
+    def run(self) -> Generator[Outcome | None, None, None]:
         self.fleet.started = self.fleet.started or time.monotonic()
         try:
             while self.hand_out():
-                for member, ref in self.ready():
+                ready = self.ready()
+                for member, ref in ready:
                     yield from self.finished(member, ref)
+                if not ready:
+                    yield None
                 self.give_up_waiting()
         finally:
             for member in self.fleet.members:
@@ -200,28 +235,25 @@ class _Driver:
         there = self.fleet.there
         for queued in range(QUEUED):  # each its first before any its second
             for member in there:
-                if len(member.tasks) <= queued and (strips := self.next_strips(member)):
-                    images = {strip.handle: self.fleet.images[strip.handle] for strip in strips}
-                    task = Task(strips, images, self.chain, self.votes, self.fleet.engines.sha256)
-                    member.tasks[member.actor.draw.remote(task)] = task
+                if len(member.tasks) <= queued and (portion := self.next_portion(member)) is not None:
+                    images = {handle: self.fleet.images[handle] for handle in portion.handles}
+                    task = Task(portion.strips, images, self.chain, self.votes, self.fleet.engines.sha256)
+                    member.tasks[member.actor.draw.remote(task)] = portion
         under_way = any(member.tasks for member in self.fleet.members)
         return under_way or bool(self.again) or not (there or self.exhausted)
 
-    def next_strips(self, member: Member) -> tuple[Strip, ...]:
-        """What was lost comes first. A suspect is alone with its worker."""
+    def next_portion(self, member: Member) -> Portion | None:
+        """What was lost comes first. A suspect waits for a worker to be alone with, and no other work keeps it busy."""
         assert member.engines is not None
-        if any(self.suspected(task.strips) for task in member.tasks.values()):
-            return ()
-        for place, strips in enumerate(self.again):
-            if not (self.suspected(strips) and member.tasks):
+        if any(portion.suspect for portion in member.tasks.values()):
+            return None
+        for place, portion in enumerate(self.again):
+            if not (portion.suspect and member.tasks):
                 del self.again[place]
-                return strips
-        return self.new_strips(BATCHES_A_TASK * member.engines.batch)
+                return portion
+        return None if self.again else self.new_portion(BATCHES_A_TASK * member.engines.batch)
 
-    def suspected(self, strips: tuple[Strip, ...]) -> bool:
-        return strips[0].handle in self.suspects
-
-    def new_strips(self, most: int) -> tuple[Strip, ...]:
+    def new_portion(self, most: int) -> Portion | None:
         """The next samples of the work, at most so many."""
         strips: list[Strip] = []
         while not self.exhausted and sum(strip.samples for strip in strips) < most:
@@ -232,13 +264,11 @@ class _Driver:
                 break
             if drawn is None:
                 break
-            handle, sample = drawn
-            self.order.expect(handle, sample)
             if strips and (strips[-1].handle, strips[-1].first + strips[-1].samples) == drawn:
                 strips[-1] = strips[-1]._replace(samples=strips[-1].samples + 1)
             else:
-                strips.append(Strip(handle, sample, 1))
-        return tuple(strips)
+                strips.append(Strip(*drawn, 1))
+        return Portion(tuple(strips)) if strips else None
 
     def ready(self) -> list[tuple[Member, Any]]:
         """Wait a moment: the tasks that came back, with their workers. Notes the workers that did."""
@@ -258,86 +288,81 @@ class _Driver:
     def arrived(self, member: Member) -> None:
         """A worker that was started again has opened its engines, or has not."""
         try:
-            member.engines, member.opening = ray.get(member.opening), None
+            engines, member.opening = ray.get(member.opening), None
         except ray.exceptions.RayError as error:
             member.refused += 1
             self.replace(member, cause_of(error))
             return
-        member.refused = 0
-        if self.fleet.fits(member):
-            logs.say(f"worker {member.number} is back, on {member.engines.node}", logging.WARNING, worker=member.number)
-        else:
-            warn_of_others([member])
+        if engines.sha256 != self.fleet.engines.sha256:
+            member.refused = REFUSALS
+            self.replace(member, f"in its place there is only another kind, {engines.sha256[:8]} on {engines.node}")
+            return
+        member.engines, member.refused = engines, 0
+        logs.say(f"worker {member.number} is back, on {engines.node}", logging.WARNING, worker=member.number)
 
     def finished(self, member: Member, ref: Any) -> Iterator[Outcome]:
-        """A task came back: its outcomes and those that waited for them; or it is lost."""
+        """A task came back: its outcomes; or it is lost."""
         if ref not in member.tasks:  # its worker was lost with another task a moment ago
             return
         try:
             drawn: Drawn = ray.get(ref)
         except ray.exceptions.RayError as error:
-            yield from self.lost(member, ref, error)
+            yield from self.lost(member, error)
             return
-        task = member.tasks.pop(ref)
+        portion = member.tasks.pop(ref)
         member.samples += len(drawn.labels)
         self.failures = 0
         columns = zip(*(column.tolist() for column in drawn), strict=True)
-        for handle, first, samples in task.strips:
-            self.suspects.pop(handle, None)
-            outcomes = [
-                Outcome(handle, first + i, *columns_of_one) for i, columns_of_one in enumerate(islice(columns, samples))
-            ]
-            yield from outcomes if handle in self.failed else self.order.add(handle, first, outcomes)
+        for handle, first, samples in portion.strips:
+            for place, of_one in enumerate(islice(columns, samples)):
+                yield Outcome(handle, first + place, *of_one)
 
-    def lost(self, member: Member, ref: Any, error: Exception) -> Iterator[Outcome]:
-        """A task did not come back, nor what was queued behind it where the worker itself is gone."""
-        died = isinstance(error, ray.exceptions.RayActorError)
-        if died:
-            ref = next(iter(member.tasks))  # the one that it was at
-        task, behind = member.tasks.pop(ref), [*member.tasks.values()] if died else []
-        if died:
-            member.tasks.clear()
-            self.replace(member, cause_of(error))
-        self.again += [other.strips for other in behind]
-        strips = {handle: tuple(s for s in task.strips if s.handle == handle) for handle in task.images}
-        for handle, own in strips.items():
-            self.suspects[handle] = self.suspects.get(handle, 0) + (len(strips) == 1)
-            if handle in self.failed or self.suspects[handle] >= DEATHS:
-                yield from self.fail(handle, own, error)
+    def lost(self, member: Member, error: Exception) -> Iterator[Outcome]:
+        """A worker died of its task or raised an error: another takes its place, and all that it had is drawn again."""
+        (_, portion), *behind = member.tasks.items()
+        member.tasks.clear()
+        self.replace(member, cause_of(error))
+        self.again += (other for _, other in behind)
+        handles = portion.handles
+        for handle in handles:
+            own = Portion(portion.of(handle), suspect=True, deaths=portion.deaths + (len(handles) == 1))
+            if handle in self.failed:
+                yield from lost_outcomes(own.strips)
+            elif own.deaths >= DEATHS:
+                yield from self.fail(handle, own.strips, error)
             else:
                 self.again.append(own)
 
     def fail(self, handle: int, strips: tuple[Strip, ...], error: Exception) -> Iterator[Outcome]:
-        """The image has failed: all its samples that are out are LOST. Those under way follow as they come back."""
-        del self.suspects[handle]
-        if handle not in self.failed:
-            self.failed.add(handle)
-            self.failures += 1
-            what = f"{DEATHS} workers in a row died of an image or refused it, which has failed ({cause_of(error)})"
-            logs.say(what, logging.WARNING)
+        """The image has failed: all its samples that wait to be drawn again are LOST, in each of its phases."""
+        self.failures += 1
         if self.failures >= FAILURES:
             raise EnvironmentFault(
-                f"{FAILURES} images in a row failed on {DEATHS} workers each, so that the fault is more likely the "
-                f"engine's or the machines' ({cause_of(error)}): what is done is kept; go on once that is mended"
+                f"{FAILURES} images in a row were each lost with {DEATHS} workers, so that the fault is more likely "
+                f"the engine's or the machines' ({cause_of(error)}): {KEPT} that is mended"
             )
-        waiting = [strip for other in self.again for strip in other if strip.handle == handle]
-        kept = (tuple(strip for strip in other if strip.handle != handle) for other in self.again)
-        self.again = deque(strips for strips in kept if strips)
-        for _, first, samples in (*strips, *waiting):
-            yield from (Outcome(handle, first + i, LOST, 0, 0) for i in range(samples))
-        yield from self.order.flush(handle)
+        pixels = self.fleet.images[handle].pixels
+        phases = {other for other, image in self.fleet.images.items() if np.array_equal(image.pixels, pixels)}
+        self.failed |= phases
+        waiting = [strip for portion in self.again for strip in portion.strips if strip.handle in phases]
+        kept = (portion.without(phases) for portion in self.again)
+        self.again = deque(portion for portion in kept if portion.strips)
+        yield from lost_outcomes((*strips, *waiting))
 
     def replace(self, member: Member, cause: str) -> None:
         """Start another worker in its place, unless it failed to open its engines too often."""
-        member.lost += 1
-        member.engines = member.opening = None
-        if member.refused >= DEATHS:
-            logs.say(f"worker {member.number} is given up ({cause})", logging.WARNING, worker=member.number)
+        self.fleet.lost += 1
+        where = "" if member.engines is None else f" on {member.engines.node}"
+        member.opening = None
+        if member.refused >= REFUSALS:
+            said = f"worker {member.number}{where} is given up ({cause})"
+            self.fleet.dismiss(member)
             self.fleet.members.remove(member)
-            return
-        lost = f"worker {member.number} is lost ({cause}): another is started, and what it was drawing is drawn again"
-        logs.say(lost, logging.WARNING, worker=member.number, lost=member.lost)
-        self.fleet.spawn(member)
+        else:
+            said = f"worker {member.number}{where} is lost ({cause}): another is started in its place"
+            self.fleet.spawn(member)
+        member.engines = None
+        logs.say(said, logging.WARNING, worker=member.number, lost=self.fleet.lost)
 
     def give_up_waiting(self) -> None:
         """Raise EnvironmentFault when there has been no worker for too long, or there will be none."""
@@ -345,48 +370,20 @@ class _Driver:
         if self.fleet.there:
             self.last_there = now
         elif now - self.last_there > WAIT or not self.fleet.members:
-            raise EnvironmentFault("no worker is left: what is done is kept; go on once the cluster has some")
+            raise EnvironmentFault(f"no worker is left: {KEPT} the cluster has some")
 
 
-class InOrder:
-    """Holds what comes early, so that the outcomes of each image leave in the order of its samples."""
-
-    def __init__(self) -> None:
-        self._next: dict[int, int] = {}
-        self._early: dict[int, dict[int, list[Outcome]]] = {}
-
-    def expect(self, handle: int, sample: int) -> None:
-        """The samples of `handle` begin with this one, unless an earlier one was expected."""
-        self._next.setdefault(handle, sample)
-
-    def add(self, handle: int, first: int, outcomes: list[Outcome]) -> Iterator[Outcome]:
-        """What may leave, now that these have come."""
-        early = self._early.setdefault(handle, {})
-        early[first] = outcomes
-        while (ready := early.pop(self._next[handle], None)) is not None:
-            self._next[handle] += len(ready)
-            yield from ready
-
-    def flush(self, handle: int) -> Iterator[Outcome]:
-        """What is held of an image."""
-        for outcomes in self._early.pop(handle, {}).values():
-            yield from outcomes
+def lost_outcomes(strips: Iterable[Strip]) -> Iterator[Outcome]:
+    for handle, first, samples in strips:
+        yield from (Outcome(handle, first + place, LOST, 0, 0) for place in range(samples))
 
 
 def cause_of(error: Exception) -> str:
     """One line on why a task or a worker was lost."""
     if isinstance(error, ray.exceptions.RayTaskError):
-        return f"{type(error.cause).__name__}: {error.cause}"
+        return f"{type(error.cause).__name__}: {str(error.cause).strip().splitlines()[-1]}"
     if isinstance(error, ray.exceptions.OutOfMemoryError):
-        return "out of memory"
-    return "its process or its machine is gone"
-
-
-def warn_of_others(members: Sequence[Member]) -> None:
-    """Of workers that draw nothing, since their labels would be those of another classifier."""
-    groups = Counter((member.engines.sha256[:8], member.engines.node) for member in members if member.engines)
-    found = ", ".join(f"{count} of group {group} on {node}" for (group, node), count in sorted(groups.items()))
-    said = (
-        "another engine, processor or version is there, and one kind draws all samples of a run; --group names a kind"
-    )
-    logs.say(f"workers that are not used: {found}; {said}", logging.WARNING)
+        return "its machine was out of memory"
+    if isinstance(error, ray.exceptions.RayActorError) and not error.actor_init_failed:
+        return "its process or its machine is gone"
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]

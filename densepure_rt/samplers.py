@@ -1,4 +1,4 @@
-"""What draws the samples of images: the reverse loop on a device of this process. `cluster` has a fleet of them."""
+"""What draws the samples of images: the reverse loop on a device of this process. `fleet` has many of them."""
 
 from __future__ import annotations
 
@@ -30,8 +30,11 @@ class Sampler(Protocol):
 
     def decide(
         self, chain: Chain, work: Iterable[tuple[int, int] | None], new_ballot: Callable[[], Ballot]
-    ) -> Generator[Outcome, None, None]:
-        """The outcome of each (handle, sample) of `work`, those of a handle in its order; see `reverse.decide`."""
+    ) -> Generator[Outcome | None, None, None]:
+        """The outcome of each (handle, sample) of `work`, in any order; None when none has come for a moment.
+
+        Of `work` see `reverse.decide`.
+        """
 
     def seconds_per_item(self, chain: Chain, kind: Kind) -> float:
         """Wall seconds that an item takes when there is work for all."""

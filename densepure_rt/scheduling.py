@@ -102,7 +102,8 @@ class Tally:
 
 
 class UnderWay(Generic[J]):
-    """An image that is being sampled, from where `taken` ends.
+    """An image that is being sampled, from where `taken` ends. It is judged in the order in which samples are drawn,
+    whatever the order in which their outcomes come.
 
     handles: on the device, one a phase, once it is opened; what was taken may decide it before. deadline: when it is
     stopped undecided. journal: takes each label that judges it.
@@ -128,6 +129,8 @@ class UnderWay(Generic[J]):
         self.returned = self.drawn = len(taken.labels)
         self.handles: list[int] = []
         self._open_handles = open_handles
+        self._next = deque[tuple[int, int]]()  # the samples that are drawn and not judged
+        self._early: dict[tuple[int, int], Outcome] = {}  # of them, those that came before their turn
 
     def open(self) -> None:
         """Take its handles, for the samples that are drawn from now on."""
@@ -152,7 +155,7 @@ class UnderWay(Generic[J]):
     @property
     def wants(self) -> bool:
         """Whether another sample is needed for certain."""
-        return self.drawn - self.returned < self.judge.needed
+        return len(self._next) < self.judge.needed
 
     @property
     def may_want(self) -> bool:
@@ -160,9 +163,11 @@ class UnderWay(Generic[J]):
 
     def draw(self) -> tuple[int, int]:
         self.drawn += 1
-        return next(self._samples)
+        self._next.append(next(self._samples))
+        return self._next[-1]
 
     def add(self, outcome: Outcome) -> None:
+        """An outcome of a sample that was drawn, in any order."""
         self.returned += 1
         self.cost.unet_calls += outcome.unet_calls
         self.cost.classifier_calls += outcome.votes
@@ -171,9 +176,12 @@ class UnderWay(Generic[J]):
         if outcome.label == LOST:
             self.failed = True
             return
-        self._judge(outcome.label)
-        if self.journal is not None:
-            self.journal.add(self.image.idx, outcome)
+        self._early[outcome.image, outcome.sample] = outcome
+        while not self.decided and self._next and self._next[0] in self._early:
+            turn = self._early.pop(self._next.popleft())
+            self._judge(turn.label)
+            if self.journal is not None:
+                self.journal.add(self.image.idx, turn)
 
     def _judge(self, label: int) -> None:
         self.cost.samples += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,9 +18,10 @@ from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from densepure_rt import logs
 from densepure_rt.certification import Certificate, FixedRule, check_sampling
 from densepure_rt.datasets import LabelledImage
-from densepure_rt.errors import UsageError
+from densepure_rt.errors import EnvironmentFault, UsageError
 from densepure_rt.keys import SECRET_BYTES, new_secret
 from densepure_rt.runtime.bundle import Bundle, open_bundle
 from densepure_rt.runtime.device import (
@@ -141,7 +143,8 @@ PAPER = Settings(steps=10, votes=40, n0=100, n=100_000, method="fixed")  # Xiao 
 class Budget:
     """Wall seconds: for an image, from its first sample on, and for a run. What has come by then decides.
 
-    Time is looked at as samples come in, so that a stop is late by up to a batch of each kind.
+    Time is looked at as samples come in, so that a stop is late by up to a batch of each kind, on a cluster by half a
+    second.
     """
 
     image: float = math.inf
@@ -298,12 +301,17 @@ class SmoothedClassifier:
         alpha: float = Settings.alpha,
         budget: float = math.inf,
     ) -> Certificate:
-        """The certificate of one image, uint8 [C, H, W], every class being tested. budget: wall seconds."""
+        """The certificate of one image, uint8 [C, H, W], every class being tested. budget: wall seconds.
+
+        Raises EnvironmentFault when no worker of a cluster can draw its samples.
+        """
         settings = Settings(
             sigma, steps, votes, n0, n, alpha, method=method, radii=None if radii is None else tuple(radii)
         )
         images = [self._checked(image, 0)]
-        return next(iter(self.certify_each(images, settings, Budget(image=budget)))).certificate
+        for certified in self.certify_each(images, settings, Budget(image=budget)):
+            return certified.certificate
+        raise EnvironmentFault("the image has failed: nothing can draw its samples")
 
     def predict(
         self,
@@ -422,10 +430,12 @@ class SmoothedClassifier:
             while not scheduler.done:
                 with closing(self.sampler.decide(chain, scheduler, settings.ballot)) as outcomes:
                     for outcome in outcomes:
-                        for closed in (*scheduler.add(outcome), *scheduler.stop_late(time.perf_counter())):
+                        settled = () if outcome is None else scheduler.add(outcome)
+                        for closed in (*settled, *scheduler.stop_late(time.perf_counter())):
                             self._close(closed)
                         for ready in scheduler.finished():
                             if ready.failed:
+                                logs.say(f"image {ready.image.idx} has failed: none can draw it", logging.WARNING)
                                 self.failed.append(ready.image.idx)
                                 continue
                             ready.cost.seconds, answered = time.perf_counter() - answered, time.perf_counter()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -35,7 +36,7 @@ SHIPPED = Recipe(None, None, 8, 1, "cpu", None, False)
 SETTINGS = Settings(sigma=0.25, steps=2, votes=3, n=200, radii=(0.0, 0.25))
 IMAGES = 8
 POISON = 3  # the place of the image that workers die of
-TIMES = ("unet_calls", "classifier_calls", "seconds")  # of timing.jsonl: what was drawn in vain is different each time
+COST = ("unet_calls", "classifier_calls", "seconds")  # of timing.jsonl: what was drawn in vain is different each time
 
 
 def some_images(count: int = IMAGES) -> ImageSet:
@@ -50,9 +51,9 @@ def certified(classifier: SmoothedClassifier, out: Path, images: ImageSet, setti
 
 
 def contents(folder: Path) -> dict[str, object]:
-    """What a run leaves but its times: results, the table without its last column, timings without TIMES, labels."""
+    """What a run leaves but its times: results, the table without its last column, timings without COST, labels."""
     timings = [json.loads(line) for line in (folder / "timing.jsonl").read_text().splitlines()]
-    kept = [{name: value for name, value in timing.items() if name not in TIMES} for timing in timings]
+    kept = [{name: value for name, value in timing.items() if name not in COST} for timing in timings]
     table = [line.rpartition("\t")[0] for line in (folder / "results.tsv").read_text().splitlines()]
     summary = json.loads((folder / "summary.json").read_text()) | {"unet_calls": None}
     identity = json.loads((folder / "manifest.json").read_text())["identity_sha256"]
@@ -89,7 +90,7 @@ def killing(fleet: Fleet, times: int) -> Iterator[list[int]]:
 
     def kill() -> None:
         draw = random.Random(times)
-        while len(killed) < times and not over.wait(draw.uniform(0.05, 0.6)):
+        while len(killed) < times and not over.wait(draw.uniform(0.05, 3.0)):
             there = [member.engines.pid for member in fleet.members if member.engines and member.tasks]
             if (fresh := [pid for pid in there if pid not in killed]) and fleet.started:
                 killed.append(draw.choice(fresh))
@@ -118,9 +119,8 @@ def test_two_workers_killed_at_random_moments_give_what_one_process_gives(
                 assert contents(tmp_path / f"run{place}") == alone
                 if len(killed) == kills:
                     break
-        lost = sum(member.lost for member in fleet.members)
-        assert lost == len(killed) >= min(kills, 1)
-        assert f"{lost} lost so far" in fleet.status()
+        assert 1 <= fleet.lost <= len(killed) == kills  # one that was killed as a run ended is not missed
+        assert f"{fleet.lost} lost so far" in fleet.status()
     findings = audit.audit(tmp_path / "run1")
     assert not any(finding.faults for finding in findings)
 
@@ -150,6 +150,23 @@ class DiesOfAll(Worker):
         os._exit(1)
 
 
+class Sick(Worker):
+    """The first that is made raises at every task, as one does whose GPU has faulted; the one in its place is well."""
+
+    def draw(self, task: Task) -> Drawn:
+        if first_of_all(self):
+            raise ValueError("an illegal memory access was encountered")
+        return super().draw(task)
+
+
+def first_of_all(worker: Worker) -> bool:
+    """Whether no other was made before it, wherever."""
+    first = Path(os.environ["DENSEPURE_TEST_FIRST"])
+    with contextlib.suppress(FileExistsError), first.open("x") as file:
+        file.write(str(os.getpid()))
+    return first.read_text() == str(os.getpid())
+
+
 @pytest.mark.parametrize("actor", [DiesOfOne, pytest.param(RefusesOne, marks=pytest.mark.slow)])
 def test_an_image_that_workers_die_of_has_failed_and_the_others_are_as_ever(
     tmp_path: Path, alone: dict[str, object], actor: type[Worker]
@@ -158,14 +175,14 @@ def test_an_image_that_workers_die_of_has_failed_and_the_others_are_as_ever(
     failed = images.order[POISON]
     with cluster(actor) as (fleet, classifier):
         found = certified(classifier, tmp_path / "run", images)
-        assert sum(member.lost for member in fleet.members) in ((0,) if actor is RefusesOne else (DEATHS, DEATHS + 1))
+        assert fleet.lost in (DEATHS, DEATHS + 1)  # the first of them may have had other images too
     assert (found.failed, found.done, found.asked) == ((failed,), IMAGES - 1, IMAGES)
-    whole = json.loads(json.dumps(alone["summary"]))
-    assert found.accuracy[0] in (whole["accuracy"][0], pytest.approx(whole["accuracy"][0] - 1 / IMAGES))
     assert not (tmp_path / "run" / "seal.json").exists()
     results = alone["results"]
     assert isinstance(results, bytes)
     others = [line for line in results.splitlines() if json.loads(line)["idx"] != failed]
+    certified_others = sum(json.loads(line)["correct"] for line in others)
+    assert found.accuracy[0] == certified_others / IMAGES  # what failed counts as uncertified
     assert (tmp_path / "run" / "results.jsonl").read_bytes().splitlines() == others
     assert not any(finding.faults for finding in audit.audit(tmp_path / "run"))
     with load(secret=seeded_secret(SEED), threads=1, batch=8) as classifier:  # where nothing dies of it
@@ -206,6 +223,37 @@ def test_two_workers_are_as_much_faster_than_one_as_two_callers_in_one_process_a
     assert workers >= 0.9 * callers
 
 
+def test_a_sick_worker_is_replaced_and_no_image_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone: dict[str, object]
+) -> None:
+    monkeypatch.setenv("DENSEPURE_TEST_FIRST", str(tmp_path / "first"))
+    with cluster(Sick) as (fleet, classifier):
+        certified(classifier, tmp_path / "run", some_images())
+        assert fleet.lost == 1
+    assert contents(tmp_path / "run") == alone
+
+
+def test_the_fixed_rule_on_workers_that_are_all_killed_at_once_counts_each_phase_as_one_process_does(
+    tmp_path: Path,
+) -> None:
+    settings = Settings(sigma=1.0, steps=1, votes=1, n0=60, n=300, method="fixed")  # tasks end within a phase
+    images = some_images(6)
+    with load(secret=seeded_secret(SEED), threads=1, batch=8) as classifier:
+        certified(classifier, tmp_path / "alone", images, settings)
+    with cluster() as (fleet, classifier):
+        each = classifier.certify_each(images, settings)
+        found = [next(each)]
+        for member in fleet.there:
+            assert member.engines is not None
+            os.kill(member.engines.pid, signal.SIGKILL)
+        found += each
+        certified(classifier, tmp_path / "run", images, settings)
+        assert fleet.lost == 2
+    assert contents(tmp_path / "run") == contents(tmp_path / "alone")
+    records = [json.loads(line) for line in (tmp_path / "alone" / "results.jsonl").read_text().splitlines()]
+    assert [one.certificate.n_a for one in found] == [record["n_a"] for record in records]
+
+
 def test_when_workers_die_of_every_image_the_run_ends_and_says_that_it_is_not_the_images(tmp_path: Path) -> None:
     with cluster(DiesOfAll) as (_, classifier), pytest.raises(EnvironmentFault, match=f"{FAILURES} images in a row"):
         list(classifier.certify_each(some_images(), SETTINGS))
@@ -216,15 +264,7 @@ class OtherElsewhere(Worker):
 
     def engines(self) -> Engines:
         own = super().engines()
-        here = Path(os.environ["DENSEPURE_TEST_FIRST"])
-        try:
-            here.touch(exist_ok=False)
-            first = True
-        except FileExistsError:
-            first = here.read_text() == str(own.pid)
-        if first:
-            here.write_text(str(own.pid))
-        return replace(own, description={**own.description, "processor": "another"}) if first else own
+        return replace(own, description={**own.description, "processor": "another"}) if first_of_all(self) else own
 
 
 def test_the_samples_of_a_run_are_drawn_by_one_kind_of_workers_and_the_others_are_let_go(
@@ -234,7 +274,7 @@ def test_the_samples_of_a_run_are_drawn_by_one_kind_of_workers_and_the_others_ar
     own = load(secret=seeded_secret(SEED), threads=1, batch=8)
     device = dict(own.device.describe())
     own.close()
-    kind = Engines(own.bundle, device, __version__, 8, "here", 0).sha256
+    kind = Engines(own.bundle, device, __version__, 8, "here", "", 0).sha256
     fleet = open_fleet("ray", SHIPPED, 2, kind[:12], OtherElsewhere)
     with SmoothedClassifier(fleet.engines.bundle, fleet, seeded_secret(SEED)) as classifier:
         assert len(fleet.members) == 1
@@ -245,7 +285,7 @@ def test_the_samples_of_a_run_are_drawn_by_one_kind_of_workers_and_the_others_ar
 
 
 def engines(kind: str) -> Engines:
-    return Engines(open_bundle(shipped_engine()), {"processor": kind}, "1", 8, "node", 0)
+    return Engines(open_bundle(shipped_engine()), {"processor": kind}, __version__, 8, "node", "", 0)
 
 
 def test_the_largest_group_is_chosen_unless_another_is_named() -> None:
@@ -255,6 +295,11 @@ def test_the_largest_group_is_chosen_unless_another_is_named() -> None:
     with pytest.raises(UsageError, match="the groups are") as raised:
         chosen(opened, "no such hash")
     assert all(engines(kind).sha256[:8] in str(raised.value) for kind in "abc")
+
+
+def test_workers_of_another_version_are_no_workers() -> None:
+    with pytest.raises(EnvironmentFault, match="the workers have densepure-rt 0.0.1 on node"):
+        chosen([replace(engines("a"), version="0.0.1")], None)
 
 
 def test_a_worker_refuses_samples_that_are_for_other_engines() -> None:
@@ -283,11 +328,15 @@ def test_a_head_in_the_environment_that_does_not_answer_is_said_at_once(monkeypa
 
 
 def test_more_workers_than_there_is_room_for_and_engines_that_are_not_there_are_refused() -> None:
-    with pytest.raises(UsageError, match="1,000 workers of 1 CPU each"):
-        open_fleet("ray", SHIPPED, 1000)
-    with pytest.raises(UsageError, match="on a worker: no engine at"):
+    with pytest.raises(UsageError, match="a worker needs 1000 CPU on one machine; the cluster has"):
+        open_fleet("ray", replace(SHIPPED, threads=1000))
+    with pytest.raises(UsageError, match="run an .onnx engine"):
+        open_fleet("ray", replace(SHIPPED, engine=Path("unet.plan")))
+    with pytest.raises(EnvironmentFault, match="9 workers were asked for and not all there after 1 s"):
+        open_fleet("ray", SHIPPED, 9, timeout=1)
+    with pytest.raises(UsageError, match="a worker could not open the engines on .*: no engine at"):
         open_fleet("ray", replace(SHIPPED, engine=Path("/no/such/unet.onnx")), 1)
-    with pytest.raises(UsageError, match="counts from 1"):
+    with pytest.raises(UsageError, match="--workers 0: it is a count"):
         open_fleet("ray", SHIPPED, 0)
     assert not ray.is_initialized()
 

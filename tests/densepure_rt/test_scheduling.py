@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from densepure_rt.datasets import LabelledImage
 from densepure_rt.runtime.device import NOT_FINITE
 from densepure_rt.runtime.reverse import Outcome
-from densepure_rt.scheduling import Phases, Scheduler, Tally, UnderWay
+from densepure_rt.scheduling import LOST, NOTHING, Phases, Scheduler, Taken, Tally, UnderWay
 
 CLASSES = 4
 
@@ -64,9 +64,13 @@ def alone(handle: int, judge: Patient) -> list[int]:
 
 
 def run(
-    patients: list[Patient], most_open: int, room: int, take: Callable[[int], int]
+    patients: list[Patient],
+    most_open: int,
+    room: int,
+    take: Callable[[int], int],
+    pick: Callable[[int], int] = lambda waiting: 0,
 ) -> tuple[list[UnderWay[Patient]], int]:
-    """Draw up to `room` samples ahead and return them in the order of drawing, `take(waiting)` at a time."""
+    """Draw up to `room` samples ahead; `take(waiting)` of them come back at a time, each the `pick(waiting)`-th."""
     scheduler = Scheduler((under_way(i, patient) for i, patient in enumerate(patients)), most_open)
     work, waiting, drawn = iter(scheduler), deque[tuple[int, int]](), 0
     finished: list[UnderWay[Patient]] = []
@@ -83,6 +87,7 @@ def run(
         if not waiting:
             break
         for _ in range(max(1, min(len(waiting), take(len(waiting))))):
+            waiting.rotate(-pick(len(waiting)))
             handle, sample = waiting.popleft()
             label = label_of(handle, sample)
             for closed in scheduler.add(Outcome(handle, sample, label, 1, 1)):
@@ -96,11 +101,11 @@ PATIENTS = st.lists(st.builds(Patient, st.integers(1, 9), st.integers(1, 6), st.
 
 @settings(deadline=None, max_examples=200)
 @given(PATIENTS, st.integers(1, 5), st.integers(1, 40), st.randoms(use_true_random=False))
-def test_every_image_is_judged_as_if_it_were_alone(
+def test_every_image_is_judged_as_if_it_were_alone_in_whatever_order_outcomes_come(
     patients: list[Patient], most_open: int, room: int, chance: random.Random
 ) -> None:
     expected = [alone(i, Patient(p.look, p.last, p.enough)) for i, p in enumerate(patients)]
-    finished, _ = run(patients, most_open, room, lambda waiting: chance.randint(1, waiting))
+    finished, _ = run(patients, most_open, room, lambda waiting: chance.randint(1, waiting), chance.randrange)
     assert [each.image.idx for each in finished] == list(range(len(patients)))
     assert [each.judge.seen for each in finished] == expected
     assert [each.cost.samples for each in finished] == [len(seen) for seen in expected]
@@ -192,3 +197,40 @@ def test_phases_follow_each_other_with_indices_of_their_own() -> None:
     assert tally.needed == 0
     assert [count.tolist() for count in tally.counts] == [[0, 0, 0, 2], [0, 2, 0, 0]]
     assert tally.not_finite == 1
+
+
+@given(st.permutations([(5, 0), (5, 1), (6, 0), (6, 1), (6, 2)]))
+def test_a_sample_is_counted_for_its_own_phase_whenever_it_comes(order: list[tuple[int, int]]) -> None:
+    label = {(5, 0): 3, (5, 1): 3, (6, 0): 1, (6, 1): NOT_FINITE, (6, 2): 1}
+    tally = Tally((("select", 2), ("certify", 3)), CLASSES)
+    found = UnderWay(image(0), tally, lambda phases: [5, 6])
+    found.open()
+    assert {found.draw() for _ in range(5)} == set(order)
+    for handle, sample in order:
+        assert not found.decided
+        found.add(Outcome(handle, sample, label[handle, sample], 1, 1))
+    assert found.decided
+    assert [count.tolist() for count in tally.counts] == [[0, 0, 0, 2], [0, 2, 0, 0]]
+
+
+def test_an_image_of_which_a_sample_is_lost_has_failed_and_its_others_change_nothing() -> None:
+    kept: list[int] = []
+
+    class Kept:
+        def taken(self, idx: int) -> Taken:
+            return NOTHING
+
+        def add(self, idx: int, outcome: Outcome) -> None:
+            kept.append(outcome.label)
+
+    tally = Tally((("certify", 5),), CLASSES)
+    found = UnderWay(image(0), tally, lambda phases: [5], journal=Kept())
+    found.open()
+    drawn = [found.draw() for _ in range(4)]
+    for sample, label in ((0, 3), (2, 1), (1, LOST), (3, 1)):
+        found.add(Outcome(*drawn[sample], label, 1, 1))
+    assert found.failed
+    assert found.decided
+    assert found.idle
+    assert kept == [3]
+    assert tally.counts[0].sum() == 1
