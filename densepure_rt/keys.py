@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import math
 import os
@@ -10,13 +11,15 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from densepure_rt import logs
 from densepure_rt.errors import EnvironmentFault, UsageError
 
 SECRET_BYTES = 32
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # what file systems without hard links answer
 
 
 def new_secret() -> bytes:
@@ -38,35 +41,89 @@ def stored_key(file: Path) -> bytes | None:
 
 def store_key(file: Path, secret: bytes) -> None:
     """Write a key file, readable by its owner alone, in place of what is there. Raises OSError."""
-    written(file, secret).replace(file)
+    with beside(file, secret) as new:
+        new.replace(file)
 
 
 def shared_key(file: Path) -> bytes:
-    """The secret in a key file, which is made where there is none: all who name the file get the same one."""
+    """The secret in a key file, which is made where there is none: all who name the file get the same one.
+
+    Raises UsageError where it was retired, EnvironmentFault where it cannot be made.
+    """
+    if os.path.exists(retired(file)):  # which takes any name for an answer
+        raise UsageError(
+            f"the secret of {file} has been revealed and is now in {retired(file).name}, so that no more noise may be "
+            f"drawn with it: name another key file"
+        )
     found = stored_key(file)
     if found is None:
         try:
-            new = written(file, new_secret())
-            with contextlib.suppress(FileExistsError):  # somebody else was first
-                os.link(new, file)
-            new.unlink()
+            make_key(file)
         except OSError as error:
             raise EnvironmentFault(f"cannot write the key {file} ({error.strerror})") from error
         found = stored_key(file)
     if found is None:
         raise EnvironmentFault(f"the key {file} was removed while it was made")
+    warn_of_readers(file)
     return found
 
 
-def written(file: Path, secret: bytes) -> Path:
-    """A file beside it that no one else writes, holding the secret."""
+def make_key(file: Path) -> None:
+    """Write a key file with a new secret, whole at once, unless somebody else was first. Raises OSError."""
+    secret = new_secret()
+    with beside(file, secret) as new, contextlib.suppress(FileExistsError):
+        try:
+            os.link(new, file)
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            write_new(file, secret)  # who reads it at this very moment finds a part, which is no key
+
+
+@contextmanager
+def beside(file: Path, secret: bytes) -> Iterator[Path]:
+    """A file beside it that no one else writes, holding the secret; gone when the block ends."""
     new = file.with_name(f"{file.name}.{secrets.token_hex(8)}.new")
-    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        write_new(new, secret)
+        yield new
+    finally:
+        new.unlink(missing_ok=True)
+
+
+def warn_of_readers(file: Path) -> None:
+    """Log a warning where others than its owner may read or write a key file."""
+    with contextlib.suppress(OSError):
+        if os.name == "posix" and (mode := file.stat().st_mode & 0o777) & 0o077:
+            logs.say(f"others may read or write the key {file} (mode {mode:o}): chmod 600 {file}", logging.WARNING)
+
+
+def retired(file: Path) -> Path:
+    """The name of a key file once its secret is public."""
+    return Path(f"{file}.revealed")
+
+
+def retire(file: Path, secret: bytes) -> None:
+    """Rename a key file whose secret is public, so that `shared_key` refuses it. Once is as good as twice.
+
+    Raises UsageError when it holds another secret, EnvironmentFault when it cannot be renamed.
+    """
+    if secret not in (found := stored_key(file), stored_key(retired(file))):
+        raise UsageError(f"{file} does not hold the secret of this run: name the key file that the run was keyed with")
+    try:
+        if found == secret:
+            file.replace(retired(file))
+    except OSError as error:
+        raise EnvironmentFault(f"cannot rename the key {file} ({error.strerror}): remove it yourself") from error
+
+
+def write_new(file: Path, secret: bytes) -> None:
+    """Write a key file where there is nothing yet, readable by its owner alone. Raises OSError."""
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w", encoding="ascii") as key:
         key.write(secret.hex() + "\n")
         key.flush()
         os.fsync(descriptor)
-    return new
 
 
 class RotatingSecret:

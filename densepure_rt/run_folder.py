@@ -33,7 +33,7 @@ from PIL import Image
 
 from densepure_rt.certification import Certificate, floored
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
-from densepure_rt.keys import shared_key, store_key, stored_key
+from densepure_rt.keys import retire, shared_key, store_key, stored_key
 from densepure_rt.ledger import NAME as LEDGER
 from densepure_rt.ledger import Ledger
 from densepure_rt.records import (
@@ -170,15 +170,20 @@ def secret_to_go_on(path: Path) -> bytes | None:
     return stored_key(path / KEY)
 
 
-def reveal(path: Path) -> str:
+def reveal(path: Path, key: Path | None = None) -> str:
     """Make the secret of a run public: into its manifest, and the key file takes another name. The secret, hex.
 
-    From then on anybody can draw the run's noise again, and no new noise is drawn with it. To be repeated when it was
-    cut short. Raises UsageError where there is no secret to reveal, CheckFailed when the folder was tampered with.
+    From then on anybody can draw the run's noise again, and no new noise is drawn with it. key: the file that the run
+    was keyed with, which takes another name too. To be repeated when it was cut short.
+
+    Raises UsageError where there is no secret to reveal, or `key` holds another one; CheckFailed when the folder was
+    tampered with.
     """
     with writing(path), Ledger(path / LEDGER) as ledger:
         manifest = read_manifest(path)
         secret = stored_key(path / KEY) or stored_key(path / REVEALED)
+        if secret is None and (revealed := manifest.provenance.revealed_secret) is not None:
+            secret = bytes.fromhex(revealed)
         if secret is None:
             public = manifest.identity.public_seed is not None
             why = "its seed is public already" if public else f"{KEY} is missing"
@@ -188,8 +193,10 @@ def reveal(path: Path) -> str:
         sealed = (path / SEAL).exists()
         if sealed and manifest.provenance.revealed_secret is None:
             refuse_broken_seal(path, ledger)
+        if key is not None:
+            retire(key, secret)  # first, as below: what may be public is never drawn with again
         if (path / KEY).exists():
-            (path / KEY).replace(path / REVEALED)  # first: what may be public is never drawn with again
+            (path / KEY).replace(path / REVEALED)
         provenance = replace(manifest.provenance, revealed_secret=secret.hex())
         replaced(path / MANIFEST, page(replace(manifest, provenance=provenance)))
         if sealed:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import math
+import os
 import shutil
 import stat
 import threading
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from densepure_rt.errors import EnvironmentFault, UsageError
-from densepure_rt.keys import RotatingSecret, new_secret, shared_key, store_key, stored_key
+from densepure_rt.keys import RotatingSecret, make_key, new_secret, retire, shared_key, store_key, stored_key
 
 
 def test_all_who_name_a_key_file_get_the_same_secret_however_they_come(tmp_path: Path) -> None:
@@ -48,6 +50,54 @@ def test_no_file_is_no_key_and_another_file_is_refused(tmp_path: Path) -> None:
 def test_where_no_file_can_be_made_the_key_says_so(tmp_path: Path) -> None:
     with pytest.raises(EnvironmentFault, match="cannot write the key"):
         shared_key(tmp_path / "no" / "such" / "folder.key")
+
+
+def test_a_retired_key_file_draws_no_more_noise_and_is_not_made_anew(tmp_path: Path) -> None:
+    file = tmp_path / "noise.key"
+    secret = shared_key(file)
+    with pytest.raises(UsageError, match="does not hold the secret of this run"):
+        retire(file, new_secret())
+    for _ in range(2):
+        retire(file, secret)
+        assert [path.name for path in tmp_path.iterdir()] == ["noise.key.revealed"]
+    store_key(file, secret)  # as from a backup
+    for draw in (shared_key, RotatingSecret):
+        with pytest.raises(UsageError, match=r"noise\.key has been revealed .*: name another key file"):
+            draw(file)
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOTSUP])
+def test_where_there_are_no_hard_links_the_first_one_still_makes_the_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "link", refuse)
+    found = shared_key(tmp_path / "noise.key")
+    make_key(tmp_path / "noise.key")  # as one that comes second
+    assert shared_key(tmp_path / "noise.key") == found
+    assert [(path.name, stat.S_IMODE(path.stat().st_mode)) for path in tmp_path.iterdir()] == [("noise.key", 0o600)]
+
+
+def test_a_key_that_cannot_be_put_in_its_place_leaves_no_copy_of_the_secret(tmp_path: Path) -> None:
+    (tmp_path / "noise.key").mkdir()
+    with pytest.raises(IsADirectoryError):
+        store_key(tmp_path / "noise.key", new_secret())
+    assert [path.name for path in tmp_path.iterdir()] == ["noise.key"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there are no modes")
+def test_a_key_that_others_may_read_is_said_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "noise.key"
+    shared_key(file)
+    assert caplog.messages == []
+    for mode in (0o644, 0o620):
+        file.chmod(mode)
+        shared_key(file)
+        (said,) = caplog.messages
+        assert said == f"others may read or write the key {file} (mode {mode:o}): chmod 600 {file}"
+        caplog.clear()
 
 
 class Clock:
