@@ -38,13 +38,13 @@ from densepure_rt.options import (
     radii_of,
     seconds_of,
 )
-from densepure_rt.run_commands import compare, merge, report
+from densepure_rt.run_commands import compare, merge, print_attacks, report
 from densepure_rt.serve_command import serve
 
 if TYPE_CHECKING:
     from densepure_rt.datasets import ImageSet
     from densepure_rt.forecast import Forecast, Range
-    from densepure_rt.records import Abstention, AttackRecord, Summary
+    from densepure_rt.records import Abstention, Summary
     from densepure_rt.shards import Shard
     from densepure_rt.smoothing import Predicted, Settings, SmoothedClassifier
 
@@ -221,6 +221,8 @@ def certify(
     part = None if shard is None else Shard.parsed(shard)
     if part is not None and out is None and not dry_run:
         raise UsageError(f"--shard {part} needs a folder of its own, to go on in after a stop: name it with --out")
+    if part is not None and falsify is not None:
+        raise UsageError(f"--falsify attacks a whole run, not shard {part}: ask for it once more when all are merged")
     secret = None if dry_run else secret_of(seed, key, out)
     if part is not None and seed is None and secret is None and not dry_run:
         raise UsageError(f"--shard {part} needs the secret that all shards share: name one file for all of them, --key")
@@ -437,23 +439,6 @@ def open_image_set(path: Path | None, smoothed: SmoothedClassifier, skip: int, l
 
     limit = SHIPPED_MAX if path is None and limit is None else limit
     return open_images(path, smoothed.bundle.unet.image, smoothed.class_names).select(skip, limit)
-
-
-def print_attacks(attacks: Sequence[AttackRecord]) -> None:
-    """Exit code 1 when a certificate is broken."""
-    broken = [attack for attack in attacks if attack.broken]
-    for attack in broken:
-        stderr.print(
-            f"error: image {attack.idx}: {attack.votes} of {attack.n} samples are for class {attack.label} at a "
-            f"distance of {attack.distance}, inside the certified radius {attack.radius:g}"
-        )
-    samples = sum(attack.samples for attack in attacks)
-    if not attacks:
-        stderr.print("no certificate was attacked: the share of the samples does not pay for an attack, ask for more")
-    else:
-        stderr.print(f"{plural(len(attacks), 'certificate')} attacked with {samples:,} samples, {len(broken)} broken")
-    if broken:
-        raise typer.Exit(CheckFailed.exit_code)
 
 
 def none_as(default: int, value: int | None) -> int:

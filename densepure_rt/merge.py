@@ -51,7 +51,7 @@ from densepure_rt.run_folder import (
     reveal,
     writing,
 )
-from densepure_rt.run_reader import content, read_lines
+from densepure_rt.run_reader import content, read_attacks
 from densepure_rt.shards import Shard
 from densepure_rt.smoothing import commitment
 
@@ -110,7 +110,7 @@ def read_part(path: Path, manifest: Manifest) -> Part:
         for image in ledger.done():
             check_image(image, manifest, path / LEDGER)
             images[image.place] = image.idx
-    attacks = tuple(read_lines(path / ATTACKS, AttackRecord)) if (path / ATTACKS).exists() else None
+    attacks = read_attacks(path)
     if strange := {attack.idx for attack in attacks or ()}.difference(images.values()):
         raise CheckFailed(f"{path / ATTACKS} names images that the shard does not hold: {named(sorted(strange))}")
     secret = secret_of(path, manifest)

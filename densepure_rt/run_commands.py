@@ -12,12 +12,13 @@ import typer
 from rich.table import Table
 
 from densepure_rt.audit_commands import secret_of
-from densepure_rt.console import Json, plural, rows, stdout
+from densepure_rt.console import Json, plural, rows, stderr, stdout
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 
 if TYPE_CHECKING:
     from densepure_rt.compare import Change, Comparison
     from densepure_rt.gallery import Shown
+    from densepure_rt.records import AttackRecord
 
 ALSO = ("png", "svg", "md")
 MOST_CHANGES = 10  # images of each kind that `compare` prints
@@ -120,21 +121,42 @@ def merge(
 ) -> None:
     """Make one run of its shards: the folder that a single process would have left.
 
-    Exit code 2 when images are missing or in two shards, 1 when a shard is not complete or not what was sealed.
+    Exit code 2 when images are missing or in two shards, 1 when a shard is not complete or not what was sealed, or an
+    attack has broken a certificate.
     """
     from densepure_rt.certify_run import accuracy_so_far
     from densepure_rt.merge import merge as merged
+    from densepure_rt.run_reader import read_attacks
 
-    summary = merged(shards, out)
+    summary, attacks = merged(shards, out), read_attacks(out)
     if as_json:
         print(json.dumps(dataclasses.asdict(summary) | {"out": str(out)}))
-        return
-    stdout.print(
-        f"{plural(len(shards), 'shard')} merged: {plural(summary.done, 'image')}, {summary.abstained} abstained"
-    )
-    if any(share is not None for share in summary.accuracy):
-        stdout.print(accuracy_so_far(summary))
-    stdout.print(f"results in {out}")
+    else:
+        stdout.print(
+            f"{plural(len(shards), 'shard')} merged: {plural(summary.done, 'image')}, {summary.abstained} abstained"
+        )
+        if any(share is not None for share in summary.accuracy):
+            stdout.print(accuracy_so_far(summary))
+        stdout.print(f"results in {out}")
+    if attacks is not None:
+        print_attacks(attacks)
+
+
+def print_attacks(attacks: Sequence[AttackRecord]) -> None:
+    """Exit code 1 when a certificate is broken."""
+    broken = [attack for attack in attacks if attack.broken]
+    for attack in broken:
+        stderr.print(
+            f"error: image {attack.idx}: {attack.votes} of {attack.n} samples are for class {attack.label} at a "
+            f"distance of {attack.distance}, inside the certified radius {attack.radius:g}"
+        )
+    samples = sum(attack.samples for attack in attacks)
+    if not attacks:
+        stderr.print("no certificate was attacked: the share of the samples does not pay for an attack, ask for more")
+    else:
+        stderr.print(f"{plural(len(attacks), 'certificate')} attacked with {samples:,} samples, {len(broken)} broken")
+    if broken:
+        raise typer.Exit(CheckFailed.exit_code)
 
 
 def print_comparison(found: Comparison) -> None:

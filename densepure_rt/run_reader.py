@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
-from densepure_rt.records import ImageRecord, Manifest, Summary, TimingRecord, parsed
-from densepure_rt.run_folder import SUMMARY, read_manifest
+from densepure_rt.records import AttackRecord, ImageRecord, Manifest, Summary, TimingRecord, parsed
+from densepure_rt.run_folder import ATTACKS, SUMMARY, read_manifest
 
 T = TypeVar("T")
 
@@ -41,6 +41,11 @@ def read_run(path: Path) -> Run:
             raise CheckFailed(f"{path}: results.jsonl names image {record.idx} where timing.jsonl names {timing.idx}")
     summary = parsed(Summary, content(path / SUMMARY), str(path / SUMMARY)) if (path / SUMMARY).exists() else None
     return Run(path, manifest, tuple(records[:done]), tuple(timings[:done]), summary)
+
+
+def read_attacks(path: Path) -> tuple[AttackRecord, ...] | None:
+    """The attacks on a run's certificates; None where none were asked for."""
+    return tuple(read_lines(path / ATTACKS, AttackRecord)) if (path / ATTACKS).exists() else None
 
 
 def read_lines(path: Path, kind: type[T]) -> list[T]:

@@ -354,7 +354,8 @@ def test_a_secret_that_the_manifest_alone_reveals_is_revealed_of_the_run(tmp_pat
 
 
 def attack(idx: int, broken: bool = False) -> AttackRecord:
-    return AttackRecord(idx, 0.125, broken, "noise", 1, 1, 40, None, None, None, None, None)
+    found = (0.04, 7, 25, 25, 5e-7) if broken else (None,) * 5
+    return AttackRecord(idx, 0.125, broken, "noise", 1, 1, 40, *found)
 
 
 def attacked(path: Path, shard: str, *attacks: AttackRecord) -> Path:
@@ -380,6 +381,16 @@ def test_attacks_are_merged_in_the_order_of_the_images_with_the_pictures_of_thos
     assert [json.loads(line)["idx"] for line in lines] == [10, 20, 40, 50]
     assert (tmp_path / "merged" / "broken-50.png").read_bytes() == b"a picture"
     assert "falsify.jsonl" in json.loads((tmp_path / "merged" / "seal.json").read_text())["sha256"]
+
+
+def test_a_certificate_that_an_attack_on_a_shard_has_broken_is_said_with_exit_code_1(tmp_path: Path) -> None:
+    one, other = attacked(tmp_path / "1", "1/2", attack(20)), attacked(tmp_path / "2", "2/2", attack(50, broken=True))
+    for _ in range(2):  # also when it was merged before
+        for json_or_not in ((), ("--json",)):
+            done = cli("merge", one, other, "--out", tmp_path / "merged", *json_or_not)
+            assert done.returncode == 1
+            assert "error: image 50: 25 of 25 samples are for class 7 at a distance of 0.04" in done.stderr
+            assert "2 certificates attacked with 80 samples, 1 broken" in done.stderr
 
 
 def test_an_attack_on_an_image_of_another_shard_is_refused(tmp_path: Path) -> None:

@@ -92,6 +92,7 @@ Certify = Callable[..., "subprocess.CompletedProcess[str]"]
     ("options", "words"),
     [
         (("--shard", "1/2", "--seed", 1), "needs a folder of its own"),
+        (("--shard", "1/2", "--out", "new", "--seed", 1, "--falsify", 1), "--falsify attacks a whole run"),
         (("--shard", "1/2", "--out", "new"), "needs the secret that all shards share"),
         (("--shard", "3/2", "--out", "new", "--seed", 1), "'3/2' is no shard"),
         (("--key", "noise.key", "--seed", 1), "--seed and --key"),
