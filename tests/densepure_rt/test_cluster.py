@@ -84,13 +84,16 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
 
 @contextmanager
 def killing(fleet: Fleet, times: int) -> Iterator[list[int]]:
-    """Workers are killed meanwhile, one of those that are there at a time; yields their processes."""
+    """Workers are killed meanwhile, one of those at work at a time; yields their processes.
+
+    A few seconds apart: faster, and the same samples might be what three workers in a row are killed at.
+    """
     killed: list[int] = []
     over = threading.Event()
 
     def kill() -> None:
         draw = random.Random(times)
-        while len(killed) < times and not over.wait(draw.uniform(0.05, 3.0)):
+        while len(killed) < times and not over.wait(draw.uniform(0.5, 6.0)):
             there = [member.engines.pid for member in fleet.members if member.engines and member.tasks]
             if (fresh := [pid for pid in there if pid not in killed]) and fleet.started:
                 killed.append(draw.choice(fresh))
