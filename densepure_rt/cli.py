@@ -21,13 +21,14 @@ from densepure_rt.audit_commands import audit, replay, reveal
 from densepure_rt.console import Json, Status, be_quiet, duration, plural, rows, stderr, stdout, track
 from densepure_rt.errors import CheckFailed, DensePureError, EnvironmentFault, UsageError
 from densepure_rt.import_command import import_
-from densepure_rt.model_commands import ProviderName, bench, export, gradient_proposals, parity
+from densepure_rt.model_commands import bench, export, gradient_proposals, parity
 from densepure_rt.options import (
     Alpha,
     BatchSize,
     ClassifierFile,
     Engine,
     EngineHash,
+    ProviderName,
     Rule,
     Seed,
     Sigma,
@@ -35,6 +36,7 @@ from densepure_rt.options import (
     Threads,
     Trust,
     Votes,
+    folder_of,
     radii_of,
     seconds_of,
 )
@@ -167,7 +169,11 @@ def certify(
     trust: Trust = False,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for the results; a run that is there goes on. Default: runs/certify-TIME, new."),
+        typer.Option(
+            parser=folder_of,
+            metavar="PATH",
+            help="Folder for the results; a run that is there goes on. Default: runs/certify-TIME, new.",
+        ),
     ] = None,
     cluster: Annotated[
         str | None,
@@ -288,6 +294,9 @@ def predict(
 
     An image is sampled until one class has more than half of all votes but for probability alpha, or n are taken.
     """
+    from densepure_rt import logs
+
+    logs.set_up(verbose=False, file=None)
     settings = make_settings(
         context, sigma=sigma, steps=steps, votes=votes, n=n, alpha=alpha, timestep_rule=timestep_rule
     )

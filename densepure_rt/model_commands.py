@@ -17,6 +17,7 @@ from densepure_rt.benchmark_tables import print_benchmark
 from densepure_rt.console import Json, Status, plural, stderr, stdout, track
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.model_options import ModelOptions, with_models
+from densepure_rt.options import ProviderName
 from densepure_rt.procedure_tables import draw_procedures, print_procedures
 
 if TYPE_CHECKING:
@@ -33,9 +34,6 @@ if TYPE_CHECKING:
 
 EngineFile = Annotated[
     Path | None, typer.Option("--engine", help="Step engine, ONNX file or plan; default: the one that ships.")
-]
-ProviderName = Annotated[
-    str, typer.Option("--provider", help="What ONNX Runtime runs .onnx engines on: cpu, cuda or tensorrt.")
 ]
 COMPARED = 5  # images, by `parity`, unless told
 CERTIFIED = 10  # images, by `bench --procedure`, unless told

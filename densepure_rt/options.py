@@ -16,6 +16,9 @@ Engine = Annotated[
 ClassifierFile = Annotated[
     Path | None, typer.Option("--classifier", help="Classifier engine; default: the one that the sidecar names.")
 ]
+ProviderName = Annotated[
+    str, typer.Option("--provider", help="What ONNX Runtime runs .onnx engines on: cpu, cuda or tensorrt.")
+]
 Sigma = Annotated[float, typer.Option(help="Standard deviation of the smoothing noise, in [0, 1] pixel units.")]
 Steps = Annotated[
     int, typer.Option(help="Reverse steps (b). 1: one-shot denoising; 0: the classifier alone, plain smoothing.")
@@ -44,6 +47,13 @@ Seed = Annotated[
 EngineHash = Annotated[
     str | None, typer.Option("--engine-sha256", help="Refuse the engine unless its SHA-256 is this one.")
 ]
+
+
+def folder_of(text: str) -> Path:
+    """A folder's path. The empty name, such as that of a shell variable that is not set, would be the folder here."""
+    if not text:
+        raise UsageError("it is empty, and names no folder")
+    return Path(text)
 
 
 def radii_of(radii: str | None, radii_sigma: str | None, sigma: float) -> tuple[float, ...] | None:

@@ -14,6 +14,7 @@ from rich.table import Table
 from densepure_rt.audit_commands import secret_of
 from densepure_rt.console import Json, plural, rows, stderr, stdout
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
+from densepure_rt.options import folder_of
 
 if TYPE_CHECKING:
     from densepure_rt.compare import Change, Comparison
@@ -116,7 +117,14 @@ def merge(
     shards: Annotated[
         list[Path], typer.Argument(metavar="SHARD", help="The folders of certify --shard, all of one run.")
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the whole run; a merge that was cut short is made again.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            parser=folder_of,
+            metavar="PATH",
+            help="Folder for the whole run; a merge that was cut short is made again.",
+        ),
+    ],
     as_json: Json = False,
 ) -> None:
     """Make one run of its shards: the folder that a single process would have left.

@@ -9,13 +9,13 @@ import typer
 
 from densepure_rt.console import stderr
 from densepure_rt.errors import EnvironmentFault
-from densepure_rt.model_commands import ProviderName
 from densepure_rt.options import (
     Alpha,
     BatchSize,
     ClassifierFile,
     Engine,
     EngineHash,
+    ProviderName,
     Rule,
     Seed,
     Sigma,
@@ -58,6 +58,13 @@ def serve(
     host: Annotated[
         str, typer.Option(help="Address to listen at; 0.0.0.0 for all. There is no login: others must be trusted.")
     ] = "127.0.0.1",
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Name by which it may be asked besides localhost and its address, such as a proxy's; may be repeated. "
+            "Without one, a server at --host 0.0.0.0 or the like goes by any name."
+        ),
+    ] = None,
     port: Annotated[int, typer.Option(help="0: any that is free; it is printed.")] = 8000,
     queue: Annotated[
         int, typer.Option(help="Images that may be open at a time; what comes beyond is told to come again (503).")
@@ -109,6 +116,7 @@ def serve(
     settings = Settings(**asked)
     deadlines = server.Deadlines(seconds_of(deadline, "--deadline"), seconds_of(max_deadline, "--max-deadline"))
     drain_seconds, lifetime = seconds_of(drain, "--drain"), seconds_of(rotate, "--rotate")
+    names = hosts_of(host, allow_host or ())
     secret = RotatingSecret(key, lifetime, None if seed is None else seeded_secret(seed))
     if seed is not None:
         stderr.print("seed public: answers are valid only for images fixed before the seed was chosen")
@@ -125,7 +133,7 @@ def serve(
         ) as smoothed,
         Service(smoothed, settings, secret, queue) as service,
     ):
-        app = server.make_app(service, deadlines, not no_demo, provider_of(provider))
+        app = server.make_app(service, deadlines, not no_demo, provider_of(provider), names)
         at = server.address(listener)
 
         def started() -> None:

@@ -471,4 +471,6 @@ def test_the_command_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: 3 images of 7 missing")
     assert cli("merge", tmp_path / "nowhere", "--out", tmp_path / "merged").returncode == 2
+    assert (nameless := cli("merge", one, "--out", "")).returncode == 2
+    assert "names no folder" in nameless.stderr
     assert cli("merge", make(tmp_path / "2", "2/2", left=1), one, "--out", tmp_path / "merged").returncode == 1

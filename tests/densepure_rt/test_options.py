@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 
 from densepure_rt.errors import UsageError
-from densepure_rt.options import radii_of, seconds_of
+from densepure_rt.options import folder_of, radii_of, seconds_of
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90", 90), ("30s", 30), ("1.5 min", 90), (" 2h ", 7200)])
@@ -15,6 +16,12 @@ def test_times_are_said_in_seconds_minutes_or_hours(text: str, seconds: float) -
 
 def test_no_budget_is_no_limit() -> None:
     assert seconds_of(None, "--budget") == math.inf
+
+
+def test_a_folder_of_no_name_is_not_the_folder_here() -> None:
+    assert folder_of(".") == Path()
+    with pytest.raises(UsageError, match="it is empty"):
+        folder_of("")
 
 
 @pytest.mark.parametrize("text", ["", "s", "0", "-1s", "nan", "inf", "1d", "1 s min", "1e999h"])

@@ -94,6 +94,7 @@ Certify = Callable[..., "subprocess.CompletedProcess[str]"]
         (("--shard", "1/2", "--seed", 1), "needs a folder of its own"),
         (("--shard", "1/2", "--out", "new", "--seed", 1, "--falsify", 1), "--falsify attacks a whole run"),
         (("--shard", "1/2", "--out", "new"), "needs the secret that all shards share"),
+        (("--seed", 1, "--out", ""), "names no folder"),
         (("--shard", "3/2", "--out", "new", "--seed", 1), "'3/2' is no shard"),
         (("--key", "noise.key", "--seed", 1), "--seed and --key"),
         (("--key", "other.key", "--out", "second", "--shard", "2/2"), "other.key is not there"),
