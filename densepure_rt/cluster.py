@@ -156,7 +156,7 @@ def open_fleet(
                 num_cpus=needs["CPU"],
                 num_gpus=needs.get("GPU", 0),
                 max_restarts=0,
-                scheduling_strategy="DEFAULT" if member.engines is None else same_machine(member.engines),
+                scheduling_strategy="DEFAULT" if member.home is None else NodeAffinity(member.home, soft=True),
             ).remote(recipe)
             member.opening = member.actor.engines.remote()
 
@@ -176,11 +176,6 @@ def open_fleet(
         raise
 
 
-def same_machine(engines: Engines) -> NodeAffinity:
-    """Where a worker with these engines is put, while that machine is there: another may be of another kind."""
-    return NodeAffinity(engines.node_id, soft=True)
-
-
 def room_for(needs: Mapping[str, float]) -> int:
     """How many workers fit, machine by machine, into what is free. Raises UsageError where none does."""
     machines: list[Mapping[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
@@ -188,14 +183,12 @@ def room_for(needs: Mapping[str, float]) -> int:
     free: Mapping[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
     if room := min(sum(each), *(int(free.get(name, 0) // amount) for name, amount in needs.items())):
         return room
-    asked, found, left = (
-        ", ".join(f"{some.get(name, 0):g} {name}" for name in needs)
-        for some in (needs, {name: sum(machine.get(name, 0) for machine in machines) for name in needs}, free)
-    )
-    move = "no machine has a GPU for a plan: run an .onnx engine" if not any(m.get("GPU") for m in machines) else "wait"
+    total = {name: sum(machine.get(name, 0) for machine in machines) for name in needs}
+    asked, found, left = (", ".join(f"{some.get(name, 0):g} {name}" for name in needs) for some in (needs, total, free))
+    move = "run an .onnx engine on CPUs" if "GPU" in needs else "ask for fewer --threads"
     raise UsageError(
-        f"a worker needs {asked} on one machine; the cluster has {found}, of which {left} free: "
-        f"{move if 'GPU' in needs else 'ask for fewer --threads, or wait for the others'}"
+        f"a worker needs {asked} on one machine; the cluster has {found}, of which {left} free: {move}, or wait until "
+        f"others are done"
     )
 
 
@@ -249,7 +242,7 @@ def opened_by(members: Sequence[Member], timeout: float) -> list[Engines]:
     except (ray.exceptions.RayError, ConnectionError) as error:
         raise EnvironmentFault(f"a worker could not be started ({cause_of(error)})") from error
     for member, engines in zip(members, found, strict=True):
-        member.engines, member.opening = engines, None
+        member.engines, member.home, member.opening = engines, engines.node_id, None
     return found
 
 

@@ -121,7 +121,7 @@ class Portion(NamedTuple):
 class Member:
     """A worker as the driver sees it.
 
-    opening: what will be its engines; None once they are there. tasks: by their references, the one that it works on
+    home: the machine that it was first on; another may be of another kind. opening: what will be its engines; None once they are there. tasks: by their references, the one that it works on
     first. refused: how often in a row it could not open its engines.
     """
 
@@ -129,6 +129,7 @@ class Member:
     actor: Any
     opening: Any
     engines: Engines | None = None
+    home: str | None = None
     tasks: dict[Any, Portion] = field(default_factory=dict)
     refused: int = 0
     samples: int = 0
@@ -353,7 +354,7 @@ class _Driver:
         """Start another worker in its place, unless it failed to open its engines too often."""
         self.fleet.lost += 1
         where = "" if member.engines is None else f" on {member.engines.node}"
-        member.opening = None
+        member.engines = member.opening = None
         if member.refused >= REFUSALS:
             said = f"worker {member.number}{where} is given up ({cause})"
             self.fleet.dismiss(member)
@@ -361,7 +362,6 @@ class _Driver:
         else:
             said = f"worker {member.number}{where} is lost ({cause}): another is started in its place"
             self.fleet.spawn(member)
-        member.engines = None
         logs.say(said, logging.WARNING, worker=member.number, lost=self.fleet.lost)
 
     def give_up_waiting(self) -> None:

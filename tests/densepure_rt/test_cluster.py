@@ -333,7 +333,7 @@ def test_a_head_in_the_environment_that_does_not_answer_is_said_at_once(monkeypa
 def test_more_workers_than_there_is_room_for_and_engines_that_are_not_there_are_refused() -> None:
     with pytest.raises(UsageError, match="a worker needs 1000 CPU on one machine; the cluster has"):
         open_fleet("ray", replace(SHIPPED, threads=1000))
-    with pytest.raises(UsageError, match="run an .onnx engine"):
+    with pytest.raises(UsageError, match="run an .onnx engine on CPUs"):
         open_fleet("ray", replace(SHIPPED, engine=Path("unet.plan")))
     with pytest.raises(EnvironmentFault, match="9 workers were asked for and not all there after 1 s"):
         open_fleet("ray", SHIPPED, 9, timeout=1)
