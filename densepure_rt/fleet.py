@@ -121,8 +121,9 @@ class Portion(NamedTuple):
 class Member:
     """A worker as the driver sees it.
 
-    home: the machine that it was first on; another may be of another kind. opening: what will be its engines; None once they are there. tasks: by their references, the one that it works on
-    first. refused: how often in a row it could not open its engines.
+    home: the machine that it was first on; another may be of another kind. opening: what will be its engines; None once
+    they are there. tasks: by their references, the one that it works on first. refused: how often in a row it could not
+    open its engines.
     """
 
     number: int
