@@ -71,7 +71,10 @@ def export(
         typer.Option("--keep-fp32", help="Keep the modules of these names float32; a shell pattern, repeatable."),
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace a bundle of another model, or models of Triton.")
+        bool,
+        typer.Option(
+            "--force", help="Replace a bundle of another model, or models of Triton and what was edited in them."
+        ),
     ] = False,
     images: Annotated[
         Path | None,
@@ -157,6 +160,7 @@ def export(
             "--builder-level": builder_level,
             "--tf32": tf32,
             "--timing-cache": timing_cache,
+            "--timing-cache-strict": timing_cache_strict,
             "--hw-compat": hw_compat,
             "--version-compatible": version_compatible,
         }
@@ -208,12 +212,19 @@ def export(
 
 def export_triton(engine: Path | None, out: Path, batch: str | None, force: bool, as_json: bool) -> None:
     """Package a bundle as a model repository of Triton."""
-    from densepure_rt.export.to_triton import export_repository
+    from densepure_rt.export.to_triton import CONFIG, OLD_CONFIG, export_repository
     from densepure_rt.runtime.bundle import open_bundle
     from densepure_rt.smoothing import shipped_engine
 
+    if batch is not None and "," in batch:
+        raise UsageError(f"--batch {batch}: one batch with triton, that of every call of the engines")
     bundle = open_bundle(engine or shipped_engine())
     folders = export_repository(bundle, out, None if batch is None else number(batch, "--batch"), force)
+    if kept := [folder / OLD_CONFIG for folder in folders if (folder / OLD_CONFIG).exists()]:
+        stderr.print(
+            f"the {CONFIG} that was there is another one, and kept in {' and '.join(map(str, kept))}: set again what "
+            f"you had edited in it, but not the hashes"
+        )
     if as_json:
         print(json.dumps({"triton": [str(folder) for folder in folders]}))
         return

@@ -10,6 +10,7 @@ Each has a config.pbtxt; those of predict and certify hold sigma, votes, alpha a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -48,7 +49,7 @@ from densepure_rt.triton_model import MODEL_NAMES
 MODELS = (STEP_MODEL, CLASSIFY_MODEL, *MODEL_NAMES)
 CPU_CALLERS = 2  # instances of each engine on a CPU, one thread each, and callers; raise all to the cores there are
 GPU_CALLERS = 2  # callers of one instance: one batch runs while the next is made
-CONFIG = "config.pbtxt"
+CONFIG, OLD_CONFIG = "config.pbtxt", "config.pbtxt.old"
 PYTHON_MODEL = '''"""Needs densepure-rt in the Python environment of this server; its parameters are in config.pbtxt."""
 
 from densepure_rt.triton_model import TritonModel as TritonPythonModel
@@ -61,7 +62,8 @@ def export_repository(bundle: Bundle, out: Path, batch: int | None = None, force
     """Write the four models of a bundle into the model repository `out`; their folders, in the order of MODELS.
 
     batch: items in every call of an engine, else what suits it. Other models in `out` stay as they are. Nothing in
-    `out` changes until all four are written.
+    `out` changes until all four are written. force: a configuration of `predict` or `certify` that was another one
+    stays beside the new one, as config.pbtxt.old.
 
     Raises UsageError for a bundle or a batch that Triton cannot take, or when one of the four is there and not `force`;
     CheckFailed when a file is not what its sidecar promises; EnvironmentFault when `out` cannot be written.
@@ -82,9 +84,21 @@ def export_repository(bundle: Bundle, out: Path, batch: int | None = None, force
         write(folder / STEP_MODEL / CONFIG, engine_config(STEP_MODEL, bundle.unet, classes, items))
         write(folder / CLASSIFY_MODEL / CONFIG, engine_config(CLASSIFY_MODEL, bundle.classifier, classes, items))
         for name in MODEL_NAMES:
-            write(folder / name / CONFIG, model_config(name, bundle, shared))
+            new = model_config(name, bundle, shared).encode()
+            write(folder / name / CONFIG, new)
+            if (old := old_config(out / name, new)) is not None:
+                write(folder / name / OLD_CONFIG, old)
             write(folder / name / str(VERSION) / "model.py", PYTHON_MODEL)
     return [out / name for name in MODELS]
+
+
+def old_config(model: Path, new: bytes) -> bytes | None:
+    """What a model's folder has for a configuration that is not the new one, such as one that was edited, or keeps."""
+    for name in (CONFIG, OLD_CONFIG):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            if (found := (model / name).read_bytes()) != new:
+                return found
+    return None
 
 
 def refuse_untakeable(bundle: Bundle) -> None:
@@ -126,14 +140,25 @@ def published(out: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix=".export-", dir=out) as temporary:
             folder = Path(temporary)
             yield folder
+            moves = []
             for name in MODELS:  # the engines first: the models that call them check their hashes
                 if os.path.lexists(out / name):
-                    (out / name).rename(folder / f"{name}.replaced")
-                (folder / name).rename(out / name)
+                    moves.append((out / name, folder / f"{name}.replaced"))
+                moves.append((folder / name, out / name))
+            move_all(moves)
     except OSError as error:
         raise EnvironmentFault(
             f"cannot write {out} ({error.strerror or error}): choose another folder with --out"
         ) from error
+
+
+def move_all(moves: Sequence[tuple[Path, Path]]) -> None:
+    """Rename each, in their order, or none: where one fails, those before it go back, and its OSError is raised."""
+    with contextlib.ExitStack() as back:
+        for source, target in moves:
+            source.rename(target)
+            back.callback(target.rename, source)
+        back.pop_all()
 
 
 def write(path: Path, content: str | bytes) -> None:
@@ -220,7 +245,9 @@ def shared_parameters(engine: FileRef, classifier: FileRef, batch: int, callers:
         parameter("callers", f"{callers}", "calls at the same time; a CPU wants as many as the engines have instances"),
         parameter("deadline_ms", "30000", "time of a request that names none: then what is known so far"),
         parameter("max_deadline_ms", "300000", "that a request may name, at most"),
-        parameter("key_file", "", "the secret of the noise, made where there is none; empty: a new one per start"),
+        parameter(
+            "key_file", "", "absolute path of the noise's secret, made where there is none; empty: new per start"
+        ),
         parameter("engine", f"{STEP_MODEL}/{VERSION}/{engine.name}", "in this repository, a local folder"),
         parameter("engine_sha256", engine.sha256),
         parameter("classifier", f"{CLASSIFY_MODEL}/{VERSION}/{classifier.name}"),
@@ -234,7 +261,7 @@ def config(model: str, inputs: Sequence[str], outputs: Sequence[str], rest: Sequ
         f'name: "{model}"',
         "max_batch_size: 0  # Triton puts no requests together: the batches are made by whoever calls the engines",
         f"version_policy: {{ specific: {{ versions: [ {VERSION} ] }} }}",
-        "response_cache { enable: false }  # answers are random by design",
+        "response_cache { enable: false }  # an answer depends on the deadline and on the key, which are no inputs",
         "input [\n" + ",\n".join(inputs) + "\n]",
         "output [\n" + ",\n".join(outputs) + "\n]",
         *rest,

@@ -443,6 +443,11 @@ def open_bundle(
             f"--engine-sha256 pins {engine_sha256[:16]}..., the sidecar of {engine} says {unet.file.sha256[:16]}..."
         )
     path = classifier or engine.with_name(unet.classifier.name)
+    if classifier is None and path.name == engine.name:  # as in a model repository of Triton
+        raise UsageError(
+            f"the classifier of {engine} has the name of that file itself, and lies in another folder: name it with "
+            f"--classifier"
+        )
     if not os.path.isfile(path):
         raise UsageError(f"no classifier at {path}: copy it beside {engine.name}, or name one with --classifier")
     labels = sidecar_of(path)

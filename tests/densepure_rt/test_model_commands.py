@@ -95,6 +95,10 @@ def test_triton_is_packaged_without_torch_onnx_and_onnxruntime(tmp_path: Path) -
     assert "wrote unet, classifier, predict, certify to models" in one_line(done.stdout)
     assert (tmp_path / "models/certify/config.pbtxt").is_file()
     refused(cli("export", "--target", "triton", cwd=tmp_path), 2, "already has unet", "--force")
+    with (tmp_path / "models/certify/config.pbtxt").open("a") as config:
+        config.write("# edited\n")
+    again = one_line(cli("export", "--target", "triton", "--force", cwd=tmp_path).stderr)
+    assert "kept in models/certify/config.pbtxt.old: set again what you had edited" in again
 
 
 def test_the_result_of_packaging_is_json_for_programs(tmp_path: Path) -> None:
@@ -113,7 +117,8 @@ def test_the_result_of_packaging_is_json_for_programs(tmp_path: Path) -> None:
         (["--target", "triton", "--precision", "int8"], ["--precision", "as it is"]),
         (["--target", "triton", "--unet", "none"], ["--unet", "as it is"]),
         (["--target", "triton", "--tf32"], ["--tf32", "as it is"]),
-        (["--target", "triton", "--batch", "8,9"], ["--batch takes whole numbers", "'8,9'"]),
+        (["--target", "triton", "--batch", "8,9"], ["one batch with triton"]),
+        (["--target", "triton", "--timing-cache-strict"], ["--timing-cache-strict", "as it is"]),
         (["--target", "triton", "--batch", "0"], ["--batch 0", "between 1 and"]),
         (["--target", "triton", "--engine", "none.onnx"], ["no engine at none.onnx"]),
         (["--target", "triton", "--engine", ENGINES / "classifier.onnx"], ["is a classifier"]),

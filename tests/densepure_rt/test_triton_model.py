@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -186,10 +187,19 @@ def test_a_key_file_that_is_not_there_is_made_once_for_both_models(loaded: Loade
     assert file.stat().st_mode & 0o777 == 0o600
 
 
-def test_no_answer_error_or_attribute_in_print_shows_the_secret(loaded: Loader) -> None:
-    model = loaded("predict")
-    said = repr(model) + repr(values(response(model, 1))) + str(failure(response(model, 0)))
-    assert SECRET.hex() not in said
+def test_no_answer_error_or_log_shows_the_secret(
+    loaded: Loader, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    model = loaded("certify")
+    answers = values(response(model, 1))
+    said = [str(failure(response(model, 0))), *(str(array.tolist()) for array in answers.values())]
+    (tmp_path / "damaged.key").write_text(f"{SECRET.hex()}!")
+    with pytest.raises(TritonModelException, match="is no key") as refused:
+        loaded("predict", key_file=str(tmp_path / "damaged.key"))
+    said += [str(refused.value), *caplog.messages, *capfd.readouterr()]
+    assert SECRET.hex() not in "\n".join(said)
+    assert all(SECRET not in array.tobytes() for array in answers.values())
 
 
 @pytest.mark.parametrize("name", ["unet/1/model.onnx", "classifier/1/model.onnx"])

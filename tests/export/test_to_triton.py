@@ -15,7 +15,7 @@ import pytest
 from google.protobuf import text_format
 
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
-from densepure_rt.export.to_triton import MODELS, export_repository
+from densepure_rt.export.to_triton import MODELS, export_repository, published
 from densepure_rt.runtime.bundle import (
     UNKNOWN,
     Bundle,
@@ -85,6 +85,8 @@ def other_precision(bundle: Bundle, precision: str) -> Bundle:
 def test_a_repository_is_a_bundle_with_its_hashes(repository: Path, shipped: Bundle) -> None:
     found = open_bundle(repository / "unet/1/model.onnx", repository / "classifier/1/model.onnx")
     assert found.unet.classifier == found.classifier.file
+    with pytest.raises(UsageError, match="lies in another folder: name it with --classifier"):
+        open_bundle(repository / "unet/1/model.onnx")
     for path, sidecar, source in (
         (found.unet_path, found.unet, shipped.unet),
         (found.classifier_path, found.classifier, shipped.classifier),
@@ -216,6 +218,36 @@ def test_models_that_are_there_are_replaced_by_force_alone_and_others_stay(tmp_p
     export_repository(shipped, out, force=True)
     assert config_of(out / "certify").name == "certify"
     assert sorted(os.listdir(out)) == sorted([*MODELS, "theirs"])
+
+
+def test_an_edited_configuration_is_kept_beside_the_one_that_replaces_it(tmp_path: Path, shipped: Bundle) -> None:
+    out = tmp_path / "models"
+    export_repository(shipped, out)
+    export_repository(shipped, out, force=True)
+    assert not list(out.glob("*/*.old"))
+    (out / "certify/config.pbtxt").write_text("edited")
+    for _ in range(2):
+        export_repository(shipped, out, force=True)
+        assert [path.relative_to(out) for path in out.glob("*/*.old")] == [Path("certify/config.pbtxt.old")]
+        assert (out / "certify/config.pbtxt.old").read_text() == "edited"
+        assert config_of(out / "certify").name == "certify"
+
+
+@pytest.mark.parametrize("last", range(len(MODELS)))
+def test_models_that_cannot_all_be_put_in_their_place_leave_those_that_were_there(tmp_path: Path, last: int) -> None:
+    for name in MODELS[1:]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.pbtxt").write_text("old")
+
+    def publish() -> None:
+        with published(tmp_path) as folder:
+            for name in MODELS[:last]:  # the next one is missing: its rename fails
+                (folder / name).mkdir()
+
+    with pytest.raises(EnvironmentFault, match=r"cannot write .* choose another folder"):
+        publish()
+    assert sorted(os.listdir(tmp_path)) == sorted(MODELS[1:])
+    assert {(tmp_path / name / "config.pbtxt").read_text() for name in MODELS[1:]} == {"old"}
 
 
 def test_a_damaged_engine_leaves_no_repository(tmp_path: Path, shipped: Bundle) -> None:
