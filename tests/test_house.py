@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -77,6 +78,12 @@ def test_pyproject_lists_every_package_folder() -> None:
     setuptools = project()["tool"]["setuptools"]
     assert setuptools["package-dir"] == {dotted(folder): folder.relative_to(ROOT).as_posix() for folder in folders}
     assert sorted(setuptools["packages"]) == sorted(setuptools["package-dir"])
+
+
+def test_the_map_of_the_house_has_every_module_once() -> None:
+    rows = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("### The map of the house\n")[2]
+    mapped = re.findall(r"`(\w+)`", rows.partition("\n## ")[0])
+    assert sorted(mapped) == sorted(path.stem for path in ROOT.glob("densepure_rt/*.py") if path.stem != "__init__")
 
 
 @pytest.mark.parametrize("room", ROOMS)
