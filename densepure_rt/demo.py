@@ -80,7 +80,7 @@ def page() -> Handler:
     headers = {
         "Content-Security-Policy": policy,
         "Cache-Control": "no-cache",
-        "Referrer-Policy": "no-referrer",
+        "Referrer-Policy": "same-origin",
         "X-Content-Type-Options": "nosniff",
     }
 
@@ -247,10 +247,7 @@ def examples(bundle: Bundle) -> list[dict[str, str]]:
 
 
 async def body(request: Request) -> bytes:
-    """What was sent. Raises HTTPException for more than MOST_BYTES, for what is slow, and for a form.
-
-    A page of another site can send a form here without asking (CORS), and no other type.
-    """
+    """What was sent. Raises HTTPException for more than MOST_BYTES, for what is slow, and for a form."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if not kind.startswith("image/") and kind not in ("", "application/octet-stream"):
         raise HTTPException(415, f"a picture is sent as image/... or application/octet-stream, got {kind[:40]!r}")

@@ -108,6 +108,7 @@ def serve(
         raise EnvironmentFault(
             f"serve needs Starlette, uvicorn and prometheus-client ({error}): run \"pip install 'densepure-rt[serve]'\""
         ) from error
+    from densepure_rt.cross_site import hosts_of
     from densepure_rt.serving import Service
 
     logs.set_up(verbose, log_json)
@@ -116,7 +117,6 @@ def serve(
     settings = Settings(**asked)
     deadlines = server.Deadlines(seconds_of(deadline, "--deadline"), seconds_of(max_deadline, "--max-deadline"))
     drain_seconds, lifetime = seconds_of(drain, "--drain"), seconds_of(rotate, "--rotate")
-    names = hosts_of(host, allow_host or ())
     secret = RotatingSecret(key, lifetime, None if seed is None else seeded_secret(seed))
     if seed is not None:
         stderr.print("seed public: answers are valid only for images fixed before the seed was chosen")
@@ -133,6 +133,7 @@ def serve(
         ) as smoothed,
         Service(smoothed, settings, secret, queue) as service,
     ):
+        names = hosts_of(listener.getsockname()[0], allow_host or ())
         app = server.make_app(service, deadlines, not no_demo, provider_of(provider), names)
         at = server.address(listener)
 

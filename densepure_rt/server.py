@@ -14,7 +14,7 @@ import math
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,12 +22,14 @@ import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from densepure_rt import __version__, demo, logs
+from densepure_rt.cross_site import OwnPages
 from densepure_rt.errors import EnvironmentFault, UsageError
 from densepure_rt.inference_protocol import (
     EXTENSIONS,
@@ -55,7 +57,7 @@ JSON_BYTES = 6  # of a value: 255, a comma, a space, and a bracket now and then
 HEAD_BYTES = 2**16  # of a request beside its values
 RETRY_SECONDS = {"full": 1, "draining": 10}  # after which it is worth asking again
 CLIENT_CLOSED = 499  # nginx's status for a client that is gone: for logs, nobody reads it
-# A page of another site can send a form's content types here without asking (CORS), and no others.
+# Not a form's, for it would not be meant for this server. tritonclient names none.
 CONTENT_TYPES = ("", "application/json", "application/octet-stream")
 
 
@@ -251,12 +253,20 @@ async def http_error(request: Request, error: Exception) -> Response:
     return refusal(error.status_code, error.detail, error.headers)
 
 
-def make_app(service: Service, deadlines: Deadlines, with_demo: bool, provider: Provider = "cpu") -> Starlette:
-    """provider: of the demo's own device; see `demo.routes`."""
+def make_app(
+    service: Service,
+    deadlines: Deadlines,
+    with_demo: bool,
+    provider: Provider = "cpu",
+    names: Collection[str] | None = None,
+) -> Starlette:
+    """provider: of the demo's own device; see `demo.routes`. names: that the server goes by; see `cross_site`."""
     routes = Api(service, deadlines).routes()
     if with_demo:
         routes += demo.routes(service.served, provider)
-    return Starlette(routes=routes, exception_handlers={HTTPException: http_error})
+    return Starlette(
+        routes=routes, middleware=[Middleware(OwnPages, names)], exception_handlers={HTTPException: http_error}
+    )
 
 
 # from its start to its end
@@ -316,15 +326,17 @@ class Server(uvicorn.Server):
 
 def listen(host: str, port: int) -> socket.socket:
     """A socket at an address of this machine; port 0: any that is free. Raises UsageError or EnvironmentFault."""
+    if not host:
+        raise UsageError("--host is an address or a name of this machine, 0.0.0.0 for all of its addresses, got ''")
     if not 0 <= port < 2**16:
         raise UsageError(f"--port is a number from 0 to {2**16 - 1}, got {port}")
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=MOST_CONNECTIONS)
     except (OSError, UnicodeError) as error:
+        why = str(getattr(error, "strerror", error)).partition(" (while")[0]  # which names the address again
         raise EnvironmentFault(
-            f"cannot listen at {host} port {port} ({getattr(error, 'strerror', error)}): choose another address with "
-            f"--host and --port"
+            f"cannot listen at {host} port {port} ({why}): choose another address with --host and --port"
         ) from error
 
 

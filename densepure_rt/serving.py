@@ -1,8 +1,8 @@
 """A classifier that answers many at once: one thread owns its device, and requests share its batches. No HTTP in here.
 
 Predictions come before certificates, but for one look in four; certificates go on a look at a time, so that a long one
-keeps nobody waiting. An answer is the one that `SmoothedClassifier` would give under the same secret, bit for bit,
-unless its deadline cuts it short.
+keeps nobody waiting. An answer is the one that `SmoothedClassifier` would give of an image without a label under the
+same secret, bit for bit, unless its deadline cuts it short.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ from starlette.routing import Mount, Route
 from starlette.types import Message
 
 from densepure_rt.certification import floored
+from densepure_rt.cross_site import LOOPBACK
 from densepure_rt.datasets import LabelledImage, open_images
 from densepure_rt.demo import MOST_WAITING, Busy, Demo, Turns, body, facts, smallest_batch
 from densepure_rt.runtime.bundle import Plan
@@ -108,7 +109,7 @@ def site(classifier: SmoothedClassifier) -> Iterator[Site]:
             SmoothedClassifier(hostile, other.sampler), Settings(sigma=SIGMA, steps=1), lambda: other.secret
         ) as named,
     ):
-        app = make_app(service, Deadlines(), True)
+        app = make_app(service, Deadlines(), True, names=LOOPBACK)
         pages = [route for route in app.routes if isinstance(route, Route) and route.path.startswith("/demo")]
         mounts = [
             Mount("/hostile", make_app(named, Deadlines(), True)),
@@ -540,6 +541,37 @@ def test_the_page_forbids_itself_what_it_does_not_need(tab: Tab, site: Site) -> 
         assert re.search("Content Security Policy|'Trusted(HTML|Script)' assignment", "\n".join(tab.console)), attempt
     assert tab.value("window.owned") is None
     assert tab.value("document.querySelector('main') !== null")
+
+
+@BROWSER
+def test_pages_of_other_sites_have_nothing_done_here(tab: Tab, site: Site, image: LabelledImage) -> None:
+    """What a browser sends without asking: a Blob has no content type. The same request of its own page is taken."""
+    tensor = {"name": "image", "datatype": "UINT8", "shape": [1, 1, 28, 28], "data": image.pixels.ravel().tolist()}
+    body, path = json.dumps({"inputs": [tensor]}), "/v2/models/predict/infer"
+    other = site.address.replace("127.0.0.1", "localhost")  # another site to a browser, and the same server
+
+    def settled() -> int:
+        """The samples so far, those drawn in vain among them, which come back a little later."""
+        samples = -1
+        while samples != (samples := site.service.meter().samples):
+            time.sleep(0.3)
+        return samples
+
+    def sent_from(page: str, address: str, mode: str) -> int:
+        """The samples that a request of `page` costs."""
+        tab.open(page)
+        tab.wait_for(f"location.href == '{page}' && document.readyState == 'complete'")
+        before = settled()
+        options = f"{{method: 'POST', mode: '{mode}', body: new Blob([{json.dumps(body)}])}}"
+        tab.value(f"fetch('{address}{path}', {options}).then(answer => answer.text())")
+        assert f"{address}{path}" in tab.asked
+        return settled() - before
+
+    assert sent_from(f"{site.address}/demo/model", site.address, "cors") > 0
+    assert sent_from(f"{other}/demo/model", site.address, "no-cors") == 0
+    rebound = site.address.replace("127.0.0.1", "attacker.localhost")  # Chromium finds it at 127.0.0.1, as rebound
+    assert sent_from(f"{rebound}/demo/model", rebound, "cors") == 0
+    assert "is not called 'attacker.localhost:" in tab.value("document.body.innerText")
 
 
 @BROWSER

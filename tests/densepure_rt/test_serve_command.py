@@ -99,6 +99,13 @@ def test_secrets_rotate_while_it_serves(tmp_path: Path) -> None:
         assert stat.S_IMODE(key.stat().st_mode) == 0o600
 
 
+def test_a_name_that_it_is_given_is_its_own() -> None:
+    with serving(*QUICK, "--no-demo", "--allow-host", "certify.example.org") as running:
+        for host, status in (("certify.example.org", 200), ("Certify.Example.Org:8443", 200), ("example.org", 403)):
+            own = {"Host": host, "Origin": f"https://{host}"}
+            assert running.ask("POST", "/v2/models/predict/infer", request(IMAGES[0]), **own).status == status
+
+
 @pytest.mark.parametrize("package", ["starlette", "uvicorn", "prometheus_client"])
 def test_without_its_packages_it_exits_3_with_the_pip_command(package: str) -> None:
     refused(cli("serve", without=(package,)), 3, "pip install 'densepure-rt[serve]'")
@@ -122,6 +129,8 @@ def test_without_its_packages_it_exits_3_with_the_pip_command(package: str) -> N
         ("--key /dev/null", 2, ["/dev/null is no key"]),
         ("--port -1", 2, ["--port", "-1"]),
         ("--port 65536", 2, ["--port", "65536"]),
+        ("--allow-host http://example.org", 2, ["--allow-host", "http://example.org"]),
+        ("--host=", 2, ["--host", "0.0.0.0"]),
         ("--host 203.0.113.7", 3, ["203.0.113.7", "--host"]),
         ("--host nowhere.invalid", 3, ["nowhere.invalid", "--host"]),
         ("--engine nowhere.onnx", 2, ["nowhere.onnx"]),

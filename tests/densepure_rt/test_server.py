@@ -244,7 +244,7 @@ def test_who_hangs_up_takes_the_work_along(long: ServerProcess) -> None:
     before = long.metrics().get('densepure_rt_requests_total{model="certify",outcome="gone"}', 0)
     body = certify_json(IMAGES[:1])
     with socket.create_connection((long.host, long.port)) as connection:
-        head = f"POST /v2/models/certify/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = f"POST /v2/models/certify/infer HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode() + body)
         until(lambda: long.metrics()['densepure_rt_open_images{model="certify"}'] == 1)
     until(lambda: long.metrics()['densepure_rt_open_images{model="certify"}'] == 0, seconds=3)
@@ -260,7 +260,7 @@ def test_a_huge_body_is_refused_before_it_has_all_come(server: ServerProcess, de
     """A terabyte is announced, or comes in chunks without end; the answer is there after a part of a megabyte."""
     kind = f"Content-Length: {2**40}" if declared else "Transfer-Encoding: chunked"
     with socket.create_connection((server.host, server.port), timeout=10) as connection:
-        connection.sendall(f"POST /v2/models/predict/infer HTTP/1.1\r\nHost: x\r\n{kind}\r\n\r\n".encode())
+        connection.sendall(f"POST /v2/models/predict/infer HTTP/1.1\r\nHost: localhost\r\n{kind}\r\n\r\n".encode())
         chunk = b"x" * 10_000 if declared else b"2710\r\n" + b"x" * 10_000 + b"\r\n"
         for _ in range(1 if declared else 30):
             connection.sendall(chunk)
@@ -275,7 +275,7 @@ def test_a_huge_body_is_refused_before_it_has_all_come(server: ServerProcess, de
 def test_a_body_that_does_not_come_is_given_up(server: ServerProcess) -> None:
     started = time.monotonic()
     with socket.create_connection((server.host, server.port), timeout=BODY_SECONDS + 10) as connection:
-        connection.sendall(b"POST /v2/models/predict/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 900\r\n\r\n{")
+        connection.sendall(b"POST /v2/models/predict/infer HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900\r\n\r\n{")
         answer = connection.makefile("rb").read()  # until it is hung up
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert BODY_SECONDS - 1 < time.monotonic() - started < BODY_SECONDS + 8
@@ -286,7 +286,7 @@ def test_a_body_that_does_not_come_is_given_up(server: ServerProcess) -> None:
 def test_a_connection_that_asks_nothing_is_closed(server: ServerProcess, dribble: bytes) -> None:
     """Even when a byte of its head comes each second."""
     with socket.create_connection((server.host, server.port), timeout=2) as connection:
-        connection.sendall(b"GET /v2 HTTP/1.1\r\nHost: x\r\nX-Slow: ")
+        connection.sendall(b"GET /v2 HTTP/1.1\r\nHost: localhost\r\nX-Slow: ")
         for _ in range(30):
             try:
                 connection.sendall(dribble)
@@ -333,6 +333,21 @@ def test_metrics_are_read_by_prometheus_and_tell_of_the_device(server: ServerPro
     assert found["densepure_rt_device_seconds_total"] > 0
     assert 0 < found['densepure_rt_batch_fill{kind="classify"}'] <= 1
     assert not any("unet" in name and "model=" in name for name in found)  # no series of models that are not there
+
+
+def test_a_page_of_another_site_is_refused_and_so_is_a_name_that_is_not_the_servers(server: ServerProcess) -> None:
+    """As browsers send them, the content type of a Blob among them: none."""
+    own, path = f"127.0.0.1:{server.port}", "/v2/models/predict/infer"
+    for host, origin, status in (
+        (own, f"http://{own}", 200),
+        (f"localhost:{server.port}", f"http://localhost:{server.port}", 200),
+        (own, "http://example.org", 403),
+        (own, "null", 403),
+        (f"example.org:{server.port}", f"http://example.org:{server.port}", 403),
+    ):
+        answer = server.ask("POST", path, certify_json(IMAGES[:1]), Host=host, Origin=origin)
+        assert (answer.status, answer.headers["Content-Type"]) == (status, "application/json")
+        assert ("error" in answer.json) == (status == 403)
 
 
 # its end
