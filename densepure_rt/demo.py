@@ -16,6 +16,7 @@ import asyncio
 import base64
 import functools
 import hashlib
+import logging
 import math
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -29,6 +30,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from densepure_rt import logs
 from densepure_rt.certification import floored
 from densepure_rt.datasets import LabelledImage, open_images
 from densepure_rt.errors import DensePureError, UsageError
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from densepure_rt.serving import Served
 
 MOST_SAMPLES = 16  # a request
+MOST_READING = 32  # pictures that come at a time, MOST_BYTES each
 MOST_WAITING = 8  # requests of a kind, the one at work among them
 RETRY_SECONDS = 2
 BODY_SECONDS = 30.0  # in which a picture has to come
@@ -109,8 +112,11 @@ def answered(handler: Handler) -> Handler:
             return JSONResponse(
                 {"error": error.detail}, error.status_code, {"Connection": "close"}
             )  # not read to its end
+        except UsageError as error:
+            return JSONResponse({"error": str(error)}, 400)
         except DensePureError as error:
-            return JSONResponse({"error": str(error)}, 400 if isinstance(error, UsageError) else 500)
+            logs.say(f"{request.url.path}: {error}", logging.ERROR, error=type(error).__name__)
+            return JSONResponse({"error": str(error)}, 500)
         except ClientDisconnect:
             return Response(status_code=400)  # which nobody reads
 
@@ -123,13 +129,14 @@ class Demo:
     def __init__(self, served: Served, provider: Provider) -> None:
         self.served, self.device = served, SecondDevice(served.bundle, provider)
         self.decoding, self.drawing = Turns(), Turns()
+        self.reading = 0
         self.facts = facts(served)
 
     async def model(self, _: Request) -> Response:
         return JSONResponse(self.facts)
 
     async def image(self, request: Request) -> Response:
-        content = await body(request)
+        content = await self.content(request)
         async with self.decoding.mine():
             found = await run_in_threadpool(fitted, content, self.served.bundle.unet.image)
         shape = [1, *found.pixels.shape]
@@ -139,7 +146,7 @@ class Demo:
     async def samples(self, request: Request) -> Response:
         first = whole(request, "first", 0, 0, PREDICT_N - 1)
         count = whole(request, "count", 4, 1, MOST_SAMPLES)
-        content = await body(request)
+        content = await self.content(request)
         async with self.drawing.mine():
             found = await run_in_threadpool(fitted, content, self.served.bundle.unet.image)
             drawn = []
@@ -148,6 +155,16 @@ class Demo:
                     break
                 drawn.append(await run_in_threadpool(self.draw, found.pixels, sample))
         return JSONResponse({"samples": drawn})
+
+    async def content(self, request: Request) -> bytes:
+        """The picture file that was sent. Raises Busy before any of it is read."""
+        if self.reading >= MOST_READING:
+            raise Busy(f"{self.reading} pictures are on their way here, no more are taken: try again in a while")
+        self.reading += 1
+        try:
+            return await body(request)
+        finally:
+            self.reading -= 1
 
     def draw(self, pixels: Pixels, sample: int) -> dict[str, Any]:
         """One sample of `predict`, its pictures as data: addresses. A label of -1 is no label: NaN or Inf came out."""
@@ -261,11 +278,14 @@ async def body(request: Request) -> bytes:
 
 async def bounded(request: Request) -> bytes:
     content = bytearray()
-    async for part in request.stream():
-        content += part
-        if len(content) > MOST_BYTES:
-            raise too_large()
-    return bytes(content)
+    try:
+        async for part in request.stream():
+            content += part
+            if len(content) > MOST_BYTES:
+                raise too_large()
+        return bytes(content)
+    finally:
+        content.clear()  # an error holds this frame, and wait_for the error, until the garbage is collected
 
 
 def too_large() -> HTTPException:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -74,7 +76,11 @@ def serve(
     ] = "30s",
     max_deadline: Annotated[str, typer.Option(help="Time that a request may ask for, at most.")] = "5min",
     drain: Annotated[
-        str, typer.Option(help="Time to answer what is open, after SIGTERM or Ctrl-C; a second one ends it.")
+        str,
+        typer.Option(
+            help="Time to answer what is open, after SIGTERM or Ctrl-C; a second one ends it. Then a batch has 5 s "
+            "more to end: one that hangs is left, exit code 3."
+        ),
     ] = "20s",
     key: Annotated[
         Path | None,
@@ -141,3 +147,6 @@ def serve(
             print(f"serving predict and certify at {at}" + ("" if no_demo else f", a page at {at}/demo/"), flush=True)
 
         server.run(app, service, listener, drain_seconds, started)
+        if service.stuck:  # its engines cannot be closed, nor would Python end
+            logging.shutdown()
+            os._exit(EnvironmentFault.exit_code)

@@ -26,6 +26,7 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from densepure_rt import __version__, demo, logs
@@ -45,17 +46,19 @@ from densepure_rt.inference_protocol import (
 )
 from densepure_rt.runtime.device import Provider
 from densepure_rt.served_models import models_of, values_of
-from densepure_rt.server_metrics import Metrics, Outcome
+from densepure_rt.server_metrics import REFUSED_CONNECTIONS, Metrics, Outcome
 from densepure_rt.serving import DeviceFailed, Draining, Full, ModelName, Service
 from densepure_rt.smoothing import Certified, Predicted
 
 MOST_CONNECTIONS = 512  # at a time
 BODY_SECONDS = 10.0  # in which a body has to come
 IDLE_SECONDS = 20.0  # in which a connection has to begin a request, from its start or its last answer
+READ_BYTES = 2**14  # of an answer that does not fit the buffers, to be read in IDLE_SECONDS
 CLOSE_SECONDS = 5.0  # in which connections have to close at the end
 JSON_BYTES = 6  # of a value: 255, a comma, a space, and a bracket now and then
 HEAD_BYTES = 2**16  # of a request beside its values
 RETRY_SECONDS = {"full": 1, "draining": 10}  # after which it is worth asking again
+FAILED = "the server failed at this request; its log says how"
 CLIENT_CLOSED = 499  # nginx's status for a client that is gone: for logs, nobody reads it
 # Not a form's, for it would not be meant for this server. tritonclient names none.
 CONTENT_TYPES = ("", "application/json", "application/octet-stream")
@@ -162,7 +165,7 @@ class Api:
             return refusal(500, str(error)), "failed"
         except Exception as error:  # ours: the client is told no more, and the log has it
             logs.say(f"{model.name}: {error!r}", logging.ERROR, model=model.name, error=type(error).__name__)
-            return refusal(500, "the server failed at this request; its log says how"), "failed"
+            return refusal(500, FAILED), "failed"
 
     def model(self, request: Request) -> Model:
         name, version = request.path_params["model"], request.path_params.get("version", VERSION)
@@ -189,11 +192,14 @@ class Api:
 
     async def whole(self, request: Request) -> bytes:
         body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > self.most_bytes:
-                raise self.too_large
-        return bytes(body)
+        try:
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > self.most_bytes:
+                    raise self.too_large
+            return bytes(body)
+        finally:
+            body.clear()  # an error holds this frame, and wait_for the error, until the garbage is collected
 
     @functools.cached_property
     def most_bytes(self) -> int:
@@ -253,6 +259,13 @@ async def http_error(request: Request, error: Exception) -> Response:
     return refusal(error.status_code, error.detail, error.headers)
 
 
+async def our_error(request: Request, error: Exception) -> Response:
+    """Of a route that has no words for it."""
+    path: str = request.scope["path"]
+    logs.say(f"{path!r}: {error!r}", logging.ERROR, path=path, error=type(error).__name__)
+    return refusal(500, FAILED)
+
+
 def make_app(
     service: Service,
     deadlines: Deadlines,
@@ -265,7 +278,9 @@ def make_app(
     if with_demo:
         routes += demo.routes(service.served, provider)
     return Starlette(
-        routes=routes, middleware=[Middleware(OwnPages, names)], exception_handlers={HTTPException: http_error}
+        routes=routes,
+        middleware=[Middleware(OwnPages, names)],
+        exception_handlers={HTTPException: http_error, Exception: our_error},
     )
 
 
@@ -273,11 +288,17 @@ def make_app(
 
 
 class PunctualProtocol(H11Protocol):
-    """HTTP/1.1 for clients that may be slow on purpose, or too many."""
+    """HTTP/1.1 for clients that may be slow on purpose, or too many.
+
+    One that sends more before it has its answer is hung up on: what it sends would stand before its own hanging up,
+    which would not be seen.
+    """
+
+    waits: asyncio.TimerHandle | None = None  # for a request, or for an answer to be read
+    unread = 0  # bytes of answers, when it began to
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.waits: asyncio.TimerHandle | None = None
         self.wait()
         if len(self.connections) > MOST_CONNECTIONS:
             self.app = too_many
@@ -287,6 +308,16 @@ class PunctualProtocol(H11Protocol):
             self.waits.cancel()
         super().connection_lost(exc)
 
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        answering = self.cycle is not None and not (self.cycle.more_body or self.cycle.response_complete)
+        if answering and self.conn.trailing_data[0]:
+            self.transport.abort()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.wait()
+
     def on_response_complete(self) -> None:
         self.wait()
         super().on_response_complete()
@@ -295,14 +326,21 @@ class PunctualProtocol(H11Protocol):
         """uvicorn's own timer is stopped by the first byte that comes, and another may come each minute."""
         if self.waits is not None:
             self.waits.cancel()
+        self.unread = self.transport.get_write_buffer_size()
         self.waits = self.loop.call_later(IDLE_SECONDS, self.close_if_idle)
 
     def close_if_idle(self) -> None:
-        if self.cycle is None or self.cycle.response_complete:
-            self.transport.close()
+        answering = self.cycle is not None and not self.cycle.response_complete
+        if answering and not self.flow.write_paused:
+            return
+        if 0 < self.transport.get_write_buffer_size() <= self.unread - READ_BYTES:
+            self.wait()
+        else:
+            self.transport.abort()  # to close would wait for the client to read the rest
 
 
 async def too_many(scope: Any, receive: Any, send: Any) -> None:
+    REFUSED_CONNECTIONS.inc()
     response = busy(f"{MOST_CONNECTIONS} connections are open: try again later", "full")
     response.headers["Connection"] = "close"
     await response(scope, receive, send)
@@ -352,7 +390,11 @@ def run(
 
     A second signal answers it at once, by what its samples bear out.
     """
-    config = uvicorn.Config(
+    asyncio.run(until_told(Server(config_of(app), started), service, listener, drain_seconds))
+
+
+def config_of(app: ASGIApp) -> uvicorn.Config:
+    return uvicorn.Config(
         app,
         loop="asyncio",
         http=PunctualProtocol,
@@ -363,10 +405,9 @@ def run(
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        timeout_keep_alive=int(IDLE_SECONDS),
+        timeout_keep_alive=math.ceil(IDLE_SECONDS),
         timeout_graceful_shutdown=int(CLOSE_SECONDS),
     )
-    asyncio.run(until_told(Server(config, started), service, listener, drain_seconds))
 
 
 async def until_told(server: Server, service: Service, listener: socket.socket, drain_seconds: float) -> None:

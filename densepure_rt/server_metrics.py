@@ -11,8 +11,12 @@ from prometheus_client.registry import Collector
 
 from densepure_rt.serving import Service
 
-# "stopped": by its deadline; "gone": its client hung up; "refused": it was no request that this server takes.
+# "stopped": by its deadline or the server's end; "gone": its client hung up; "refused": it was no request that this
+# server takes.
 Outcome = Literal["answered", "abstained", "stopped", "gone", "full", "draining", "refused", "failed"]
+REFUSED_CONNECTIONS = Counter(  # of the process: they have come to no service yet
+    "densepure_rt_refused_connections", "Connections refused because too many were open.", registry=None
+)
 SECONDS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)  # of the histogram
 
 
@@ -29,6 +33,7 @@ class Metrics:
             buckets=SECONDS,
             registry=self._registry,
         )
+        self._registry.register(REFUSED_CONNECTIONS)
         self._registry.register(ServiceCollector(service))
 
     def count(self, model: str, outcome: Outcome, seconds: float) -> None:
@@ -68,6 +73,7 @@ class ServiceCollector(Collector):
         fill = GaugeMetricFamily("densepure_rt_batch_fill", "The share of batches that held work.", labels=["kind"])
         for kind, count in meter.batches.items():
             batches.add_metric([kind], count)
-            items.add_metric([kind], meter.items[kind])
-            fill.add_metric([kind], meter.items[kind] / (count * meter.batch))
+            held = meter.items.get(kind, 0)
+            items.add_metric([kind], held)
+            fill.add_metric([kind], held / (count * meter.batch))
         yield from (batches, items, fill)

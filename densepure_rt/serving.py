@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -43,6 +43,7 @@ from densepure_rt.smoothing import (
     prediction_of,
 )
 
+END_SECONDS = 5.0  # in which the batch under way has to end, when all is answered
 ModelName = Literal["predict", "certify"]
 Pixels = NDArray[np.uint8]  # [C, H, W]
 
@@ -193,11 +194,17 @@ class Service:
         """Whether the device has failed."""
         return self._failed is not None
 
+    @property
+    def stuck(self) -> bool:
+        """Whether a batch has not come to its end with `drain`: the device is in use and must not be closed."""
+        return self._ended and self._thread.is_alive()
+
     def describe(self) -> Mapping[str, str | int | bool]:
         """What the device says of itself."""
         return self._device.describe()
 
     def meter(self) -> Meter:
+        items = dict(self._meter.items)  # before the batches that hold them: no batch is found to be more than full
         with self._changed:
             waiting = Counter(cast(Request, asked).model for asked in self._share.undecided)
             return Meter(
@@ -209,7 +216,7 @@ class Service:
                 device_seconds=self._meter.seconds,
                 batch=self._device.batch,
                 batches=dict(self._meter.batches),
-                items=dict(self._meter.items),
+                items=items,
             )
 
     # what is asked, from any thread
@@ -292,14 +299,19 @@ class Service:
         return [request for request in requests if request in self._share.undecided]
 
     def drain(self, seconds: float) -> None:
-        """Take no more requests, answer those that there are, by `seconds` from now at the latest, and end."""
+        """Take no more requests, answer those that there are, by `seconds` from now at the latest, and end.
+
+        A batch that is under way even then has END_SECONDS more; see `stuck`.
+        """
         with self._changed:
             self._draining = True
             self._changed.wait_for(lambda: not self._share.undecided, min(seconds, threading.TIMEOUT_MAX))
             self.stop_all()
             self._ended = True
             self._changed.notify_all()
-        self._thread.join()
+        self._thread.join(END_SECONDS)
+        if self.stuck:
+            logs.say(f"a batch has not ended in {END_SECONDS:g} s, when all was answered: it is left", logging.ERROR)
 
     def stop_all(self) -> None:
         """Answer every request by what its samples bear out."""
@@ -319,7 +331,8 @@ class Service:
             self._fail(error)
         finally:
             for handle in self._share.handles:
-                self._device.close_image(handle)
+                with suppress(Exception):  # of a device that has failed already
+                    self._device.close_image(handle)
 
     def _awaited(self) -> bool:
         """Wait for something to do; False when there will be nothing any more."""
@@ -346,18 +359,22 @@ class Service:
             self._close_settled()
 
     def _answer(self, request: Request) -> None:
+        """Answer one that is no longer undecided; what goes wrong at that is told to whoever asked, and to no other."""
+        try:
+            request.answer.set_result(self._answer_of(request))
+        except Exception as error:
+            request.answer.set_exception(error)
+        self._changed.notify_all()
+
+    def _answer_of(self, request: Request) -> Predicted | Certified:
         request.cost.seconds = time.monotonic() - request.came
-        answer: Predicted | Certified
         if request.model == "predict":
             classes = len(self.served.class_names)
-            answer = prediction_of(
+            return prediction_of(
                 request.image, request.judge, self._predicts.charge, classes, request.cost, request.stopped
             )
-        else:
-            certificate = certificate_of(request.judge.decision, self.served.settings.alpha, request.stopped)
-            answer = Certified(request.image, certificate, request.cost)
-        request.answer.set_result(answer)
-        self._changed.notify_all()
+        certificate = certificate_of(request.judge.decision, self.served.settings.alpha, request.stopped)
+        return Certified(request.image, certificate, request.cost)
 
     def _close_settled(self) -> None:
         for handle in self._share.settled():

@@ -79,10 +79,13 @@ def labels(values: dict[str, str]) -> str:
 
 
 @contextmanager
-def serving(*options: object, cwd: Path | None = None) -> Iterator[ServerProcess]:
-    """A server at a free port, which is killed at the end unless it has ended; it must not have said a traceback."""
+def serving(*options: object, cwd: Path | None = None, fault: str = "") -> Iterator[ServerProcess]:
+    """A server at a free port, which is killed at the end unless it has ended; it must not have said a traceback.
+
+    fault: Python that is run before it, to break something.
+    """
     code = "from densepure_rt.cli import main; main()"
-    command = [sys.executable, "-c", code, "serve", "--port", "0", *map(str, options)]
+    command = [sys.executable, "-c", f"{fault}\n{code}", "serve", "--port", "0", *map(str, options)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=cwd

@@ -35,7 +35,8 @@ from starlette.types import Message
 from densepure_rt.certification import floored
 from densepure_rt.cross_site import LOOPBACK
 from densepure_rt.datasets import LabelledImage, open_images
-from densepure_rt.demo import MOST_WAITING, Busy, Demo, Turns, body, facts, smallest_batch
+from densepure_rt.demo import MOST_READING, MOST_WAITING, Busy, Demo, Turns, answered, body, facts, smallest_batch
+from densepure_rt.errors import EnvironmentFault
 from densepure_rt.runtime.bundle import Plan
 from densepure_rt.runtime.noise import image_key, smoothing_law, smoothing_noise
 from densepure_rt.server import Deadlines, make_app
@@ -256,6 +257,36 @@ def test_nothing_more_is_drawn_for_a_client_that_is_gone(site: Site, image: Labe
 
     assert asyncio.run(drawn(sent)) == 3
     assert asyncio.run(drawn(sent, {"type": "http.disconnect"})) == 0
+
+
+def test_few_pictures_come_at_a_time(site: Site, image: LabelledImage) -> None:
+    demo, sent = Demo(site.service.served, "cpu"), png(image.pixels)
+
+    async def many() -> None:
+        silent = [asyncio.ensure_future(demo.image(request_of())) for _ in range(MOST_READING)]
+        await asyncio.sleep(0.01)
+        for handler in (demo.image, demo.samples):
+            with pytest.raises(Busy, match=f"{MOST_READING} pictures are on their way"):
+                await handler(request_of({"type": "http.request", "body": sent, "more_body": False}))
+        for task in silent:
+            task.cancel()
+        await asyncio.wait(silent)
+        answer = await demo.image(request_of({"type": "http.request", "body": sent, "more_body": False}))
+        assert answer.status_code == 200
+
+    asyncio.run(many())
+
+
+def test_a_fault_of_the_server_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    async def handler(_: Request) -> Response:
+        raise EnvironmentFault("no memory on the device")
+
+    async def answer_of() -> Response:
+        return await answered(handler)(request_of())
+
+    answer = asyncio.run(answer_of())
+    assert (answer.status_code, json.loads(bytes(answer.body))) == (500, {"error": "no memory on the device"})
+    assert "no memory on the device" in caplog.text
 
 
 def test_one_request_is_drawn_at_a_time_and_few_wait() -> None:

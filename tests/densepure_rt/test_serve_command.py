@@ -6,6 +6,7 @@ import json
 import socket
 import stat
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,21 @@ def test_a_name_that_it_is_given_is_its_own() -> None:
         for host, status in (("certify.example.org", 200), ("Certify.Example.Org:8443", 200), ("example.org", 403)):
             own = {"Host": host, "Origin": f"https://{host}"}
             assert running.ask("POST", "/v2/models/predict/infer", request(IMAGES[0]), **own).status == status
+
+
+def test_it_ends_even_when_a_batch_does_not_and_says_so() -> None:
+    """What was asked is answered by what is known; the exit code says that something is wrong with the device."""
+    fault = (
+        "import time; from densepure_rt import serving; "
+        "serving.MeteredDevice.collect = lambda self: time.sleep(3600); serving.END_SECONDS = 0.5"
+    )
+    with serving(*QUICK, "--no-demo", "--drain", "0.5s", fault=fault) as running, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(running.ask, "POST", "/v2/models/certify/infer", request(IMAGES[0]))
+        until(lambda: running.metrics()['densepure_rt_open_images{model="certify"}'] == 1)
+        code, said = running.end()
+        found = values(asked.result())
+    assert (code, found["stopped"], found["n"]) == (3, True, 0)
+    assert "a batch has not ended in 0.5 s" in said
 
 
 @pytest.mark.parametrize("package", ["starlette", "uvicorn", "prometheus_client"])

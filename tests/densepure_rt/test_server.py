@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import signal
 import socket
@@ -9,10 +11,17 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import uvicorn
+from PIL import Image
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
 from tritonclient.utils import InferenceServerException
 
@@ -20,8 +29,9 @@ from densepure_rt.datasets import open_images
 from densepure_rt.errors import UsageError
 from densepure_rt.inference_protocol import InferRequest, ProtocolError
 from densepure_rt.served_models import MOST_IMAGES
-from densepure_rt.server import BODY_SECONDS, Deadlines, listen
+from densepure_rt.server import BODY_SECONDS, Deadlines, Server, config_of, listen
 from densepure_rt.smoothing import Certified, Predicted, Settings, load, seeded_secret
+from densepure_rt.uploads import MOST_BYTES
 from tests.densepure_rt.server_process import QUICK, ServerProcess, serving, until
 
 SEED = 1
@@ -279,6 +289,108 @@ def test_a_body_that_does_not_come_is_given_up(server: ServerProcess) -> None:
         answer = connection.makefile("rb").read()  # until it is hung up
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert BODY_SECONDS - 1 < time.monotonic() - started < BODY_SECONDS + 8
+
+
+@pytest.mark.parametrize("sent", ["at once", "a little later"])
+def test_who_sends_more_before_the_answer_is_hung_up_on_and_takes_the_work_along(
+    long: ServerProcess, sent: str
+) -> None:
+    """Its own hanging up would stand behind what it has sent, and be seen by nobody."""
+    body = certify_json(IMAGES[:1])
+    request = f"POST /v2/models/certify/infer HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+    asked = request.encode() + body
+    with socket.create_connection((long.host, long.port), timeout=10) as connection:
+        connection.sendall(asked + asked if sent == "at once" else asked)
+        if sent != "at once":
+            until(lambda: long.metrics()['densepure_rt_open_images{model="certify"}'] == 1)
+            connection.sendall(asked[:30])
+        with contextlib.suppress(ConnectionResetError):
+            assert connection.recv(1) == b""
+        until(lambda: long.metrics()['densepure_rt_open_images{model="certify"}'] == 0, seconds=3)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, uvicorn.Server]]:
+    """The port of a server of the same protocol that gives connections half a second, and answers with GET /<bytes>."""
+    monkeypatch.setattr("densepure_rt.server.IDLE_SECONDS", 0.5)
+
+    async def answer(request: Request) -> Response:
+        return Response(bytes(request.path_params["size"]))
+
+    app = Starlette(routes=[Route("/{size:int}", answer)])
+    with listen("127.0.0.1", 0) as listener:
+        running = Server(config_of(app), lambda: None)
+        thread = threading.Thread(target=running.run, args=([listener],))
+        thread.start()
+        until(lambda: running.started)
+        yield listener.getsockname()[1], running
+        running.should_exit = True
+        thread.join()
+
+
+@pytest.mark.parametrize("size", [100, 10**5, 10**8])
+@pytest.mark.parametrize("more", ["", "Connection: close\r\n"])
+def test_who_does_not_read_an_answer_holds_no_connection(
+    impatient: tuple[int, uvicorn.Server], size: int, more: str
+) -> None:
+    """Be it in the sockets' buffers, in the transport's, or in neither yet."""
+    port, running = impatient
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.connect(("127.0.0.1", port))
+        connection.sendall(f"GET /{size} HTTP/1.1\r\nHost: localhost\r\n{more}\r\n".encode())
+        until(lambda: running.server_state.total_requests == 1, 5)
+        until(lambda: not running.server_state.connections, 5)
+
+
+def test_who_reads_an_answer_slowly_gets_it_whole(impatient: tuple[int, uvicorn.Server]) -> None:
+    """Longer than a silent client is given in all."""
+    port, _ = impatient
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
+        connection.sendall(b"GET /20000000 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        read, started = 0, time.monotonic()
+        while read < 20_000_000:
+            assert (more := connection.recv(2**20))
+            read += len(more)
+            time.sleep(0.05)
+    assert time.monotonic() - started > 0.8
+
+
+@pytest.mark.slow
+def test_bodies_that_are_broken_off_leave_nothing_in_memory() -> None:
+    """24 clients at a time that each send nearly as much as may be, and hang up."""
+    size = MOST_BYTES
+    head = f"POST /demo/image HTTP/1.1\r\nHost: localhost\r\nContent-Length: {size}\r\n\r\n".encode()
+    with serving(*QUICK) as running:
+        before = running.memory()
+        for _ in range(6):
+            connections = [socket.create_connection((running.host, running.port)) for _ in range(24)]
+            for connection in connections:
+                connection.sendall(head + bytes(size - 10))
+            for connection in connections:
+                connection.close()
+            time.sleep(1)
+        until(lambda: running.memory() < before + 2**26)  # a sixth of what 24 bodies are
+
+
+def test_an_error_that_nobody_expected_is_told_in_json_and_logged(tmp_path: Path) -> None:
+    fault = (
+        "from densepure_rt import demo, serving\n"
+        "def broken(*_): raise RuntimeError('cannot allocate 0xdeadbeef')\n"
+        "demo.replay = serving.Service.meter = broken"
+    )
+    picture = io.BytesIO()
+    Image.new("L", (28, 28)).save(picture, "PNG")
+    with serving(*QUICK, "--log-json", tmp_path / "log", fault=fault) as running:
+        for method, path, body in (("POST", "/demo/samples", picture.getvalue()), ("GET", "/metrics", None)):
+            answer = running.ask(method, path, body)
+            assert (answer.status, answer.headers["Content-Type"]) == (500, "application/json")
+            assert "its log says how" in answer.json["error"]
+            last = json.loads((tmp_path / "log").read_text().splitlines()[-1])
+            assert (last["level"], last["error"], last["path"]) == ("error", "RuntimeError", path)
+            assert "0xdeadbeef" in last["message"]
+            assert "0xdeadbeef" not in answer.json["error"]  # that is for the log
+        assert running.ask("GET", "/v2/health/ready").status == 200
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from densepure_rt.datasets import open_images
-from densepure_rt.server_metrics import Metrics
+from densepure_rt.server_metrics import REFUSED_CONNECTIONS, Metrics
 from densepure_rt.serving import Service
 from densepure_rt.smoothing import Settings, load
 
@@ -40,6 +40,13 @@ def test_requests_are_counted_by_outcome_and_those_with_an_answer_are_timed(serv
     assert found["densepure_rt_request_seconds_count", ("certify",)] == 4
     assert found["densepure_rt_request_seconds_sum", ("certify",)] == pytest.approx(9.07)
     assert found["densepure_rt_request_seconds_bucket", ("0.1", "certify")] == 1
+
+
+def test_connections_that_were_refused_are_counted(service: Service) -> None:
+    metrics = Metrics(service)
+    before = read(metrics)["densepure_rt_refused_connections_total", ()]
+    REFUSED_CONNECTIONS.inc()
+    assert read(metrics)["densepure_rt_refused_connections_total", ()] == before + 1
 
 
 def test_the_device_and_the_queue_are_looked_at_when_they_are_asked_for(service: Service) -> None:

@@ -291,6 +291,51 @@ def test_a_device_that_fails_fails_what_is_open_and_all_that_comes_after(
     assert not classifier.device._images  # type: ignore[attr-defined]
 
 
+def test_a_fault_in_one_answer_is_told_to_whoever_asked_and_to_no_other(
+    classifier: SmoothedClassifier, images: list[LabelledImage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def certificate_of(*_: object) -> None:
+        raise ZeroDivisionError
+
+    with service_of(classifier, CHEAP) as service:
+        monkeypatch.setattr("densepure_rt.serving.certificate_of", certificate_of)
+        for deadline in (None, time.monotonic()):
+            with pytest.raises(ZeroDivisionError):
+                run(service.answers("certify", [images[0].pixels], deadline))
+        assert run(service.answers("predict", [images[1].pixels], None))[0].label is not None
+        assert service.ready
+
+
+class Hanging(Failing):
+    """A device that neither ends a batch nor lets go of an image."""
+
+    released = False
+
+    def collect(self) -> Any:
+        while not self.released:
+            time.sleep(0.01)
+        return self._device.collect()
+
+
+def test_a_batch_that_hangs_keeps_no_service_from_its_end(
+    classifier: SmoothedClassifier,
+    images: list[LabelledImage],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("densepure_rt.serving.END_SECONDS", 0.2)
+    hanging: Any = Hanging(classifier.device, at=-1)
+    service = service_of(SmoothedClassifier(classifier.bundle, OnDevice(hanging), SECRET), CHEAP)
+    (asked,) = service.ask("certify", [images[0].pixels])
+    service.drain(0.1)
+    assert asked.answer.result(timeout=0).certificate.stopped
+    assert service.stuck
+    assert "a batch has not ended in 0.2 s" in caplog.text
+    hanging.released = True
+    until(lambda: not service.stuck)
+    assert not classifier.device._images  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(
     "wrong", [np.zeros((1, 28, 27), np.uint8), np.zeros((1, 28, 28), np.float32), np.zeros((28, 28), np.uint8)]
 )
