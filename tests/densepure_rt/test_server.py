@@ -30,6 +30,7 @@ from densepure_rt.errors import UsageError
 from densepure_rt.inference_protocol import InferRequest, ProtocolError
 from densepure_rt.served_models import MOST_IMAGES
 from densepure_rt.server import BODY_SECONDS, Deadlines, Server, config_of, listen
+from densepure_rt.server_metrics import REFUSED_CONNECTIONS
 from densepure_rt.smoothing import Certified, Predicted, Settings, load, seeded_secret
 from densepure_rt.uploads import MOST_BYTES
 from tests.densepure_rt.server_process import QUICK, ServerProcess, serving, until
@@ -341,6 +342,26 @@ def test_who_does_not_read_an_answer_holds_no_connection(
         connection.sendall(f"GET /{size} HTTP/1.1\r\nHost: localhost\r\n{more}\r\n".encode())
         until(lambda: running.server_state.total_requests == 1, 5)
         until(lambda: not running.server_state.connections, 5)
+
+
+def refused_connections() -> float:
+    return next(sample.value for family in REFUSED_CONNECTIONS.collect() for sample in family.samples)
+
+
+def test_one_connection_too_many_is_told_to_come_again_and_counted(
+    impatient: tuple[int, uvicorn.Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("densepure_rt.server.MOST_CONNECTIONS", 2)
+    monkeypatch.setattr("densepure_rt.server.IDLE_SECONDS", 20)
+    before = refused_connections()
+    port, running = impatient
+    with contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(socket.create_connection(("127.0.0.1", port), 10)) for _ in range(3)]
+        until(lambda: len(running.server_state.connections) == 3)
+        for connection, status in zip(connections, (b"200", b"200", b"503"), strict=True):
+            connection.sendall(b"GET /1 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert connection.recv(12) == b"HTTP/1.1 " + status
+    assert refused_connections() == before + 1
 
 
 def test_who_reads_an_answer_slowly_gets_it_whole(impatient: tuple[int, uvicorn.Server]) -> None:
