@@ -1,9 +1,10 @@
 # `make demo` and `make test` are all that a fresh machine with Python and make needs.
-# PYTHON=python3.12 picks the interpreter; PIP_FLAGS and PYTEST_ARGS are passed on.
+# PYTHON=python3.12 picks the interpreter; PIP_FLAGS and PYTEST_ARGS are passed on; JOBS test files run at a time.
 
 PYTHON ?= python3
 PIP_FLAGS ?=
 PYTEST_ARGS ?=
+JOBS ?= 2
 DEMO ?= --max 10 --sigma 0.25 --seed 1 --out runs/demo
 FAST ?= runs/fast/unet.int8-cpu.onnx
 
@@ -48,7 +49,7 @@ $(FAST): | $(DEV)
 	.venv-dev/bin/densepure-rt export --precision int8-cpu --out $(dir $(FAST))
 
 test: $(DEV) ## all tests
-	.venv-dev/bin/python -m pytest $(PYTEST_ARGS)
+	.venv-dev/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 test-slow: $(DEV) ## the tests that take minutes each
 	.venv-dev/bin/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
