@@ -34,9 +34,7 @@ from densepure_rt.scheduling import LOST
 from densepure_rt.voting import Ballot
 
 QUEUED = 2  # tasks at a worker: the next one is there when it ends one
-BATCHES_A_TASK = (
-    2  # of noisy images: the more, the fewer batches that are not full; the fewer, the sooner a look is done
-)
+BATCHES_A_TASK = 2  # of noisy images: more fill better at the end of a task, fewer keep a look from waiting
 DEATHS = 3  # of workers that were alone with the same samples, before their image has failed
 REFUSALS = 3  # in a row to open engines, before a worker is given up
 FAILURES = 3  # images in a row that fail, before the fault is thought to be the machines'
