@@ -245,12 +245,18 @@ class _Driver:
         return under_way or bool(self.again) or not (there or self.exhausted)
 
     def next_portion(self, member: Member) -> Portion | None:
-        """What was lost comes first. A suspect waits for a worker to be alone with, and no other work keeps it busy."""
+        """What was lost comes first. A suspect waits for a worker to be alone with, and no other work keeps it busy.
+
+        One suspect of an image is tried at a time, so that no more workers die of it than it takes.
+        """
         assert member.engines is not None
         if any(portion.suspect for portion in member.tasks.values()):
             return None
+        tried = {
+            handle for other in self.fleet.members for p in other.tasks.values() if p.suspect for handle in p.handles
+        }
         for place, portion in enumerate(self.again):
-            if not (portion.suspect and member.tasks):
+            if not (portion.suspect and (member.tasks or tried.intersection(portion.handles))):
                 del self.again[place]
                 return portion
         return None if self.again else self.new_portion(BATCHES_A_TASK * member.engines.batch)
@@ -333,7 +339,7 @@ class _Driver:
             elif own.deaths >= DEATHS:
                 yield from self.fail(handle, own.strips, error)
             else:
-                self.again.append(own)
+                self.again.appendleft(own)
 
     def fail(self, handle: int, strips: tuple[Strip, ...], error: Exception) -> Iterator[Outcome]:
         """The image has failed: all its samples that wait to be drawn again are LOST, in each of its phases."""

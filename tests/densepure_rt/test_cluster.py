@@ -178,7 +178,7 @@ def test_an_image_that_workers_die_of_has_failed_and_the_others_are_as_ever(
     failed = images.order[POISON]
     with cluster(actor) as (fleet, classifier):
         found = certified(classifier, tmp_path / "run", images)
-        assert fleet.lost in (DEATHS, DEATHS + 1)  # the first of them may have had other images too
+        assert DEATHS <= fleet.lost <= DEATHS + 2  # at first both may draw it, beside other images
     assert (found.failed, found.done, found.asked) == ((failed,), IMAGES - 1, IMAGES)
     assert not (tmp_path / "run" / "seal.json").exists()
     results = alone["results"]
@@ -199,7 +199,7 @@ def test_two_workers_are_as_much_faster_than_one_as_two_callers_in_one_process_a
 ) -> None:
     if available_cores() < 2:
         pytest.skip("there is one core")
-    images, settings = some_images(32), Settings(sigma=0.25, steps=2, votes=5, n=1000, radii=(0.0, 0.25))
+    images, settings = some_images(64), Settings(sigma=0.25, steps=2, votes=5, n=1000, radii=(0.0, 0.25))
     recipe = replace(SHIPPED, batch=None)
 
     def seconds(classifier: SmoothedClassifier) -> tuple[float, float]:
@@ -212,10 +212,10 @@ def test_two_workers_are_as_much_faster_than_one_as_two_callers_in_one_process_a
     wall, driver = dict[str, float](), 0.0
     for count in (1, 2):
         with load(secret=seeded_secret(SEED), threads=count) as classifier:
-            wall[f"callers {count}"] = min(seconds(classifier)[0] for _ in range(2))
+            wall[f"callers {count}"], _ = seconds(classifier)
         fleet = open_fleet("ray", recipe, count)
         with SmoothedClassifier(fleet.engines.bundle, fleet, seeded_secret(SEED)) as classifier:
-            wall[f"workers {count}"], driver = min(seconds(classifier) for _ in range(2))
+            wall[f"workers {count}"], driver = seconds(classifier)
     callers, workers = (wall[f"{what} 1"] / wall[f"{what} 2"] for what in ("callers", "workers"))
     with capsys.disabled():
         each = ", ".join(f"{name}: {took:.1f} s" for name, took in wall.items())
