@@ -286,6 +286,8 @@ def check_summary(path: Path, done: list[DoneImage], manifest: Manifest) -> Find
         f"{name} is {one}, and the records give {other}"
         for name, one, other in differing(asdict(found), asdict(expected))
     ]
+    if len(done) + len(found.failed) > manifest.asked or {image.idx for image in done}.intersection(found.failed):
+        faults.append(f"failed names {len(found.failed)} images, and {len(done)} of {manifest.asked} are done")
     if read(path / SUMMARY).decode("utf-8", "replace") != page(found):
         faults.append("it is not written as it would be")
     return Finding("summary", f"{found.done} of {found.asked} images", tuple(faults))

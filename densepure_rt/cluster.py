@@ -178,9 +178,9 @@ def open_fleet(
 
 def room_for(needs: Mapping[str, float]) -> int:
     """How many workers fit, machine by machine, into what is free. Raises UsageError where none does."""
-    machines: list[Mapping[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    machines: list[Mapping[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     each = [min(int(machine.get(name, 0) // amount) for name, amount in needs.items()) for machine in machines]
-    free: Mapping[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+    free: Mapping[str, float] = ray.available_resources()
     if room := min(sum(each), *(int(free.get(name, 0) // amount) for name, amount in needs.items())):
         return room
     total = {name: sum(machine.get(name, 0) for machine in machines) for name in needs}

@@ -388,9 +388,14 @@ def lost_outcomes(strips: Iterable[Strip]) -> Iterator[Outcome]:
 def cause_of(error: Exception) -> str:
     """One line on why a task or a worker was lost."""
     if isinstance(error, ray.exceptions.RayTaskError):
-        return f"{type(error.cause).__name__}: {str(error.cause).strip().splitlines()[-1]}"
+        return f"{type(error.cause).__name__}: {last_line(error.cause)}"
     if isinstance(error, ray.exceptions.OutOfMemoryError):
         return "its machine was out of memory"
     if isinstance(error, ray.exceptions.RayActorError) and not error.actor_init_failed:
         return "its process or its machine is gone"
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    return last_line(error) or type(error).__name__
+
+
+def last_line(error: BaseException) -> str:
+    """Of what it says, which may be nothing."""
+    return next(reversed(str(error).strip().splitlines()), "")

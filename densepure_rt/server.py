@@ -297,7 +297,7 @@ class PunctualProtocol(H11Protocol):
     waits: asyncio.TimerHandle | None = None  # for a request, or for an answer to be read
     unread = 0  # bytes of answers, when it began to
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own does
         super().connection_made(transport)
         self.wait()
         if len(self.connections) > MOST_CONNECTIONS:

@@ -107,6 +107,15 @@ def changed(document: Any, path: tuple[Any, ...]) -> Any:
     return copied
 
 
+@pytest.mark.parametrize("idx", [0, 10**6])
+def test_an_image_that_is_done_and_one_too_many_cannot_have_failed(copy: Path, idx: int) -> None:
+    summary = json.loads((copy / "summary.json").read_text())
+    idx = json.loads((copy / "results.jsonl").read_text().splitlines()[0])["idx"] if idx == 0 else idx
+    (copy / "summary.json").write_text(json.dumps(summary | {"failed": [idx]}, indent=2, ensure_ascii=False) + "\n")
+    (finding,) = (finding for finding in audit(copy) if finding.what == "summary")
+    assert any("failed names 1 images" in fault for fault in finding.faults)
+
+
 @pytest.mark.parametrize("name", ["manifest.json", "summary.json", "seal.json"])
 def test_every_field_of_a_file_that_is_changed_is_found(copy: Path, name: str) -> None:
     document = json.loads((copy / name).read_text())

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from densepure_rt.fleet import Engines, Portion, Strip
+import pytest
+from ray.exceptions import ActorDiedError, RayTaskError
+
+from densepure_rt.fleet import Engines, Portion, Strip, cause_of
 from densepure_rt.runtime.bundle import open_bundle
 from densepure_rt.smoothing import shipped_engine
 
@@ -28,3 +31,19 @@ def test_a_portion_falls_into_those_of_its_images() -> None:
     assert portion.handles == [3, 1]
     assert portion.of(3) == (Strip(3, 0, 5), Strip(3, 9, 1))
     assert portion.without({3}).strips == (Strip(1, 7, 2),)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            RayTaskError("draw", "traceback", ValueError("one\nillegal memory access")),
+            "ValueError: illegal memory access",
+        ),
+        (RayTaskError("draw", "traceback", ValueError()), "ValueError: "),
+        (ActorDiedError(), "its process or its machine is gone"),
+        (ConnectionError(), "ConnectionError"),
+    ],
+)
+def test_why_a_worker_was_lost_is_one_line_even_of_an_error_that_says_nothing(error: Exception, said: str) -> None:
+    assert cause_of(error) == said
