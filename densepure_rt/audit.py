@@ -38,6 +38,7 @@ from densepure_rt.records import (
     page,
     parsed,
 )
+from densepure_rt.rounding import exact
 from densepure_rt.run_folder import (
     ATTACKS,
     KEY,
@@ -315,7 +316,7 @@ def check_attacks(path: Path, records: Mapping[int, ImageRecord]) -> Finding:
     for attack in attacks:
         record = records.get(attack.idx)
         if record is None or record.radius != attack.radius:
-            faults.append(f"image {attack.idx} has no certificate of radius {attack.radius:g}")
+            faults.append(f"image {attack.idx} has no certificate of radius {exact(attack.radius)}")
         if attack.broken:
             faults.append(f"the certificate of image {attack.idx} is broken at a distance of {attack.distance}")
     return Finding("attacks", f"{len(attacks)} on certificates of this run", tuple(faults))

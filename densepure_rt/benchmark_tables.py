@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from densepure_rt.console import rows, stderr, stdout
+from densepure_rt.rounding import raised
 
 if TYPE_CHECKING:
     from densepure_rt.export.bench import Benchmark
@@ -41,7 +42,7 @@ def print_benchmark(found: Benchmark, console: Console = stdout) -> None:
         "work": f"{found.calls} x {found.batch} images {list(found.image)} a call, sigma {found.sigma:g}",
         "GFLOP": f"{gflop} an image, two a multiply-add",
         "peak": ", ".join(f"{gflops:.0f} GFLOP/s {name}" for name, gflops in found.peak.items()) + ", float32",
-        "agreement": f"{found.relative_l2:.1e} relative L2 between the engine's states and PyTorch's",
+        "agreement": f"{raised(found.relative_l2, figures=2)} relative L2 between the engine's states and PyTorch's",
     }
     rows(console, facts.items())
     console.print(route_table(found))

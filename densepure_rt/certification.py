@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -17,9 +16,9 @@ from numpy.typing import NDArray
 from scipy import special
 
 from densepure_rt.errors import UsageError
+from densepure_rt.rounding import exact, raised
 
 Counts = NDArray[np.int64]  # [classes]: samples whose voted label was each class
-RADIUS_DIGITS = Decimal("0.001")  # of the TSV
 Result = Literal["certified", "gave up", "abstained", "skipped", "not reached", "undecided"]
 MARGIN = 1e-12  # relative; wider than the error of scipy's betainc and ndtr where they are used
 
@@ -90,22 +89,12 @@ def l2_radius(p_lower: float, sigma: float) -> float | None:
     return max(0.0, math.nextafter(sigma * quantile, 0.0))
 
 
-def floored(radius: float) -> str:
-    """A radius with three decimals, never above the radius itself."""
-    return str(Decimal(radius).quantize(RADIUS_DIGITS, ROUND_FLOOR))
-
-
-def raised(probability: float) -> str:
-    """A probability with two digits, never below the probability itself."""
-    return str(Context(prec=2, rounding=ROUND_CEILING).create_decimal_from_float(probability))
-
-
 def check_sampling(n0: int, n: int, alpha: float) -> None:
     """Raise UsageError unless n0 and n are counts and alpha is a probability of failure."""
     if n0 < 1 or n < 1:
         raise UsageError(f"n0 and n are counts of samples, at least 1, got {n0} and {n}")
     if not 0 < alpha < 0.5:
-        raise UsageError(f"alpha is a probability of failure, between 0 and 0.5, got {alpha:g}")
+        raise UsageError(f"alpha is a probability of failure, between 0 and 0.5, got {exact(alpha)}")
 
 
 @dataclass(frozen=True)
@@ -124,8 +113,8 @@ class FixedRule:
         check_sampling(self.n0, self.n, self.alpha)
         if self.alpha - self.charge <= self.alpha / 2:
             raise UsageError(
-                f"the noise's finite precision over n = {self.n} samples costs {self.charge:.2g}, more than half of "
-                f"alpha = {self.alpha:g}: ask for a smaller n or a larger alpha"
+                f"the noise's finite precision over n = {self.n} samples costs {raised(self.charge, figures=2)}, "
+                f"more than half of alpha = {exact(self.alpha)}: ask for a smaller n or a larger alpha"
             )
 
     @property

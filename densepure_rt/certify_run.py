@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from densepure_rt import __version__, logs
-from densepure_rt.certification import Certificate, floored
+from densepure_rt.certification import Certificate
 from densepure_rt.console import Status, track
 from densepure_rt.datasets import ImageSet
 from densepure_rt.falsify_run import Proposals, attack_each, attacked, no_proposals
@@ -35,6 +35,7 @@ from densepure_rt.records import (
     Summary,
     TimingRecord,
 )
+from densepure_rt.rounding import exact, floored, floored_share
 from densepure_rt.run_folder import RunFolder
 from densepure_rt.runtime.device import installed_versions
 from densepure_rt.runtime.noise import NOISE_LAW, smoothing_law, vote_law
@@ -286,4 +287,4 @@ def report(result: Certified) -> None:
 
 def accuracy_so_far(summary: Summary) -> str:
     reached = [(r, share) for r, share in zip(summary.radii, summary.accuracy, strict=True) if share is not None]
-    return "certified " + ", ".join(f"{100 * share:.0f} % at {r:g}" for r, share in reached)
+    return "certified " + ", ".join(f"{floored_share(share, 0)} at {exact(r)}" for r, share in reached)

@@ -40,6 +40,7 @@ from densepure_rt.options import (
     radii_of,
     seconds_of,
 )
+from densepure_rt.rounding import exact, floored_share, raised
 from densepure_rt.run_commands import compare, merge, print_attacks, report
 from densepure_rt.serve_command import serve
 
@@ -237,7 +238,7 @@ def certify(
     with smoothed:
         chosen = open_image_set(images, smoothed, skip, limit)
         mine = chosen if part is None else part.select(chosen)
-        expected = forecast(smoothed, settings, len(mine))
+        expected = forecast(smoothed, settings, len(mine), chosen.labelled)
         if not quiet:
             print_forecast(smoothed, chosen, settings, expected, part)
         if dry_run:
@@ -482,11 +483,13 @@ def print_forecast(
         "samples": f"{ranged(expected.samples, counted)} an image",
         "UNet calls": f"{ranged(expected.unet_calls, counted)} an image",
         "time": ranged(expected.seconds, duration),
-        "reach": f"no radius beyond {expected.reach:.3f} can be certified with n = {settings.n}",
+        "reach": f"no radius beyond {raised(expected.reach)} can be certified with n = {settings.n}",
     }
     if expected.radii:
         lines["radii"] = ", ".join(
-            f"{radius:g} skipped: beyond reach" if agreeing is None else f"{radius:g} from {counted(agreeing)} samples"
+            f"{exact(radius)} skipped: beyond reach"
+            if agreeing is None
+            else f"{exact(radius)} from {counted(agreeing)} samples"
             for radius, agreeing in expected.radii
         )
     rows(stderr, lines.items())
@@ -504,8 +507,6 @@ def abstentions(reasons: Mapping[Abstention, int]) -> str:
 
 
 def print_prediction(found: Predicted, names: Sequence[str], as_json: bool) -> None:
-    from densepure_rt.certification import raised
-
     image, label = found.image, found.label
     if as_json:
         votes = {name: int(count) for name, count in zip(names, found.votes, strict=True) if count}
@@ -519,14 +520,14 @@ def print_prediction(found: Predicted, names: Sequence[str], as_json: bool) -> N
         int(label is not None and label == image.label),
         "abstain" if label is None else names[label],
         f"{found.votes.max()}/{found.n}",
-        "-" if found.error_bound is None else raised(found.error_bound),
+        "-" if found.error_bound is None else raised(found.error_bound, figures=2),
     )
     print(*columns, sep="\t", flush=True)
 
 
 def print_summary(summary: Summary, labelled: bool, folder: Path, as_json: bool) -> None:
     if as_json:
-        shares = dict(zip((f"{radius:g}" for radius in summary.radii), summary.accuracy, strict=True))
+        shares = dict(zip(map(exact, summary.radii), summary.accuracy, strict=True))
         accuracy = shares if labelled else None
         print(json.dumps(dataclasses.asdict(summary) | {"accuracy": accuracy, "out": str(folder)}))
         return
@@ -534,8 +535,8 @@ def print_summary(summary: Summary, labelled: bool, folder: Path, as_json: bool)
         table = Table(title=f"certified accuracy of {plural(summary.done, 'image')}", title_justify="left", box=None)
         table.add_column("radius")
         for radius in summary.radii:
-            table.add_column(f"{radius:g}", justify="right")
-        cells = ("-" if share is None else f"{100 * share:.1f} %" for share in summary.accuracy)
+            table.add_column(exact(radius), justify="right")
+        cells = ("-" if share is None else floored_share(share) for share in summary.accuracy)
         table.add_row("certified", *cells)
         stdout.print(table)
     stdout.print(f"{abstentions(summary.reasons)}; {summary.samples:,.0f} samples an image; results in {folder}")
@@ -552,12 +553,20 @@ def flattened(report: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]
     return rows
 
 
+def in_options(error: DensePureError) -> str:
+    """An error's message; the parameter that it begins with as the option of that name."""
+    parameter, message = getattr(error, "parameter", None), str(error)
+    if parameter is None or not message.startswith(f"{parameter} "):
+        return message
+    return f"--{parameter.replace('_', '-')}{message.removeprefix(parameter)}"
+
+
 def main() -> None:
     """The entry point: an error is one message and its exit code."""
     try:
         app()
     except DensePureError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {in_options(error)}", file=sys.stderr)
         sys.exit(error.exit_code)
     except MemoryError:
         print("error: this does not fit into memory: ask for a smaller --batch", file=sys.stderr)

@@ -13,6 +13,7 @@ from densepure_rt.accuracy import Curve, curve_of, holds
 from densepure_rt.certify_run import RADII
 from densepure_rt.errors import UsageError
 from densepure_rt.records import ImageRecord
+from densepure_rt.rounding import exact
 from densepure_rt.run_folder import differing
 from densepure_rt.run_reader import Run
 
@@ -137,8 +138,8 @@ def radii_of(a: Curve, b: Curve, asked: float | None) -> tuple[float, ...]:
     """The radius that was asked for, or all that both runs know. Raises UsageError when there is none."""
     common = common_radii(a, b)
     if asked is not None and (a.at(asked) is None or b.at(asked) is None):
-        known = ", ".join(f"{radius:g}" for radius in common) or "none"
-        raise UsageError(f"the two runs do not both know the radius {asked:g}; of their radii both know {known}")
+        known = ", ".join(exact(radius) for radius in common) or "none"
+        raise UsageError(f"the two runs do not both know the radius {exact(asked)}; of their radii both know {known}")
     if asked is None and not common:
         raise UsageError("the two runs were asked about no radius in common: run one again with --radii of the other")
     return common if asked is None else (asked,)

@@ -31,13 +31,13 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from densepure_rt import logs
-from densepure_rt.certification import floored
 from densepure_rt.datasets import LabelledImage, open_images
 from densepure_rt.errors import DensePureError, UsageError
 from densepure_rt.forecast import reach_of
 from densepure_rt.gallery import picture
 from densepure_rt.image_files import Pixels
 from densepure_rt.replay import replay
+from densepure_rt.rounding import raised
 from densepure_rt.runtime.bundle import Bundle, open_bundle
 from densepure_rt.runtime.device import Device, Provider, open_device
 from densepure_rt.samplers import OnDevice
@@ -230,7 +230,8 @@ def facts(served: Served) -> dict[str, Any]:
     """What the page says of the model before it is given a picture. radii: those asked about, or 0 and the largest."""
     settings, unet = served.settings, served.bundle.unet
     reach = reach_of(settings, math.prod(unet.image))
-    radii = settings.grid if settings.method == "sequential" else (0.0, reach or 0.0)
+    within = [radius for radius in settings.grid if radius <= (reach or 0.0)]
+    radii = within if settings.method == "sequential" else [0.0, float(raised(reach or 0.0))]
     return {
         "engine": served.bundle.unet_path.name,
         "precision": unet.precision,
@@ -243,7 +244,7 @@ def facts(served: Served) -> dict[str, Any]:
         "n": settings.n,
         "alpha": settings.alpha,
         "most_bytes": MOST_BYTES,
-        "radii": [float(floored(radius)) for radius in radii if radius <= (reach or 0.0)],
+        "radii": radii,
         "examples": examples(served.bundle),
     }
 

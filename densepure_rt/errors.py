@@ -24,9 +24,17 @@ class CheckFailed(DensePureError):
 
 
 class UsageError(DensePureError, ValueError):
-    """What was asked cannot be done."""
+    """What was asked cannot be done.
+
+    parameter: of a function, such as "sigma", where one is to blame and the message begins with its name; the command
+    line then says --sigma in its place.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str = "", parameter: str | None = None) -> None:
+        super().__init__(message)
+        self.parameter = parameter
 
 
 class EnvironmentFault(DensePureError, RuntimeError):

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from densepure_rt.certification import Certificate
 from densepure_rt.datasets import LabelledImage
 from densepure_rt.errors import UsageError
+from densepure_rt.rounding import exact
 from densepure_rt.runtime.device import NOT_FINITE
 from densepure_rt.runtime.noise import (
     PIXEL_LEVELS,
@@ -91,7 +92,7 @@ def most_squares(radius: float) -> int:
     That is below (255 radius)^2, exactly, for the exact value of the float.
     """
     if not 0 <= radius < math.inf:
-        raise UsageError(f"a radius is a distance in [0, 1] pixel units, at least 0, got {radius:g}")
+        raise UsageError(f"a radius is a distance in [0, 1] pixel units, at least 0, got {exact(radius)}")
     return max(0, math.ceil((PIXEL_LEVELS * Fraction(radius)) ** 2) - 1)
 
 

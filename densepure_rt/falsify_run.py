@@ -17,6 +17,7 @@ from densepure_rt.datasets import ImageSet, LabelledImage
 from densepure_rt.errors import UsageError
 from densepure_rt.falsifier import Falsification, falsify, proposal_of_samples
 from densepure_rt.records import AttackRecord, ImageRecord, TimingRecord
+from densepure_rt.rounding import exact
 from densepure_rt.run_folder import RunFolder, broken_picture
 from densepure_rt.smoothing import Settings, SmoothedClassifier
 
@@ -35,7 +36,7 @@ def check_share(share: float) -> None:
     """Raise UsageError unless it is a share."""
     if not 0 < share <= 1:
         raise UsageError(
-            f"--falsify is a share of the samples of the certificates, above 0 and at most 1, got {share:g}"
+            f"--falsify is a share of the samples of the certificates, above 0 and at most 1, got {exact(share)}"
         )
 
 

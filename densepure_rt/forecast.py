@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from densepure_rt.errors import UsageError
+from densepure_rt.rounding import exact
 from densepure_rt.sequential import RadiusRule, SequentialRule
 from densepure_rt.smoothing import Settings, SmoothedClassifier
 
@@ -88,17 +89,22 @@ def expected_samples(rule: SequentialRule | RadiusRule, p: float) -> float:
     return decider.n
 
 
-def forecast(classifier: SmoothedClassifier, settings: Settings, images: int) -> Forecast:
-    """Time a few batches and add up. Raises UsageError when n is too small to certify any radius at all."""
+def forecast(classifier: SmoothedClassifier, settings: Settings, images: int, labelled: bool = True) -> Forecast:
+    """Time a few batches and add up. labelled: whether the images have labels, which are then asked about.
+
+    Raises UsageError when n is too small to certify any radius at all, or any of those that were asked for.
+    """
     chain = classifier.chain(settings)  # first: it refuses a sigma that no table should be made for
     pixels = math.prod(classifier.bundle.unet.image)
     rule = None if settings.method == "fixed" else settings.anytime_rule(pixels, labelled=True)
     if (reach := reach_of(settings, pixels)) is None:
         enough = next(n for n in itertools.count(settings.n) if reach_of(replace(settings, n=n), pixels) is not None)
         raise UsageError(
-            f"n = {settings.n} samples cannot certify any radius at alpha = {settings.alpha:g}, even when all agree: "
-            f"ask for --n {enough} at least"
+            f"n = {settings.n} samples cannot certify any radius at alpha = {exact(settings.alpha)}, even when all "
+            f"agree: ask for n = {enough} at least",
+            "n",
         )
+    settings.check_reach(pixels, labelled)
     samples = samples_of(settings, rule)
     (unet_least, unet_most), (label_least, label_most) = calls_a_sample(settings)
     unet_calls = Range(samples.least * unet_least, samples.expected * unet_least, samples.most * unet_most)

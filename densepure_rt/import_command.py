@@ -15,6 +15,7 @@ from rich.text import Text
 
 from densepure_rt.console import Json, Status, plural, rows, stdout, track
 from densepure_rt.errors import CheckFailed, UsageError
+from densepure_rt.rounding import exact, floored, floored_share, raised
 
 if TYPE_CHECKING:
     from densepure_rt.legacy_import import Claim, Flag, Imported
@@ -147,7 +148,7 @@ def radii_of(text: str) -> tuple[float, ...]:
 
 def report(found: Imported, grid: Sequence[float]) -> dict[str, Any]:
     """What `--json` prints and imported.json keeps. accuracy: None where it is not known or beyond reach."""
-    names = [f"{radius:g}" for radius in grid]
+    names = [exact(radius) for radius in grid]
     return {
         "settings": dict(found.settings),
         "images": len(found.claims),
@@ -174,7 +175,6 @@ def write(found: Imported, grid: Sequence[float], folder: Path) -> None:
 
 
 def tsv_line(claim: Claim) -> str:
-    from densepure_rt.certification import floored
     from densepure_rt.legacy_logs import ABSTAIN
 
     columns = (
@@ -194,14 +194,14 @@ def show(found: Imported, grid: Sequence[float]) -> None:
     if found.reach is None:
         lines["reach"] = "not checked: give --sigma and --n"
     else:
-        lines["reach"] = f"no radius beyond {found.reach:.4f} can be certified"
+        lines["reach"] = f"no radius beyond {raised(found.reach, 4)} can be certified"
     rows(stdout, lines.items())
     table = Table(title=f"certified accuracy of {plural(len(found.claims), 'image')}", title_justify="left", box=None)
     table.add_column("radius")
     for radius in grid:
-        table.add_column(f"{radius:g}", justify="right")
+        table.add_column(exact(radius), justify="right")
     for name, shares in (("as printed", found.accuracy_as_printed(grid)), ("sound", found.accuracy(grid))):
-        table.add_row(name, *("-" if share is None else f"{100 * share:.1f} %" for share in shares))
+        table.add_row(name, *("-" if share is None else floored_share(share) for share in shares))
     stdout.print(table)
     for flag in sorted(found.flags, key=lambda flag: not flag.unsound):
         stdout.print(

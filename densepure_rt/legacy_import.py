@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 
 from scipy import special
 
-from densepure_rt.certification import Certificate, FixedRule, raised
+from densepure_rt.certification import Certificate, FixedRule
 from densepure_rt.console import plural
 from densepure_rt.errors import UsageError
 from densepure_rt.label_arrays import Agreement, LabelFolder, Reader, Retaken, retake
 from densepure_rt.legacy_logs import ABSTAIN, ALPHA, PRINTED_DIGITS, Log, Row, below, printed_interval
+from densepure_rt.rounding import exact, floored, raised
 
 Shown = Callable[[Iterable[int], int], Iterable[int]]  # the images and their number, shown as they are worked on
 SLACK = 1e-9  # relative; more than the outward rounding of a bound, or than the older tools' float64 may be off
@@ -128,10 +129,10 @@ def beyond_reach(claims: Sequence[Claim], sigma: float, n: int, reach: float) ->
     """Claims beyond the reach, and the least alpha that allows them: Phi(radius / sigma)^n."""
     if claims:
         largest = max(claim.radius or 0.0 for claim in claims)
-        needed = raised(math.exp(n * float(special.log_ndtr(largest / sigma))))
+        needed = raised(math.exp(n * float(special.log_ndtr(largest / sigma))), figures=2)
         says = (
-            f"more than {reach:.4f}, the most that n and alpha allow: {largest:g} takes an alpha of {needed}, or "
-            f"another n or sigma; read as abstentions"
+            f"more than {raised(reach, 4)}, the most that n and alpha allow: {floored(largest, 4)} takes an alpha of "
+            f"{needed}, or another n or sigma; read as abstentions"
         )
         yield Flag("beyond reach", True, says, tuple(claim.idx for claim in claims))
 
@@ -185,7 +186,7 @@ def rounded_up(claims: Sequence[Claim], radii: Sequence[float]) -> Iterable[Flag
         )
         if images:
             yield Flag(
-                "rounding", False, f"certified at {radius:g} only if the printed radius was not rounded up", images
+                "rounding", False, f"certified at {exact(radius)} only if the printed radius was not rounded up", images
             )
 
 

@@ -19,6 +19,7 @@ from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.model_options import ModelOptions, with_models
 from densepure_rt.options import ProviderName
 from densepure_rt.procedure_tables import draw_procedures, print_procedures
+from densepure_rt.rounding import exact, floored, floored_share, raised
 
 if TYPE_CHECKING:
     import numpy as np
@@ -283,17 +284,21 @@ def print_exported(done: Exported) -> None:
     stdout.print(f"{done.comparisons} comparisons with float32 PyTorch, worst:")
     for worst in (done.worst_step, done.worst_logits):
         stdout.print(
-            f"  {worst.what}, batch {worst.batch}: relative L2 {worst.relative_l2:.1e}, max {worst.max_abs:.1e}"
+            f"  {worst.what}, batch {worst.batch}: relative L2 {raised(worst.relative_l2, figures=2)}, "
+            f"max {raised(worst.max_abs, figures=2)}"
         )
     stdout.print(f"  evaluated by {done.by}")
     if (labels := done.labels) is not None:
         stdout.print(
             f"{labels.disagreements} of {labels.total} labels differ from float32 on equal noise (sigma "
-            f"{labels.sigma:g}, one step, {plural(labels.images, 'image')}): fewer than {100 * labels.upper:.2f} %"
+            f"{labels.sigma:g}, one step, {plural(labels.images, 'image')}): fewer than "
+            f"{raised(labels.upper, 2, percent=True)}"
         )
         for radius, one, other in zip(labels.radii, *labels.accuracy, strict=True):
             if one is not None and other is not None:
-                stdout.print(f"  certified at radius {radius:g}: {100 * other:.1f} %, float32 {100 * one:.1f} %")
+                stdout.print(
+                    f"  certified at radius {exact(radius)}: {floored_share(other)}, float32 {floored_share(one)}"
+                )
         stdout.print(f"  labelled by {labels.by}")
     stdout.print(f"wrote {done.unet} and {done.classifier}, each with its sidecar")
 
@@ -382,24 +387,22 @@ def unwritable(out: Path, error: OSError) -> EnvironmentFault:
 
 
 def print_agreement(found: Agreement) -> None:
-    from densepure_rt.certification import floored
-
     table = Table(title=f"{found.engine} ({found.precision}) against PyTorch", title_justify="left", box=None)
     for column in ("level", "relative L2", "largest", "differ", "of", "fewer than"):
         table.add_column(column, justify="left" if column == "level" else "right")
     for gap in found.steps:
         at = f"timestep {gap.timestep}" if gap.timestep is not None else f"noise {gap.noise:.3g}"
-        table.add_row(f"step {gap.step + 1}, {at}", f"{gap.relative_l2:.1e}", f"{gap.max_abs:.1e}")
-    table.add_row("whole chain", f"{found.chain_relative_l2:.1e}", f"{found.chain_max_abs:.1e}")
+        table.add_row(f"step {gap.step + 1}, {at}", raised(gap.relative_l2, figures=2), raised(gap.max_abs, figures=2))
+    table.add_row("whole chain", raised(found.chain_relative_l2, figures=2), raised(found.chain_max_abs, figures=2))
     for name, share in (("labels", found.labels), ("votes", found.votes)):
-        table.add_row(name, "", "", f"{share.differ:,}", f"{share.total:,}", f"{100 * share.upper:.2f} %")
+        table.add_row(name, "", "", f"{share.differ:,}", f"{share.total:,}", raised(share.upper, 2, percent=True))
     stdout.print(table)
     table = Table(title="radii on the same samples", title_justify="left", box=None)
     for column in ("idx", "class", "PyTorch", "engine", "transferred", "eta"):
         table.add_column(column, justify="right")
     for row in found.certificates:
         radii = ("abstains" if r is None else floored(r) for r in (row.torch, row.engine, row.transferred))
-        table.add_row(str(row.idx), str(row.predict), *radii, f"{row.eta:.2g}")
+        table.add_row(str(row.idx), str(row.predict), *radii, raised(row.eta, figures=2))
     stdout.print(table)
 
 

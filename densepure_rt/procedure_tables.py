@@ -12,6 +12,7 @@ from rich.table import Table
 from densepure_rt.benchmark_tables import CLOCKS, warn_of_others
 from densepure_rt.console import duration, plural, rows, stdout
 from densepure_rt.errors import EnvironmentFault
+from densepure_rt.rounding import exact, floored_share
 
 if TYPE_CHECKING:
     from densepure_rt.export.procedure import Procedure, ProcedureBenchmark
@@ -68,7 +69,8 @@ def print_procedures(found: ProcedureBenchmark, console: Console = stdout) -> No
         "device": ", ".join(f"{name} {value}" for name, value in found.device.items()),
         "machine": f"{found.gpu or found.processor}, {found.cores} cores; {versions}",
         "load": "{} beside the published procedure, {} beside ours".format(*loads),
-        "images": f"{found.images} of {list(found.image)}, seed {found.seed}; certified: at the radius {found.sigma:g}",
+        "images": f"{found.images} of {list(found.image)}, seed {found.seed}; certified: at the radius "
+        f"{exact(found.sigma)}",
         "published": f"n0 {published.n0:,}, n {published.n:,}, K {published.votes}, b {published.steps}; "
         f"run small: n0 {small.n0:,}, n {small.n:,}, K {small.votes}, b {small.steps}",
         "ours": f"{ours.method}, n {ours.n:,} at most, K {ours.votes}, b {ours.steps}; "
@@ -97,7 +99,7 @@ def cost_table(found: ProcedureBenchmark) -> Table:
 
     def add(name: str, procedure: Procedure) -> None:
         numbers = (procedure.samples, procedure.unet_calls, procedure.classifier_calls)
-        share = "-" if procedure.certified is None else f"{100 * procedure.certified:.0f} %"
+        share = "-" if procedure.certified is None else floored_share(procedure.certified, 0)
         table.add_row(name, *(f"{number:,.0f}" for number in numbers), elapsed(procedure.seconds), share)
 
     add("published, run small", found.small)
@@ -163,7 +165,7 @@ def draw_procedures(found: ProcedureBenchmark, path: Path) -> None:
         color="#374151",
     )
     figure.suptitle(
-        f"An image at the radius {found.sigma:g}, K = {settings.votes}, b = {settings.steps}: "
+        f"An image at the radius {exact(found.sigma)}, K = {settings.votes}, b = {settings.steps}: "
         f"{shortened(found.time_ratio)} times less time\nand {shortened(found.unet_call_ratio)} times fewer UNet calls "
         f"than the published procedure",
         x=0.02,

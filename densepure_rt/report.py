@@ -23,6 +23,7 @@ from densepure_rt.console import plural
 from densepure_rt.errors import EnvironmentFault, UsageError
 from densepure_rt.import_reader import ImportedRun
 from densepure_rt.records import Abstention, ImageRecord
+from densepure_rt.rounding import exact, floored_share
 from densepure_rt.run_reader import Run
 from densepure_rt.step_chart import COLOURS, Axis, Line, falling, rising, step_chart
 
@@ -181,18 +182,14 @@ def table_radii(reports: Sequence[RunReport]) -> tuple[float, ...]:
 
 
 def percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f} %"
-
-
-def floored_percent(share: float | None) -> str:
-    """Rounded down, as every bound is."""
-    return "-" if share is None else f"{int(1000 * share) / 10:.1f} %"
+    """A certified accuracy in a table."""
+    return "-" if share is None else floored_share(share)
 
 
 def markdown(reports: Sequence[RunReport]) -> str:
     """Certified accuracy at the radii of the papers' tables, a row a run."""
     radii = table_radii(reports)
-    head = ("run", "setting", "images", *(f"{radius:g}" for radius in radii), "abstained")
+    head = ("run", "setting", "images", *map(exact, radii), "abstained")
     rows = [head, ("---",) * 3 + ("--:",) * (len(radii) + 1)]
     for report in reports:
         shares = (percent(report.curve.at(radius)) for radius in radii)

@@ -6,13 +6,13 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
-from densepure_rt.certification import floored, raised
 from densepure_rt.console import plural
 from densepure_rt.elements import Html, element
 from densepure_rt.import_reader import FlagRecord, ImportedRun
 from densepure_rt.records import Manifest
 from densepure_rt.report import RunReport, imported, own
 from densepure_rt.report_parts import facts_table, folded, leaves, section, table
+from densepure_rt.rounding import raised
 from densepure_rt.run_reader import Run
 
 SOURCES = 3  # named in the text of an import
@@ -74,7 +74,7 @@ def parity_section(reports: Sequence[RunReport]) -> Html | None:
             compared, differing = (
                 (f"{parity.labels:,}", f"{parity.labels_differ:,}") if parity.labels else ("none", "-")
             )
-            worst = raised(parity.relative_l2)
+            worst = raised(parity.relative_l2, figures=2)
             rows.append((report.name, parity.by, f"{parity.comparisons:,}", worst, compared, differing))
     head = ("", "evaluated by", "comparisons", "worst relative L2", "labels compared", "differing")
     words = (
@@ -94,8 +94,8 @@ def provenance_section(reports: Sequence[RunReport]) -> Html:
 
 
 def run_facts(report: RunReport, manifest: Manifest) -> Iterator[tuple[str, str]]:
-    reach = None if report.reach is None else floored(report.reach)
-    yield from leaves({"identity SHA-256": manifest.identity_sha256, "reach": reach})
+    reach = None if report.reach is None else raised(report.reach)
+    yield from leaves({"identity SHA-256": manifest.identity_sha256, "no radius beyond": reach})
     yield from leaves(asdict(manifest.identity))
     yield from leaves(asdict(manifest.provenance) | {"parity": None}, "run by ")
 
@@ -104,8 +104,8 @@ def imported_facts(found: ImportedRun) -> Iterator[tuple[str, str]]:
     origin, sources = found.origin, sources_of(found)
     yield "imported.json SHA-256", found.origin_sha256
     yield from leaves(asdict(origin.settings))
-    reach = None if origin.reach is None else floored(origin.reach)
-    yield from leaves({"reach": reach, "images": origin.images, "abstained": origin.abstained})
+    reach = None if origin.reach is None else raised(origin.reach)
+    yield from leaves({"no radius beyond": reach, "images": origin.images, "abstained": origin.abstained})
     yield from leaves({"accuracy as printed": origin.accuracy_as_printed, "accuracy": origin.accuracy})
     yield from ((f"SHA-256 of {name}", sha256) for name, sha256 in sources[:LISTED_SOURCES])
     if len(sources) > LISTED_SOURCES:

@@ -7,7 +7,6 @@ from importlib import resources
 from string import Template
 
 from densepure_rt.accuracy import CONFIDENCE, RHO, band_half_width
-from densepure_rt.certification import floored
 from densepure_rt.certify_run import abstention
 from densepure_rt.console import duration, plural
 from densepure_rt.elements import Html, element, joined
@@ -19,7 +18,6 @@ from densepure_rt.report import (
     accuracy_chart,
     accuracy_lines,
     accuracy_name,
-    floored_percent,
     imported,
     own,
     percent,
@@ -30,6 +28,7 @@ from densepure_rt.report import (
 )
 from densepure_rt.report_origin import imported_section, parity_section, provenance_section
 from densepure_rt.report_parts import folded, section, table
+from densepure_rt.rounding import exact, floored, floored_share, raised, raised_share, typed
 from densepure_rt.run_reader import Run
 from densepure_rt.step_chart import COLOURS, STYLE, Line, swatch
 
@@ -86,7 +85,7 @@ def card(report: RunReport, i: int) -> Html:
         element(
             "div",
             *(
-                element("span", element("b", percent(share)), element("small", f"at radius {radius:g}"))
+                element("span", element("b", percent(share)), element("small", f"at radius {exact(radius)}"))
                 for radius, share in figures
             ),
             class_="big",
@@ -115,9 +114,11 @@ def accuracy_words(reports: Sequence[RunReport]) -> Iterator[str]:
         yield "Images of a run without labels count when they are certified for any class."
     if counted := [report for report in reports if report.curve.images]:
         sizes = sorted({report.curve.images for report in counted})
-        widths = " and ".join(f"{100 * band_half_width(size):.1f} points for {plural(size, 'image')}" for size in sizes)
+        widths = " and ".join(
+            f"{raised(100 * band_half_width(size), 1)} points for {plural(size, 'image')}" for size in sizes
+        )
         yield (
-            f"The bands hold the whole curve at once with {100 * CONFIDENCE:.0f} % confidence for images drawn "
+            f"The bands hold the whole curve at once with {floored_share(CONFIDENCE, 0)} confidence for images drawn "
             f"independently from the same source (Dvoretzky-Kiefer-Wolfowitz): to either side {widths}."
         )
     if any(report.curve.grid for report in reports):
@@ -137,12 +138,12 @@ def accuracy_words(reports: Sequence[RunReport]) -> Iterator[str]:
     rules = (run.manifest.identity.rule for _, run in own(reports))
     for loss in sorted({rule.radius_loss for rule in rules if rule.radius_loss is not None}):
         yield (
-            f"A radius run settles for {100 * (1 - loss):g} % of the radius that n samples would give, so that its "
-            f"curve may lie to the left of theirs."
+            f"A radius run settles for {floored(1 - typed(loss), 1, percent=True)} of the radius that n samples would "
+            f"give, so that its curve may lie to the left of theirs."
         )
     for report in reports:
         if skipped := sorted(set(report.radii) - set(report.curve.radii)):
-            radii = ", ".join(f"{radius:g}" for radius in skipped)
+            radii = ", ".join(map(exact, skipped))
             yield f"{report.name} was asked about {radii} too, which its n samples cannot reach."
 
 
@@ -175,35 +176,35 @@ def table_section(reports: Sequence[RunReport]) -> Html:
     ]
     return section(
         f"{accuracy_name(reports).capitalize()} at radii",
-        table(("radius", *(f"{radius:g}" for radius in radii)), rows, TABLE_WORDS),
+        table(("radius", *map(exact, radii)), rows, TABLE_WORDS),
         element("ul", *(element("li", *wrong_words(report)) for report in reports)),
     )
 
 
 TABLE_WORDS = (
-    f"A dash: not asked, or beyond what n samples can reach. Small figures: but for a probability of {RHO:g} over the "
-    "sampling, at least this share of these very images is certified rightly: accuracy - alpha - "
+    f"A dash: not asked, or beyond what n samples can reach. Small figures: but for a probability of {exact(RHO)} over "
+    "the sampling, at least this share of these very images is certified rightly: accuracy - alpha - "
     "sqrt(alpha (1 - alpha) ln(1/rho) / M) - ln(1/rho) / (3 M), rounded down (Cohen et al. 2019), at each radius by "
     "itself. It supposes that the noise of each image is independent, and says nothing of other images."
 )
 
 
 def bound_note(bound: float | None) -> Html | None:
-    return None if bound is None else element("small", f"≥ {floored_percent(bound)}")
+    return None if bound is None else element("small", f"≥ {floored(bound, 1, percent=True)}")
 
 
 def wrong_words(report: RunReport) -> Iterator[str | Html]:
-    expected = report.alpha * report.done
+    expected = raised(typed(report.alpha) * report.done, figures=3)
     yield element("strong", report.name)
     if report.distinct is None:
         yield (
-            f": imported. If alpha = {report.alpha:g} holds for its {plural(report.done, 'answer')}, as was said when "
-            f"they were imported, at most {expected:.3g} are expected to be wrong certificates; whether the noise of "
+            f": imported. If alpha = {exact(report.alpha)} holds for its {plural(report.done, 'answer')}, as was said "
+            f"when they were imported, at most {expected} are expected to be wrong certificates; whether the noise of "
             f"its images was independent is not known, so that no bound on the test set is given."
         )
         return
     yield (
-        f": of {plural(report.done, 'answer')} at alpha = {report.alpha:g}, at most {expected:.3g} are expected to be "
+        f": of {plural(report.done, 'answer')} at alpha = {exact(report.alpha)}, at most {expected} are expected to be "
         f"wrong certificates."
     )
     if report.distinct < report.done:
@@ -231,7 +232,9 @@ def abstention_section(reports: Sequence[RunReport]) -> Html:
                 "div",
                 *(
                     element(
-                        "span", element("i", class_=f"key {kind}"), f"{count:,} {name} ({percent(count / report.done)})"
+                        "span",
+                        element("i", class_=f"key {kind}"),
+                        f"{count:,} {name} ({shown_share(kind, count / report.done)})",
                     )
                     for kind, name, count in outcomes(report)
                 ),
@@ -254,6 +257,11 @@ def abstention_section(reports: Sequence[RunReport]) -> Html:
         if anytime
         else None,
     )
+
+
+def shown_share(kind: str, share: float) -> str:
+    """Of the images with one outcome: what is certified rounded down, the others up."""
+    return floored_share(share) if kind == "good" else raised_share(share)
 
 
 def outcomes(report: RunReport) -> Iterator[tuple[str, str, int]]:

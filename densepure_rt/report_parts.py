@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from densepure_rt.elements import Html, element, joined
+from densepure_rt.rounding import exact
 
 
 def section(title: str, *children: str | None) -> Html:
@@ -49,4 +50,4 @@ def leaves(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
 def readable(value: Any) -> str:
     if isinstance(value, Mapping):
         return "(" + ", ".join(f"{name} {readable(part)}" for name, part in value.items()) + ")"
-    return f"{value:.8g}" if isinstance(value, float) else str(value)
+    return exact(value) if isinstance(value, float) else str(value)

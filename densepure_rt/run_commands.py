@@ -15,6 +15,7 @@ from densepure_rt.audit_commands import secret_of
 from densepure_rt.console import Json, plural, rows, stderr, stdout
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.options import folder_of
+from densepure_rt.rounding import exact, floored, floored_share, raised
 
 if TYPE_CHECKING:
     from densepure_rt.compare import Change, Comparison
@@ -98,7 +99,7 @@ def compare(
     from densepure_rt.run_reader import read_run
 
     if not 0 < level < 1:
-        raise UsageError(f"--level is a probability between 0 and 1, got {level:g}")
+        raise UsageError(f"--level is a probability between 0 and 1, got {exact(level)}")
     found = compared(read_run(a), read_run(b), radius)
     worse = found.worse_at(level)
     too_many = max_lost is not None and len(found.lost) > max_lost
@@ -107,8 +108,8 @@ def compare(
     else:
         print_comparison(found)
     if worse:
-        where = ", ".join(f"{each.radius:g} (p = {each.p_value:.2g})" for each in worse)
-        raise CheckFailed(f"{b} certifies significantly fewer images than {a} at radius {where}, level {level:g}")
+        where = ", ".join(f"{exact(each.radius)} (p = {raised(each.p_value, figures=2)})" for each in worse)
+        raise CheckFailed(f"{b} certifies significantly fewer images than {a} at radius {where}, level {exact(level)}")
     if too_many:
         raise CheckFailed(f"{plural(len(found.lost), 'image')} lost radius from {a} to {b}, more than {max_lost}")
 
@@ -156,7 +157,7 @@ def print_attacks(attacks: Sequence[AttackRecord]) -> None:
     for attack in broken:
         stderr.print(
             f"error: image {attack.idx}: {attack.votes} of {attack.n} samples are for class {attack.label} at a "
-            f"distance of {attack.distance}, inside the certified radius {attack.radius:g}"
+            f"distance of {attack.distance}, inside the certified radius {exact(attack.radius)}"
         )
     samples = sum(attack.samples for attack in attacks)
     if not attacks:
@@ -194,14 +195,14 @@ def accuracy_table(found: Comparison) -> Table:
     for name in ("radius", "A", "B", "A alone", "B alone", "McNemar p"):
         table.add_column(name, justify="right")
     for each in found.radii:
-        shares = (f"{100 * share:.1f} %" for share in (each.a, each.b))
-        table.add_row(f"{each.radius:g}", *shares, f"{each.only_a:,}", f"{each.only_b:,}", f"{each.p_value:.2g}")
+        shares = (floored_share(share) for share in (each.a, each.b))
+        table.add_row(
+            exact(each.radius), *shares, f"{each.only_a:,}", f"{each.only_b:,}", raised(each.p_value, figures=2)
+        )
     return table
 
 
 def change_table(name: str, changes: Sequence[Change]) -> Table:
-    from densepure_rt.certification import floored
-
     most = f", the largest {MOST_CHANGES} of {len(changes):,}" if len(changes) > MOST_CHANGES else ""
     table = Table(title=f"images that {name} radius{most}", title_justify="left", box=None)
     for column in ("image", "label", "A", "B"):

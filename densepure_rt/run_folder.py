@@ -31,7 +31,7 @@ from typing import Any, NamedTuple, TextIO
 
 from PIL import Image
 
-from densepure_rt.certification import Certificate, floored
+from densepure_rt.certification import Certificate
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.keys import retire, shared_key, store_key, stored_key
 from densepure_rt.ledger import NAME as LEDGER
@@ -49,6 +49,7 @@ from densepure_rt.records import (
     page,
     parsed,
 )
+from densepure_rt.rounding import floored
 from densepure_rt.runtime.noise import image_sha256
 from densepure_rt.smoothing import Certified
 

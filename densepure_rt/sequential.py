@@ -25,6 +25,7 @@ from scipy import special
 
 from densepure_rt.certification import MARGIN, EpsOutcome, Result, clopper_pearson_lower, l2_radius
 from densepure_rt.errors import UsageError
+from densepure_rt.rounding import exact, raised
 from densepure_rt.runtime.device import NOT_FINITE
 
 RESERVE = 0.25  # share of alpha for one Clopper-Pearson look at n_max (Cohen et al. 2019); the e-process has the rest
@@ -218,15 +219,15 @@ class _Limits:
 
     def __post_init__(self) -> None:
         if not 0 < self.sigma < math.inf:
-            raise UsageError(f"sigma is the standard deviation of the noise, above 0, got {self.sigma:g}")
+            raise UsageError(f"sigma is the standard deviation of the noise, above 0, got {self.sigma}")
         if self.n_max < 1 or self.look < 1:
             raise UsageError(f"n and look are counts of samples, at least 1, got {self.n_max} and {self.look}")
         if not 0 < self.alpha < 0.5:
-            raise UsageError(f"alpha is a probability of failure, between 0 and 0.5, got {self.alpha:g}")
+            raise UsageError(f"alpha is a probability of failure, between 0 and 0.5, got {exact(self.alpha)}")
         if not self.alpha - self.charge > self.alpha / 2:
             raise UsageError(
-                f"the noise's finite precision over n = {self.n_max} samples costs {self.charge:.2g}, more than half "
-                f"of alpha = {self.alpha:g}: ask for a smaller n or a larger alpha"
+                f"the noise's finite precision over n = {self.n_max} samples costs {raised(self.charge, figures=2)}, "
+                f"more than half of alpha = {exact(self.alpha)}: ask for a smaller n or a larger alpha"
             )
 
     @property
@@ -274,7 +275,7 @@ class SequentialRule(_Limits):
         if not self.radii or not ascending or not self.radii[0] >= 0 or not self.radii[-1] < math.inf:
             raise UsageError(f"radii are one or more, from 0 up and ascending, got {self.radii}")
         if not 0 <= self.reserve < 1:
-            raise UsageError(f"reserve is a share of alpha, from 0 to below 1, got {self.reserve:g}")
+            raise UsageError(f"reserve is a share of alpha, from 0 to below 1, got {exact(self.reserve)}")
 
     def test_of(self, eps: float) -> EpsTest:
         """p0 = Phi(eps / sigma), rounded up."""
@@ -363,7 +364,7 @@ class RadiusRule(_Limits):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.radius_loss < 1:
-            raise UsageError(f"radius loss is a share of the radius, from 0 to below 1, got {self.radius_loss:g}")
+            raise UsageError(f"radius loss is a share of the radius, from 0 to below 1, got {exact(self.radius_loss)}")
 
     @cached_property
     def half(self) -> EpsTest:

@@ -154,7 +154,7 @@ class Service:
         most: int = MOST_OPEN,
     ) -> None:
         if settings.method == "fixed":
-            raise UsageError("--method fixed has no answer before its last sample: serve sequential or radius")
+            raise UsageError("method fixed has no answer before its last sample: serve sequential or radius", "method")
         if most < 1:
             raise UsageError(f"a queue holds one request or more, got {most}")
         bundle, pixels = classifier.bundle, math.prod(classifier.bundle.unet.image)
@@ -168,6 +168,7 @@ class Service:
             settings, n=PREDICT_N, method="sequential", radii=None, radius_loss=None
         )
         self._predicts = self._predict_settings.prediction_rule(pixels)
+        settings.check_reach(pixels, labelled=False)
         self._certifies = settings.anytime_rule(pixels, labelled=False)
         self._changed = threading.Condition()  # held for whatever stands below
         self._share = FairShare[AnytimeJudge](ahead=classifier.device.batch)

@@ -6,6 +6,7 @@ import hashlib
 import logging
 import math
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from densepure_rt.certification import Certificate, FixedRule, check_sampling
 from densepure_rt.datasets import LabelledImage
 from densepure_rt.errors import EnvironmentFault, UsageError
 from densepure_rt.keys import SECRET_BYTES, new_secret
+from densepure_rt.rounding import exact, raised
 from densepure_rt.runtime.bundle import Bundle, open_bundle
 from densepure_rt.runtime.device import (
     MAX_BATCH,
@@ -51,6 +53,7 @@ from densepure_rt.voting import Ballot
 
 Method = Literal["fixed", "sequential", "radius"]
 MAX_VOTES = 1000  # published work uses up to 40
+MOST_N = 10**7  # samples, of what an error proposes
 PREDICT_N = 1000  # samples of a prediction at most; 13 that agree are enough
 J = TypeVar("J", bound=Judge)
 
@@ -80,17 +83,19 @@ class Settings:
     def __post_init__(self) -> None:
         check_sampling(self.n0, self.n, self.alpha)
         if not 1 <= self.votes <= MAX_VOTES:
-            raise UsageError(f"votes is a count from 1 to {MAX_VOTES}, got {self.votes}")
+            raise UsageError(f"votes is a count from 1 to {MAX_VOTES}, got {self.votes}", "votes")
         if self.steps < 0:
-            raise UsageError(f"steps is a count of reverse steps, got {self.steps}")
+            raise UsageError(f"steps is a count of reverse steps, got {self.steps}", "steps")
         if self.method not in get_args(Method):
-            raise UsageError(f"--method {self.method} is not known: {', '.join(get_args(Method))}")
+            raise UsageError(f"method {self.method} is not known: {', '.join(get_args(Method))}", "method")
         if self.radii is not None and self.method != "sequential":
-            raise UsageError(f"radii are what --method sequential decides, and {self.method} was asked for")
+            raise UsageError(f"radii are what the method sequential decides, and {self.method} was asked for")
         if self.radius_loss is not None and self.method != "radius":
-            raise UsageError(f"a radius loss is what --method radius accepts, and {self.method} was asked for")
+            raise UsageError(f"a radius loss is what the method radius accepts, and {self.method} was asked for")
         if self.timestep_rule not in (None, *get_args(TimestepRule)):
-            raise UsageError(f"--timestep-rule {self.timestep_rule} is not known: {', '.join(get_args(TimestepRule))}")
+            raise UsageError(
+                f"timestep_rule {self.timestep_rule} is not known: {', '.join(get_args(TimestepRule))}", "timestep_rule"
+            )
 
     @property
     def effective(self) -> Settings:
@@ -131,6 +136,45 @@ class Settings:
     def samples(self) -> tuple[int, int]:
         """The fewest and the most samples that an image takes."""
         return (self.n0 + self.n,) * 2 if self.method == "fixed" else (min(LOOK, self.n), self.n)
+
+    def check_reach(self, pixels: int, labelled: bool) -> None:
+        """Raise UsageError when the smallest radius of "sequential", and so every one, is beyond what n can certify.
+
+        Where 0 is asked too there is an answer: whether the class holds at the image itself.
+        """
+        if self.method != "sequential" or not self.grid[0] > 0:
+            return
+        rule = self.anytime_rule(pixels, labelled)
+        assert isinstance(rule, SequentialRule)
+        if rule.reachable():
+            return
+        reach, smallest = rule.reach(), rule.radii[0]
+        most = "nothing is" if reach is None else f"no radius beyond {raised(reach)} is"
+        enough = self._enough(pixels, labelled)
+        more = (
+            f"no n up to {MOST_N:,} is enough for it"
+            if enough is None
+            else f"{exact(smallest)} takes n = {enough:,} at least"
+        )
+        raise UsageError(
+            f"radii from {exact(smallest)} on are all beyond reach: at sigma {exact(self.sigma)} and n = {self.n:,}, "
+            f"even when all samples agree, {most} certified, and {more}; ask for a smaller radius or a larger sigma",
+            "radii",
+        )
+
+    def _enough(self, pixels: int, labelled: bool) -> int | None:
+        """The least n, above the present one, whose samples certify the smallest radius when all agree."""
+
+        def reaches(n: int) -> bool:
+            rule = replace(self, n=n).anytime_rule(pixels, labelled)
+            return bool(isinstance(rule, SequentialRule) and rule.reachable())
+
+        few = many = self.n
+        while not reaches(many):
+            few, many = many, 2 * many
+            if many > MOST_N:
+                return None
+        return few + bisect_left(range(few, many + 1), True, key=reaches)
 
     def ballot(self) -> Ballot:
         return Ballot(self.effective.votes)
@@ -230,7 +274,7 @@ def chain_of(bundle: Bundle, settings: Settings) -> Chain:
     if unet.prediction == "none" and settings.steps:
         raise UsageError(
             f"{bundle.unet_path.name} holds no diffusion network, so there is nothing to take "
-            f"{settings.steps} steps with: ask for --steps 0, plain randomized smoothing"
+            f"{settings.steps} steps with: ask for 0 steps, plain randomized smoothing"
         )
     rule = settings.timestep_rule or unet.timestep_rule
     return make_chain(unet.schedule, unet.variance, settings.sigma, settings.steps, rule)
@@ -277,7 +321,9 @@ class SmoothedClassifier:
     def device(self) -> Device:
         """That of this process. Raises UsageError where others draw the samples."""
         if not isinstance(self.sampler, OnDevice):
-            raise UsageError("this needs an engine in this process: leave --cluster out")
+            raise UsageError(
+                "this needs an engine in this process, and a cluster draws the samples: open the classifier with load"
+            )
         return self.sampler.device
 
     @property
@@ -309,6 +355,7 @@ class SmoothedClassifier:
             sigma, steps, votes, n0, n, alpha, method=method, radii=None if radii is None else tuple(radii)
         )
         images = [self._checked(image, 0)]
+        settings.check_reach(image.size, labelled=False)
         for certified in self.certify_each(images, settings, Budget(image=budget)):
             return certified.certificate
         raise EnvironmentFault("the image has failed: nothing can draw its samples")
@@ -344,11 +391,14 @@ class SmoothedClassifier:
         come from a run with the same secret. With a budget the images that a run came to before its end are answered:
         by the best radius of an anytime method, which holds whenever it is stopped, and by an abstention with "fixed".
         With a journal each image goes on from the labels that it already has there.
+
+        Raises UsageError when every radius that "sequential" was asked for is beyond the reach of n samples.
         """
         pixels = math.prod(self.bundle.unet.image)
         if settings.method == "fixed":
             yield from self._certify_fixed(images, settings, settings.rule(pixels), budget, journal)
             return
+        settings.check_reach(pixels, labelled=True)
         rules = {labelled: settings.anytime_rule(pixels, labelled) for labelled in (False, True)}
 
         def judge(image: LabelledImage) -> AnytimeJudge:
@@ -466,7 +516,7 @@ def shipped_engine() -> Path:
 def provider_of(name: str) -> Provider:
     """An ONNX Runtime provider by its name."""
     if name not in get_args(Provider):
-        raise UsageError(f"--provider {name} is not known: {', '.join(get_args(Provider))}")
+        raise UsageError(f"provider {name} is not known: {', '.join(get_args(Provider))}", "provider")
     return cast(Provider, name)
 
 
@@ -494,8 +544,7 @@ def load(
     known = provider_of(provider)
     if not ((batch is None or 1 <= batch <= MAX_BATCH) and 1 <= threads <= MAX_THREADS):
         raise UsageError(
-            f"batch and threads are counts from 1 up to {MAX_BATCH} and {MAX_THREADS}, got {batch} and {threads}: "
-            f"change --batch or --threads"
+            f"batch and threads are counts from 1 up to {MAX_BATCH} and {MAX_THREADS}, got {batch} and {threads}"
         )
     bundle = open_bundle(
         shipped_engine() if engine is None else Path(engine),

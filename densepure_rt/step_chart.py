@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from densepure_rt.elements import Html, element, joined
+from densepure_rt.rounding import exact, floored_share
 
 WIDTH, HEIGHT = 680.0, 380.0
 LEFT, RIGHT, TOP, BOTTOM = 76.0, 18.0, 16.0, 58.0  # margins around the plot
@@ -182,7 +183,7 @@ def drawn_dots(line: Line, i: int, axis: Axis, aside: float) -> Iterator[Html]:
             top, bottom = y_of(share + line.half_width), y_of(share - line.half_width)
             caps = f"M{at - 4:.2f} {top:.2f}h8m-4 0V{bottom:.2f}m-4 0h8"
             yield element("path", d=caps, class_=f"whisker {look}")
-        said = element("title", f"{line.name}: {100 * share:.1f} % at {place:g}")
+        said = element("title", f"{line.name}: {floored_share(share)} at {exact(place)}")
         yield element("circle", said, cx=at, cy=y_of(share), r=4.5, class_=f"dot {look}")
 
 

@@ -175,6 +175,8 @@ class TritonModel:
             if name == "predict"
             else self.settings.anytime_rule(pixels, labelled=False)
         )
+        if name == "certify":
+            self.settings.check_reach(pixels, labelled=False)
         self.secret = shared_key(Path(key_file)) if key_file else new_secret()
         self.outputs = outputs_of(len(self.bundle.classifier.class_names))[self.name]
 

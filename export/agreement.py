@@ -23,6 +23,7 @@ from densepure_rt.export.classifiers import ClassifierModel
 from densepure_rt.export.parity import ALPHA, LABELS, RELATIVE_L2, SECRET
 from densepure_rt.export.sources import refuse_other_models
 from densepure_rt.export.unets import DiffusionModel
+from densepure_rt.rounding import exact, floored, raised, typed
 from densepure_rt.runtime.device import Batch, Device, Floats, Kind
 from densepure_rt.runtime.noise import Key, first_state, image_key, smoothing_law, smoothing_noise, vote_noise
 from densepure_rt.runtime.reverse import decide
@@ -305,14 +306,17 @@ def failures(found: Agreement) -> list[str]:
     limit, lines = RELATIVE_L2.get(found.precision, math.inf), []
     for gap in found.steps:
         if not gap.relative_l2 <= limit:
-            lines.append(f"step {gap.step + 1}: relative L2 {gap.relative_l2:.2g}, {found.precision} allows {limit:g}")
+            lost = raised(gap.relative_l2, figures=2)
+            lines.append(f"step {gap.step + 1}: relative L2 {lost}, {found.precision} allows {exact(limit)}")
     if not found.chain_relative_l2 <= CHAIN_FACTOR * limit:
-        lines.append(f"the chain: relative L2 {found.chain_relative_l2:.2g}, allowed is {CHAIN_FACTOR * limit:g}")
+        lost = raised(found.chain_relative_l2, figures=2)
+        lines.append(f"the chain: relative L2 {lost}, allowed is {exact(CHAIN_FACTOR * limit)}")
     allowed = LABELS.get(found.precision, LABELS_FP32)
     for what, share in (("labels", found.labels), ("votes", found.votes)):
         if share.lower > allowed:
             lines.append(
-                f"{what}: {share.differ} of {share.total} differ, so at least {share.lower:.2%}; {allowed:.1%} may"
+                f"{what}: {share.differ} of {share.total} differ, so at least {floored(share.lower, 2, percent=True)}; "
+                f"{floored(typed(allowed), 1, percent=True)} may"
             )
     return lines
 
@@ -346,7 +350,7 @@ def draw(found: Agreement, path: Path) -> None:
             place.set(xticks=[], yticks=[])
             place.set_title(title if row == 0 else "", fontsize=9)
             if title == "difference":
-                place.set_xlabel(f"white is {largest:.1e}", fontsize=7)
+                place.set_xlabel(f"white is {raised(largest, figures=2)}", fontsize=7)
     figure.savefig(path, dpi=150)
 
 

@@ -22,6 +22,7 @@ from densepure_rt.export import reference
 from densepure_rt.export.classifiers import ClassifierModel
 from densepure_rt.export.precision import SIGMAS, STEPS
 from densepure_rt.export.unets import DiffusionModel
+from densepure_rt.rounding import exact, floored, raised, typed
 from densepure_rt.runtime.device import CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, STEP_INPUTS, STEP_OUTPUTS, Floats
 from densepure_rt.runtime.noise import first_state, image_key, smoothing_law, smoothing_noise, vote_noise
 from densepure_rt.runtime.onnx_device import open_session
@@ -283,7 +284,8 @@ def check_labels(found: LabelParity, precision: str) -> None:
     if lower > allowed:
         raise CheckFailed(
             f"the {precision} engine is not the float32 one: {found.disagreements} of {found.total} labels differ on "
-            f"equal noise, so at least {100 * lower:.1f} % do; {100 * allowed:g} % are allowed. Nothing was published"
+            f"equal noise, so at least {floored(lower, 1, percent=True)} do; "
+            f"{floored(typed(allowed), 1, percent=True)} are allowed. Nothing was published"
         )
 
 
@@ -297,7 +299,8 @@ def check(differences: list[Difference], precision: str) -> Difference:
     if not worst.relative_l2 <= limit:
         raise CheckFailed(
             f"the engine is not what PyTorch computes: {worst.what} at batch {worst.batch} differs by "
-            f"{worst.relative_l2:.2g} relative L2 ({worst.max_abs:.2g} at most); {precision} allows {limit:g}. "
+            f"{raised(worst.relative_l2, figures=2)} relative L2 ({raised(worst.max_abs, figures=2)} at most); "
+            f"{precision} allows {exact(limit)}. "
             f"Nothing was published; {onnxruntime.__name__} {onnxruntime.__version__}, torch {torch.__version__}"
         )
     return worst

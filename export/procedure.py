@@ -39,6 +39,7 @@ from densepure_rt.export.machine import Clock, Load, OtherLoad, gpu_state, load_
 from densepure_rt.export.reference import reverse_step
 from densepure_rt.export.sources import refuse_other_models
 from densepure_rt.export.unets import DiffusionModel
+from densepure_rt.rounding import exact
 from densepure_rt.runtime.bundle import Bundle
 from densepure_rt.runtime.device import (
     Batch,
@@ -296,8 +297,8 @@ def our_settings(unet: DiffusionModel, sigma: float, steps: int, votes: int, n: 
     if not enough(n):
         least = next(samples for samples in itertools.count(n + 1) if enough(samples))
         raise UsageError(
-            f"--n {n}: that many samples cannot certify the radius {sigma:g}, even when all agree: ask for --n {least} "
-            f"at least"
+            f"--n {n}: that many samples cannot certify the radius {exact(sigma)}, even when all agree: ask for "
+            f"--n {least} at least"
         )
     return settings
 

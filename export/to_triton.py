@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
+from densepure_rt.rounding import exact
 from densepure_rt.runtime.bundle import (
     UNKNOWN,
     Bundle,
@@ -218,11 +219,11 @@ def model_config(model: ModelName, bundle: Bundle, shared: Sequence[str]) -> str
     """The configuration of `predict` or `certify`; its parameters are read by `densepure_rt.triton_model`."""
     settings = Settings() if bundle.unet.prediction != "none" else Settings(steps=0, votes=1)
     own = [
-        parameter("sigma", f"{settings.sigma:g}", "std of the smoothing noise in [0, 1] pixel units"),
+        parameter("sigma", exact(settings.sigma), "std of the smoothing noise in [0, 1] pixel units"),
         parameter("steps", f"{settings.steps}", "reverse steps"),
         parameter("votes", f"{settings.votes}", "votes a sample"),
         parameter("n", f"{PREDICT_N if model == 'predict' else settings.n}", "samples an image, at most"),
-        parameter("alpha", f"{settings.alpha:g}", "probability that an answer is wrong"),
+        parameter("alpha", exact(settings.alpha), "probability that an answer is wrong"),
     ]
     if model == "certify":
         own += [

@@ -36,6 +36,7 @@ SMOOTHING_STEP = 0  # step counter of smoothing noise; vote noise has step >= 1
 FRACTION_BITS = 256  # of the fixed-point numbers below; thresholds need 64
 ONE = 1 << FRACTION_BITS
 LARGEST_STD = 65_536  # grid steps; 1.2 million thresholds
+SIGMAS = (0.004, 257)  # that errors name: within 1 / 255 and LARGEST_STD / 255
 TAIL = 12  # standard deviations; the mass beyond is below 2^-107
 
 
@@ -154,7 +155,7 @@ def rounded_normal(std: Fraction) -> RoundedNormal:
     if not 1 <= std <= LARGEST_STD:
         raise UsageError(
             f"noise of standard deviation {float(std):.3g} grid steps is not between 1, where it vanishes in rounding, "
-            f"and {LARGEST_STD}, where its table outgrows the memory: ask for sigma between 0.004 and 100"
+            f"and {LARGEST_STD}, where its table outgrows the memory"
         )
     weights = cell_weights(std)
     total = 2 * sum(weights) - weights[0]
@@ -171,8 +172,12 @@ def rounded_normal(std: Fraction) -> RoundedNormal:
 
 def smoothing_law(sigma: float) -> RoundedNormal:
     """Smoothing noise in grey levels: standard deviation 255 sigma, for the exact value of the float `sigma`."""
-    if not math.isfinite(sigma):
-        raise UsageError(f"sigma is the standard deviation of the noise in [0, 1] pixel units, got {sigma}")
+    if not (math.isfinite(sigma) and 1 <= PIXEL_LEVELS * Fraction(sigma) <= LARGEST_STD):
+        raise UsageError(
+            f"sigma is the standard deviation of the noise in [0, 1] pixel units, from {SIGMAS[0]} (below, it vanishes "
+            f"in the rounding of pixels) to {SIGMAS[1]} (above, its table outgrows the memory), got {sigma}",
+            "sigma",
+        )
     return rounded_normal(PIXEL_LEVELS * Fraction(sigma))
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shlex
@@ -107,6 +108,25 @@ def test_the_commands_are_these() -> None:
     assert tuple(commands()) == COMMANDS
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--radii", "5"), ("--radii from 5 on are all beyond reach", "no radius beyond 1.573 is certified")),
+        (("--radii-sigma", "4", "--dry-run"), ("--radii from 2 on are all beyond reach", "takes n = ")),
+        (("--steps", 0, "--sigma", 300), ("--sigma is the standard deviation", "to 257", "got 300")),
+        (("--sigma", 0.001, "--steps", 0), ("--sigma is the standard deviation", "from 0.004")),
+        (("--sigma=-1",), ("--sigma is the standard deviation", "got -1")),
+    ],
+    ids=str,
+)
+def test_what_can_certify_nothing_is_refused_with_its_option(
+    here: Callable[..., Done], options: tuple[object, ...], words: tuple[str, ...]
+) -> None:
+    done = here("certify", "--max", 1, *options)
+    assert "grid steps" not in done.stderr
+    refused(done, 2, *words)
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_and_every_option_has_help(name: str) -> None:
     command = commands()[name]
@@ -191,7 +211,7 @@ def test_a_dry_run_prints_cost_and_reach_and_certifies_nothing(tmp_path: Path) -
     assert "UNet calls 60 an image" in printed
     assert re.search(r"time [0-9.]+ (s|min)", printed)
     reach = 0.5 * stats.norm.ppf(stats.beta.ppf(0.001, 50, 1))
-    assert f"no radius beyond {reach:.3f} can be certified with n = 50" in printed
+    assert f"no radius beyond {math.ceil(1000 * reach) / 1000:.3f} can be certified with n = 50" in printed
 
 
 def test_a_dry_run_makes_no_runs_folder_either(tmp_path: Path) -> None:

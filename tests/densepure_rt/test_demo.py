@@ -32,11 +32,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.types import Message
 
-from densepure_rt.certification import floored
 from densepure_rt.cross_site import LOOPBACK
 from densepure_rt.datasets import LabelledImage, open_images
 from densepure_rt.demo import MOST_READING, MOST_WAITING, Busy, Demo, Turns, answered, body, facts, smallest_batch
 from densepure_rt.errors import EnvironmentFault
+from densepure_rt.rounding import floored
 from densepure_rt.runtime.bundle import Plan
 from densepure_rt.runtime.noise import image_key, smoothing_law, smoothing_noise
 from densepure_rt.server import Deadlines, make_app

@@ -100,7 +100,7 @@ def test_the_n_that_is_named_as_enough_is_the_smallest_that_is(classifier: Smoot
     with pytest.raises(UsageError) as refused:
         forecast(classifier, Settings(steps=1, n=2, alpha=alpha, method="fixed"), 1)
     assert "n = 2 samples" in str(refused.value)
-    match = re.search(r"--n ([0-9]+) at least", str(refused.value))
+    match = re.search(r"n = ([0-9]+) at least", str(refused.value))
     assert match
     enough = int(match[1])
     assert stats.beta.ppf(alpha, enough, 1) > 0.5

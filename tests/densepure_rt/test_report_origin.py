@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import csv
 import hashlib
 import json
@@ -73,11 +74,11 @@ def page_of(*paths: Path) -> str:
 
 def test_imported_results_and_an_own_run_share_table_curve_and_abstentions(own: Path, kept: Path, log: Path) -> None:
     reports = [report_of(read_results(path), path.name) for path in (kept, own)]
-    shares = [f"{100 * share(log, radius):.1f} %" for radius in TABLE_RADII[:4]]
-    assert shares == ["66.7 %", "50.0 %", "16.7 %", "0.0 %"]  # 0.25 and 0.5 may have been rounded up
+    shares = [f"{math.floor(1000 * share(log, radius)) / 10:.1f} %" for radius in TABLE_RADII[:4]]
+    assert shares == ["66.6 %", "50.0 %", "16.6 %", "0.0 %"]  # 0.25 and 0.5 may have been rounded up
     text = page(reports)
     tables = Tables(text).tables
-    assert tables[0][1:] == [["kept", *shares, "-"], ["own", "66.7 %", "66.7 %", "33.3 %", "0.0 %", "-"]]
+    assert tables[0][1:] == [["kept", *shares, "-"], ["own", "66.6 %", "66.6 %", "33.3 %", "0.0 %", "-"]]
     (line, _) = accuracy_lines(reports)
     assert line.dots is None
     assert line.corners[0] == (0.0, share(log, 0.0))

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import signal
+import re
 import subprocess
 import sys
 import time
@@ -597,14 +598,45 @@ def test_what_an_image_cost_counts_what_was_drawn_in_vain(
 
 
 def test_radii_and_methods_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(UsageError, match="--method often is not known: fixed, sequential, radius"):
+    with pytest.raises(UsageError, match="method often is not known: fixed, sequential, radius"):
         Settings(method="often")  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="radii are what --method sequential decides"):
+    with pytest.raises(UsageError, match="radii are what the method sequential decides"):
         Settings(method="fixed", radii=(0.0, 0.25))
-    with pytest.raises(UsageError, match="radius loss is what --method radius accepts"):
+    with pytest.raises(UsageError, match="radius loss is what the method radius accepts"):
         Settings(radius_loss=0.1)
     with pytest.raises(UsageError, match="from 0 up and ascending"):
         Settings(method="sequential", radii=(0.25, 0.0)).anytime_rule(784, True)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_radii_that_are_all_beyond_reach_are_refused_with_the_n_that_the_smallest_takes(labelled: bool) -> None:
+    asked = Settings(sigma=0.25, radii=(0.8, 5.0))
+    with pytest.raises(UsageError, match=r"no radius beyond 0\.78[67] is certified") as refused:
+        asked.check_reach(784, labelled)
+    enough = int(re.findall(r"0\.8 takes n = ([0-9,]+) at least", str(refused.value))[0].replace(",", ""))
+    dataclasses.replace(asked, n=enough).check_reach(784, labelled)
+    with pytest.raises(UsageError):
+        dataclasses.replace(asked, n=enough - 1).check_reach(784, labelled)
+
+
+def test_a_radius_that_no_n_reaches_is_said_to_be_one() -> None:
+    with pytest.raises(UsageError, match=r"no n up to 10,000,000 is enough"):
+        Settings(sigma=0.25, radii=(5.0,)).check_reach(784, True)
+
+
+def test_where_radius_0_is_asked_too_there_is_something_to_certify() -> None:
+    Settings(sigma=0.25, radii=(0.0, 5.0)).check_reach(784, True)
+    Settings(sigma=0.25, method="fixed").check_reach(784, True)
+
+
+def test_python_is_told_of_sigma_and_of_radii_and_not_of_grid_steps_or_options(shipped: SmoothedClassifier) -> None:
+    image = np.zeros((1, 28, 28), np.uint8)
+    wrong: list[dict[str, Any]] = [{"sigma": -1.0}, {"sigma": 300.0, "steps": 0}, {"radii": (5.0,)}, {"votes": 0}]
+    for arguments in wrong:
+        with pytest.raises(UsageError, match=f"^{min(arguments, key=str)}|^sigma") as refused:
+            shipped.certify(image, **arguments)
+        assert "grid steps" not in str(refused.value)
+        assert "--" not in str(refused.value)
 
 
 def test_an_image_that_is_decided_before_its_first_sample_opens_nothing(
@@ -614,6 +646,8 @@ def test_an_image_that_is_decided_before_its_first_sample_opens_nothing(
         raise AssertionError("opened on the device, and never closed")
 
     monkeypatch.setattr(shipped.device, "open_image", never)
-    settings = dataclasses.replace(ANYTIME, radii=(9.0,))  # no n reaches that far
-    found = certificates(shipped, images[:3], settings)
+    # every class is asked about, at a level that is less than that of one class, and so the reach is less
+    most, least = (ANYTIME.anytime_rule(784, labelled).reach() or 0.0 for labelled in (True, False))
+    settings = dataclasses.replace(ANYTIME, radii=((most + least) / 2,))
+    found = certificates(shipped, [dataclasses.replace(image, label=None) for image in images[:3]], settings)
     assert [(certificate.predict, certificate.n) for _, certificate in found] == [(None, 0)] * 3
