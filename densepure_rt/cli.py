@@ -51,6 +51,8 @@ if TYPE_CHECKING:
     from densepure_rt.smoothing import Predicted, Settings, SmoothedClassifier
 
 INTERRUPTED = 130  # the shell's code for Ctrl-C
+# What the forecast says of a device, of all that its manifest does.
+SHOWN = ("provider", "onnxruntime", "tensorrt", "processor", "gpu", "driver_release", "threads", "batch", "workers")
 SHIPPED_MAX = 25  # of the 500 shipped images, so that a plain `certify` ends within 10 minutes on 2 cores
 
 
@@ -473,7 +475,11 @@ def print_forecast(
     rule = settings.timestep_rule or unet.timestep_rule
     timesteps += "" if rule == "nearest" else f" ({rule}'s rule)"
     lines = {
-        "device": ", ".join(f"{value}" if name == "provider" else f"{name} {value}" for name, value in device.items()),
+        "device": ", ".join(
+            f"{device[name]}" if name == "provider" else f"{name} {device[name]}" for name in SHOWN if name in device
+        ),
+        "arithmetic": f"fingerprint {str(device['fingerprint'])[:16]}, "
+        + ("the same in batches of any size" if device["independent_of_batch"] else f"of batches of {device['batch']}"),
         "engine": f"{smoothed.bundle.unet_path}, {unet.precision}, sha256 {unet.file.sha256[:16]}",
         "images": f"{expected.images} of {images.name}" + (f", shard {shard} of {len(images)}" if shard else ""),
         "noise": f"sigma {sigma:g} in [0, 1] pixel units ({2 * sigma:g} in the network's [-1, 1])",

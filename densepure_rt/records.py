@@ -159,11 +159,36 @@ class BudgetIdentity:
 
 
 @dataclass(frozen=True)
+class ArithmeticIdentity:
+    """How the engines compute where they run: machines, libraries and batches that round otherwise differ in it.
+
+    Attributes:
+        fingerprint: SHA-256 of what fixed items give at the batch that runs; see `densepure_rt.runtime.probe`.
+        batch: Items of one call; None where a result was found not to depend on it.
+        instruction_sets: Of the CPU, where it runs the engines.
+        driver: The GPU's driver, and the newest CUDA that it runs.
+        cuda: The CUDA runtime, as it reports itself.
+        cudnn: Likewise.
+        tensorrt: Likewise, as a provider of ONNX Runtime.
+    """
+
+    __pydantic_config__ = STRICT
+    fingerprint: Sha256
+    batch: Count | None = None
+    instruction_sets: tuple[str, ...] = ()
+    driver: str | None = None
+    cuda: str | None = None
+    cudnn: str | None = None
+    tensorrt: str | None = None
+
+
+@dataclass(frozen=True)
 class Identity:
     """All that results depend on. Runs of equal identity give equal records, and may be resumed and merged.
 
     image: [channels, height, width]. runs_on: what runs the engines, with its version; processor: on which CPU or GPU,
-    since others round otherwise; compute_capability: of a plan's GPU. conditioning: what the network is told at each
+    since others round otherwise; compute_capability: of the GPU; arithmetic: None in runs of before it was recorded,
+    which can be read but not gone on with. conditioning: what the network is told at each
     step; coefficients: of the step graph. alpha_bar: of the first state. secret_commitment: SHA-256 of the secret.
     public_seed: what the secret was made of, where it is public.
     """
@@ -197,10 +222,14 @@ class Identity:
     noise: NoiseIdentity
     secret_commitment: Sha256
     public_seed: int | None
+    arithmetic: ArithmeticIdentity | None = None
 
     @property
     def sha256(self) -> str:
-        return hashlib.sha256(canonical(asdict(self))).hexdigest()
+        fields = asdict(self)
+        if self.arithmetic is None:  # as it was hashed before there was one
+            del fields["arithmetic"]
+        return hashlib.sha256(canonical(fields)).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -25,6 +26,7 @@ from densepure_rt.errors import EnvironmentFault, UsageError
 from densepure_rt.keys import SECRET_BYTES, new_secret
 from densepure_rt.runtime.bundle import Bundle, open_bundle
 from densepure_rt.runtime.device import (
+    CLOSED,
     MAX_BATCH,
     MAX_THREADS,
     Device,
@@ -260,7 +262,8 @@ class SmoothedClassifier:
         if secret is not None and len(secret) < SECRET_BYTES:
             raise UsageError(f"a secret is {SECRET_BYTES} bytes or more, got {len(secret)}")
         self.secret = new_secret() if secret is None else secret
-        self.busy = False  # two iterations would share slots
+        self.closed = False
+        self._busy_in: int | None = None  # the process that iterates: two iterations of one would share slots
 
     def __enter__(self) -> SmoothedClassifier:
         return self
@@ -271,14 +274,22 @@ class SmoothedClassifier:
         self.close()
 
     def close(self) -> None:
+        """Free the engines. Safe to call twice; nothing can be asked of the classifier any more."""
+        self.closed = True
         self.sampler.close()
 
     @property
     def device(self) -> Device:
-        """That of this process. Raises UsageError where others draw the samples."""
+        """That of this process. Raises UsageError where others draw the samples, or after `close`."""
+        self._refuse_closed()
         if not isinstance(self.sampler, OnDevice):
             raise UsageError("this needs an engine in this process: leave --cluster out")
         return self.sampler.device
+
+    @property
+    def busy(self) -> bool:
+        """Whether an iteration is under way in this process."""
+        return self._busy_in == os.getpid()
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -394,6 +405,10 @@ class SmoothedClassifier:
         for image, found in self._judged(images, settings, judge, budget):
             yield prediction_of(image.image, found, rule.charge, len(self.class_names), image.cost, image.stopped)
 
+    def _refuse_closed(self) -> None:
+        if self.closed:
+            raise UsageError(CLOSED)
+
     def _checked(self, image: NDArray[np.uint8], idx: int) -> LabelledImage:
         if image.dtype != np.uint8 or image.shape != self.bundle.unet.image:
             raise UsageError(
@@ -411,6 +426,7 @@ class SmoothedClassifier:
         journal: Journal | None = None,
     ) -> Iterator[tuple[UnderWay[J], J]]:
         """Each image with its judge, when it has all that it needs or its time is up."""
+        self._refuse_closed()
         chain = self.chain(settings)
         started = answered = time.perf_counter()
         end = started + budget.run
@@ -424,7 +440,7 @@ class SmoothedClassifier:
 
         if self.busy:
             raise UsageError("this classifier is already at work: finish or close that iteration, or load another one")
-        self.busy, self.failed = True, []
+        self._busy_in, self.failed = os.getpid(), []
         scheduler = Scheduler(opened())
         try:
             while not scheduler.done:
@@ -447,7 +463,7 @@ class SmoothedClassifier:
         finally:
             for unfinished in scheduler.open:
                 self._close(unfinished)
-            self.busy = False
+            self._busy_in = None
 
     def _open(self, image: LabelledImage, sigma: float, chain: Chain, phases: Phases) -> list[int]:
         keys = [image_key(self.secret, purpose, sigma, image.pixels) for purpose, _ in phases]

@@ -28,7 +28,7 @@ from densepure_rt.datasets import open_images
 from densepure_rt.errors import CheckFailed, DensePureError, UsageError
 from densepure_rt.ledger import Ledger
 from densepure_rt.merge import merge
-from densepure_rt.records import AttackRecord, ImagesIdentity, Manifest
+from densepure_rt.records import ArithmeticIdentity, AttackRecord, ImagesIdentity, Manifest
 from densepure_rt.run_folder import RunFolder, reveal, seal
 from densepure_rt.shards import Shard
 from tests.densepure_rt.test_certify_run import certify, environment, started
@@ -234,6 +234,22 @@ def test_shards_of_another_run_are_refused_with_the_fields_that_differ(tmp_path:
     one, other = make(tmp_path / "1", "1/2"), make(tmp_path / "2", "2/2", processor="two", sigma=0.25)
     words = r"of another run than .*1 \(processor: .one. in .*1, .two. in .*2; sigma: 0.5 in .*1, 0.25 in .*2\)"
     refused(UsageError, words, [one, other], tmp_path / "merged")
+
+
+def test_shards_of_machines_that_compute_otherwise_are_refused(tmp_path: Path) -> None:
+    one = make(tmp_path / "1", "1/2")
+    other = make(tmp_path / "2", "2/2", arithmetic=ArithmeticIdentity("f" * 64, driver="560.28, CUDA 12.6"))
+    refused(
+        UsageError,
+        r"arithmetic.driver: null in .*1, .560.28, CUDA 12.6. in .*2.*compute alike",
+        [one, other],
+        tmp_path / "m",
+    )
+
+
+def test_shards_that_do_not_say_how_their_machine_computed_are_refused(tmp_path: Path) -> None:
+    shards = [make(tmp_path / part, f"{part}/2", arithmetic=None) for part in "12"]
+    refused(UsageError, "1 holds an old run, whose manifest does not say", shards, tmp_path / "merged")
 
 
 def test_a_whole_run_is_no_shard(tmp_path: Path) -> None:

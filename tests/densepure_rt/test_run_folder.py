@@ -5,6 +5,7 @@ import datetime
 import hashlib
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.keys import store_key, stored_key
 from densepure_rt.records import (
     SCHEMA_VERSION,
+    ArithmeticIdentity,
     BudgetIdentity,
     Identity,
     ImageRecord,
@@ -35,7 +37,15 @@ from densepure_rt.records import (
     RuleIdentity,
     Summary,
 )
-from densepure_rt.run_folder import RunFolder, agreed_secret, record_of, reveal, secret_to_go_on, tsv_line
+from densepure_rt.run_folder import (
+    RunFolder,
+    agreed_secret,
+    read_manifest,
+    record_of,
+    reveal,
+    secret_to_go_on,
+    tsv_line,
+)
 from densepure_rt.runtime.reverse import Outcome
 from densepure_rt.runtime.schedule import Schedule
 from densepure_rt.scheduling import Cost
@@ -52,6 +62,9 @@ def result(
 ) -> Certified:
     certificate = Certificate(predict, radius, n0=4, n=20, n_a=19, alpha=0.001, p_lower=0.6)
     return Certified(LabelledImage(idx, np.zeros((1, 2, 2), np.uint8), label), certificate, Cost(0, 7, 5, 0, seconds))
+
+
+OLD_RUN = Path(__file__).resolve().parents[1] / "data" / "run-of-0.1.0"  # certify --max 4 --sigma 0.25 --n 64 --seed 1
 
 
 def manifest(secret: bytes | None = None, **changed: object) -> Manifest:
@@ -86,6 +99,7 @@ def manifest(secret: bytes | None = None, **changed: object) -> Manifest:
         "noise": NoiseIdentity("law", "c" * 64, "d" * 64),
         "secret_commitment": hashlib.sha256(secret or b"").hexdigest(),
         "public_seed": None if secret else 1,
+        "arithmetic": ArithmeticIdentity("f" * 64),
     }
     identity = Identity(**(given | changed))
     provenance = Provenance((), {}, "now", "here", "four", "3", "Linux", {}, {}, None)
@@ -209,6 +223,25 @@ def test_a_run_of_another_identity_is_refused_with_the_fields_that_differ(tmp_pa
     ):
         RunFolder(tmp_path, other, None)
     assert contents(tmp_path) | {"ledger.sqlite": b""} == before
+
+
+def test_a_run_does_not_go_on_where_the_engines_compute_otherwise(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, manifest(), None) as folder:
+        folder.add(result())
+    other = manifest(arithmetic=ArithmeticIdentity("e" * 64, instruction_sets=("avx2",)))
+    with pytest.raises(UsageError, match=r"arithmetic.fingerprint: .f+\.\.\. there, .e+\.\.\. now; arithmetic.instr"):
+        RunFolder(tmp_path, other, None)
+
+
+def test_a_run_that_does_not_say_how_its_machine_computed_is_read_and_not_gone_on_with(tmp_path: Path) -> None:
+    shutil.copytree(OLD_RUN, tmp_path / "run")
+    there = read_manifest(tmp_path / "run")
+    assert there.identity.arithmetic is None
+    assert there.identity.sha256 == there.identity_sha256  # as it was hashed then
+    for now in (there, replace(there, identity=replace(there.identity, arithmetic=ArithmeticIdentity("f" * 64)))):
+        with pytest.raises(UsageError, match="does not say how its machine computed.*new folder with --out"):
+            RunFolder(tmp_path / "run", now, None)
+    assert contents(tmp_path / "run") | {"ledger.sqlite": b""} == contents(OLD_RUN) | {"ledger.sqlite": b""}
 
 
 def test_what_is_no_part_of_the_identity_may_differ(tmp_path: Path) -> None:
