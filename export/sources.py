@@ -307,7 +307,7 @@ def refuse_other_models(unet: DiffusionModel, classifier: ClassifierModel, bundl
     ):
         if sidecar.weights_sha256 != model.weights_sha256:
             raise UsageError(
-                f"{path} was exported from weights {sidecar.weights_sha256[:16]}..., the PyTorch model has "
+                f"{path} was exported from weights {sidecar.weights_sha256[:16]}..., the model that is given has "
                 f"{model.weights_sha256[:16]}...: give {option} the model that the engine was exported from, or "
                 f"--engine an engine that was exported from this one"
             )
@@ -317,7 +317,7 @@ def refuse_other_models(unet: DiffusionModel, classifier: ClassifierModel, bundl
         for name, (exported, given) in pairs.items():
             if exported != given:
                 raise UsageError(
-                    f"{path} was exported with {name} {exported}, the PyTorch model is given with {given}: repeat the "
+                    f"{path} was exported with {name} {exported}, the model is given with {given}: repeat the "
                     f"options of the export"
                 )
 
