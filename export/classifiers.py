@@ -27,7 +27,7 @@ from onnx import ModelProto
 from torch import Tensor, nn
 
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
-from densepure_rt.export.checkpoints import load_into, read_state_dict
+from densepure_rt.export.checkpoints import is_checkpoint, load_into, read_state_dict, spec_hint
 from densepure_rt.export.onnx_classifiers import (
     OnnxNetwork,
     free_batch,
@@ -39,6 +39,7 @@ from densepure_rt.export.onnx_files import read_onnx
 from densepure_rt.export.preprocessing import ChannelOrder, Interpolation, Preprocess, Preprocessing
 from densepure_rt.export.programs import built, exported_program, first_line
 from densepure_rt.export.unets import read_config, state_sha256
+from densepure_rt.export.weight_files import variant_note, weight_file
 from densepure_rt.export.zoo.models import CLASS_NAMES, ZOO, Classifier, load_weights
 from densepure_rt.runtime.bundle import sha256_of
 
@@ -297,9 +298,14 @@ def _loader(spec: str) -> _Loader:
         return _onnx if path.suffix == ".onnx" else _program
     if re.fullmatch(r"[\w.]+:[\w.]+", spec):
         return _callable
+    if is_checkpoint(spec) and os.path.isfile(path):
+        raise UsageError(
+            f"--classifier {spec} is a checkpoint, which holds weights and no network: give --classifier timm:NAME or "
+            f"package.module:function, and --classifier-weights {spec}"
+        )
     raise UsageError(
         f"--classifier {spec} is none of timm:NAME, a transformers folder, package.module:function, a .pt2 or an .onnx "
-        f"file: check its spelling"
+        f"file: {spec_hint(spec, '--classifier')}"
     )
 
 
@@ -428,8 +434,7 @@ def _transformers(
 ) -> _Loaded:
     folder = Path(spec)
     config = read_config(folder / "config.json", TRANSFORMERS)
-    if not (file := folder / "model.safetensors").is_file():
-        raise UsageError(f"{folder} holds no model.safetensors: save it with model.save_pretrained({spec!r})")
+    held = weight_file(folder, {"safetensors": "model"})
     if "auto_map" in config:
         raise CheckFailed(f"{folder / 'config.json'} brings code of its own (auto_map): it is not run here")
     if declared.scale is not None and declared.mean is not None and declared.std is not None:
@@ -443,7 +448,12 @@ def _transformers(
     logging.disable_progress_bar()  # type: ignore[no-untyped-call, unused-ignore]
     try:
         network, info = AutoModelForImageClassification.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            variant=held.variant or None,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except Exception as error:
         raise UsageError(f"transformers cannot load {folder} as an image classifier ({first_line(error)})") from error
@@ -451,12 +461,12 @@ def _transformers(
         if info.get(what):
             first = sorted(map(str, info[what]))[0]
             raise UsageError(
-                f"{file} is not a {type(network).__name__}: {what.replace('_', ' ')}, first {first}: save the "
+                f"{held.path} is not a {type(network).__name__}: {what.replace('_', ' ')}, first {first}: save the "
                 f"classifier itself, with its head"
             )
     ids = {int(key): str(value) for key, value in network.config.id2label.items()}
     names = tuple(ids[key] for key in sorted(ids))
-    return _Loaded(network, preprocessing, sha256_of(file), names)
+    return _Loaded(network, preprocessing, held.sha256(), names, notes=variant_note(held))
 
 
 def transformers_preprocessing(
