@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from densepure_rt.errors import UsageError
+from densepure_rt.runtime.transport import transfer_fault
 
 Pixels = NDArray[np.uint8]
 Shape = tuple[int, int, int]  # [C, H, W]
@@ -57,6 +58,8 @@ def reading(path: Path | str, what: str) -> Iterator[None]:
     except MemoryError as error:
         raise UsageError(f"{path} does not fit in memory; split it, or give the images as a folder") from error
     except Exception as error:
+        if fault := transfer_fault(Path(path)):
+            raise UsageError(f"{path} is not {what}: {fault}") from error
         found = str(error) or type(error).__name__
         raise UsageError(f"{path} cannot be read as {what}: {found}; fetch or write the file again") from error
 

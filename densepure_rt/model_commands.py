@@ -280,7 +280,7 @@ def say(line: str) -> None:
 
 
 def print_exported(done: Exported) -> None:
-    stdout.print(f"{done.comparisons} comparisons with float32 PyTorch, worst:")
+    stdout.print(f"{done.comparisons} comparisons with float32 {done.against}, worst:")
     for worst in (done.worst_step, done.worst_logits):
         stdout.print(
             f"  {worst.what}, batch {worst.batch}: relative L2 {worst.relative_l2:.1e}, max {worst.max_abs:.1e}"

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from densepure_rt.datasets import SHIPPED_SHAPE, ImageSet, LabelledImage, open_images
 from densepure_rt.errors import UsageError
-from densepure_rt.export.checkpoints import PICKLED, SAFETENSORS, load_into, read_state_dict
+from densepure_rt.export.checkpoints import CHECKPOINTS, is_checkpoint, load_into, read_state_dict, spec_hint
 from densepure_rt.export.classifiers import ClassifierModel, declare, open_classifier, zoo_classifier
 from densepure_rt.export.openai_unet import openai_schedule, openai_unet
 from densepure_rt.export.programs import built, exported_program
@@ -31,7 +31,6 @@ from densepure_rt.runtime.schedule import Schedule, ScheduleName, TimestepRule, 
 PARITY_IMAGES = 16  # for numbers
 LABEL_IMAGES = 20  # for labels: seconds; --parity-images and --parity-samples ask for more
 CALIBRATION = "fashion_mnist_calibration.npz"  # training images
-CHECKPOINTS = (*SAFETENSORS, *PICKLED)
 DECLARED = ("image", "schedule", "variance", "prediction", "clip", "timestep_rule")  # what a sidecar keeps of a model
 CLIP = (-1.0, 1.0)  # of pixels; what every published sampler does unless told otherwise
 Image = tuple[int, int, int]
@@ -103,13 +102,13 @@ def _loader(spec: str | None) -> Callable[[ModelOptions], DiffusionModel]:
         return _diffusers
     if path.suffix == ".pt2":
         return _program
-    if path.suffix in CHECKPOINTS:
+    if is_checkpoint(spec):
         return _openai
     if re.fullmatch(r"[\w.]+:[\w.]+", spec):
         return _callable
     raise UsageError(
         f"--unet {spec} is none of a checkpoint ({', '.join(CHECKPOINTS)}), a diffusers folder, a .pt2 file, "
-        f"package.module:function or none: check its spelling"
+        f"package.module:function or none: {spec_hint(spec, '--unet')}"
     )
 
 
@@ -307,7 +306,7 @@ def refuse_other_models(unet: DiffusionModel, classifier: ClassifierModel, bundl
     ):
         if sidecar.weights_sha256 != model.weights_sha256:
             raise UsageError(
-                f"{path} was exported from weights {sidecar.weights_sha256[:16]}..., the PyTorch model has "
+                f"{path} was exported from weights {sidecar.weights_sha256[:16]}..., the model that is given has "
                 f"{model.weights_sha256[:16]}...: give {option} the model that the engine was exported from, or "
                 f"--engine an engine that was exported from this one"
             )
@@ -317,7 +316,7 @@ def refuse_other_models(unet: DiffusionModel, classifier: ClassifierModel, bundl
         for name, (exported, given) in pairs.items():
             if exported != given:
                 raise UsageError(
-                    f"{path} was exported with {name} {exported}, the PyTorch model is given with {given}: repeat the "
+                    f"{path} was exported with {name} {exported}, the model is given with {given}: repeat the "
                     f"options of the export"
                 )
 

@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar, get_args
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.runtime import gpu
 from densepure_rt.runtime.schedule import Schedule, ScheduleName, TimestepRule, Variance
+from densepure_rt.runtime.transport import transfer_fault
 
 SCHEMA_VERSION = 1
 PIXEL_RANGE = (-1.0, 1.0)  # what the runtime feeds
@@ -391,6 +392,8 @@ def verified_bytes(path: Path, expected_sha256: str) -> bytes:
         ) from error
     found = hashlib.sha256(content).hexdigest()
     if found != expected_sha256:
+        if fault := transfer_fault(path):
+            raise CheckFailed(f"{path} is no engine: {fault}")
         raise CheckFailed(
             f"{path} has SHA-256 {found[:16]}..., its sidecar or --engine-sha256 says {expected_sha256[:16]}...: "
             f"the file is damaged or is another engine; copy it again, or export the bundle again"
@@ -412,6 +415,8 @@ def verified_engine(path: Path, sidecar: Sidecar) -> bytes:
                 f"cannot read {data}, the weights of {path.name} ({error.strerror}): copy it along with the engine"
             ) from error
         if found != sidecar.data.sha256:
+            if fault := transfer_fault(data):
+                raise CheckFailed(f"{data} holds no weights: {fault}")
             raise CheckFailed(
                 f"{data} has SHA-256 {found[:16]}..., its sidecar says {sidecar.data.sha256[:16]}...: the file is "
                 f"damaged or belongs to another engine; copy it again, or export the bundle again"
