@@ -48,7 +48,8 @@ class DiffusionModel:
     """A diffusion network and how it was trained.
 
     network: (x [B, C, H, W] in [-1, 1] and beyond, t [B]) -> what it predicts, see `StepGraph`. image: [C, H, W].
-    timestep_rule: which timestep belongs to a sigma, see `make_chain`.
+    timestep_rule: which timestep belongs to a sigma, see `make_chain`. attention: how it is split, in words, where the
+    weights do not tell.
     """
 
     network: nn.Module
@@ -59,6 +60,7 @@ class DiffusionModel:
     clip: tuple[float, float] | None
     weights_sha256: str
     timestep_rule: TimestepRule = "nearest"
+    attention: str | None = None
 
     @property
     def learned_variance(self) -> bool:
