@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from densepure_rt.export.agreement import Agreement
     from densepure_rt.export.to_onnx import Exported
     from densepure_rt.falsify_run import Proposals
-    from densepure_rt.runtime.bundle import Bundle
+    from densepure_rt.runtime.bundle import Bundle, Denoising
     from densepure_rt.smoothing import Settings
 
 EngineFile = Annotated[
@@ -41,6 +41,7 @@ PROPOSALS = 2  # of gradients, to an attack
 CHECKS, PLANS, TRITON = "Checks", "Plans", "Triton"  # the panels of --help
 STEP, PROCEDURE = "A reverse step", "Whole certifications"
 PARITY_SAMPLES = 20
+SMALLEST = 1e-12  # error that a ratio is taken to
 T = TypeVar("T")
 
 
@@ -94,6 +95,14 @@ def export(
     parity_samples: Annotated[
         int, typer.Option(help="Noisy copies of each of them.", rich_help_panel=CHECKS)
     ] = PARITY_SAMPLES,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict",
+            help="Publish nothing where the UNet denoises better otherwise than as declared.",
+            rich_help_panel=CHECKS,
+        ),
+    ] = False,
     batch: Annotated[
         str | None,
         typer.Option(
@@ -150,6 +159,7 @@ def export(
         "--calibration-images": calibration_images,
         "--parity-images": parity_images,
         "--parity-samples": parity_samples != PARITY_SAMPLES,
+        "--strict": strict,
     }
     unused = [*models.given().values(), *(name for name, value in checks.items() if value)]
     if "triton" in targets:
@@ -179,7 +189,7 @@ def export(
     out = out or Path("engines")
     if "onnx" in targets:
         on = (images, calibration_images, parity_images, parity_samples)
-        report["onnx"] = export_onnx(models, out, force, as_json, kinds, keep_fp32 or (), *on)
+        report["onnx"] = export_onnx(models, out, force, as_json, kinds, keep_fp32 or (), *on, strict)
     for flavour in PLAN_SUFFIXES:
         if flavour in targets:
             try:
@@ -246,9 +256,14 @@ def export_onnx(
     calibration: Path | None,
     parity_images: int | None,
     parity_samples: int,
+    strict: bool,
 ) -> dict[str, Any]:
-    """Export each precision; what was found, by precision."""
+    """Export each precision; what was found, by precision.
+
+    strict: raise CheckFailed before anything is exported where the denoising check doubts a declaration; else warn.
+    """
     try:
+        from densepure_rt.export.denoising import judge
         from densepure_rt.export.precision import OPSETS, QUANTIZED
         from densepure_rt.export.sources import check_images, open_models
         from densepure_rt.export.to_onnx import export_bundle
@@ -262,13 +277,59 @@ def export_onnx(
             raise UsageError(
                 f"--precision {kind} is calibrated on training images: give them with --calibration-images"
             )
+    say("denoising noisy images")
+    denoising = judge(unet, checks.parity, checks.made_up)
+    doubted = doubt(denoising) if denoising is not None and denoising.verdict == "doubted" else None
+    if doubted and strict:
+        raise CheckFailed(f"{doubted}. Nothing was published; without --strict it is exported all the same")
     report = {}
     for kind in dict.fromkeys(precisions):
-        done = export_bundle(unet, classifier, out, checks, force, say, kind, keep)
+        done = export_bundle(unet, classifier, out, checks, force, say, kind, keep, denoising)
         report[kind] = dataclasses.asdict(done)
         if not quiet:
             print_exported(done)
+    if denoising is not None and not quiet:
+        print_denoising(denoising)
+    if doubted:
+        stderr.print(f"warning: {doubted}")
     return report
+
+
+def doubt(found: Denoising) -> str:
+    """Which declarations of a UNet to doubt, and why, at the sigma where another is better by most."""
+    sigma = max(found.other_error, key=lambda at: found.error[at] / max(found.other_error[at], SMALLEST))
+    options = ", ".join(word for word in found.other.split() if word.startswith("--"))
+    return (
+        f"doubt {options} of the UNet: {found.other} gives {found.other_error[sigma]:.3g}, the declared "
+        f"{found.instead_of} {found.error[sigma]:.3g}, linear shrinkage {found.shrinkage[sigma]:.3g} (mean squared "
+        f"error after one step at sigma {sigma}, {pictures(found)}). Look up how it was trained, and export it again "
+        f"with these options, or with a corrected scheduler_config.json where it is a diffusers folder"
+    )
+
+
+def pictures(found: Denoising) -> str:
+    return plural(found.images, "made-up image" if found.made_up else "image")
+
+
+def figures(errors: Mapping[str, float]) -> str:
+    return ", ".join(f"{error:.3g}" for error in errors.values())
+
+
+def print_denoising(found: Denoising) -> None:
+    stdout.print(
+        f"denoising check: {found.verdict}; mean squared error {figures(found.error)} "
+        f"at sigma {', '.join(found.error)} ({pictures(found)}, one step)"
+    )
+    stdout.print(f"  linear shrinkage: {figures(found.shrinkage)}")
+    if found.verdict == "not judged":
+        images = "made-up images (give --images)" if found.made_up else "images unlike those it was trained on"
+        stdout.print(
+            f"  nothing tried is clearly better than shrinkage: {images}, an untrained network, or something else is "
+            f"declared wrong, such as --image-size, --diffusion-steps, --timestep-scale or heads"
+        )
+    elif found.other:
+        at = "" if found.other_error.keys() == found.error.keys() else f" at sigma {', '.join(found.other_error)}"
+        stdout.print(f"  {found.other}: {figures(found.other_error)}{at}")
 
 
 def needs_pytorch(command: str, error: ImportError) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import cached_property
 
 import numpy as np
 import onnx
@@ -64,6 +65,17 @@ class OnnxNetwork(nn.Module):
 
     def trace(self, x: Floats) -> Iterator[Part]:
         """What every node of the graph gives, in order; nothing is fused, so digits may differ from `forward`'s."""
+        session, places = self._within
+        found = session.run(list(places), {session.get_inputs()[0].name: x})
+        for place, value in zip(places.values(), found, strict=True):
+            yield Part(place, [], np.asarray(value))
+
+    @cached_property
+    def _within(self) -> tuple[onnxruntime.InferenceSession, dict[str, str]]:
+        """A session that gives every float value of the graph, and the node behind each.
+
+        One for all runs: another session draws its random numbers from their beginning again.
+        """
         every = onnx.shape_inference.infer_shapes(self.model)
         kinds = {
             value.name: value.type.tensor_type.elem_type for value in (*every.graph.value_info, *every.graph.output)
@@ -76,10 +88,7 @@ class OnnxNetwork(nn.Module):
         }
         del every.graph.output[:]
         every.graph.output.extend(onnx.ValueInfoProto(name=name) for name in places)
-        session = _session(every, optimised=False)
-        found = session.run(list(places), {session.get_inputs()[0].name: x})
-        for place, value in zip(places.values(), found, strict=True):
-            yield Part(place, [], np.asarray(value))
+        return _session(every, optimised=False), places
 
 
 def _session(model: onnx.ModelProto, optimised: bool = True) -> onnxruntime.InferenceSession:
@@ -165,7 +174,11 @@ def refuse_fixed_batch(model: onnx.ModelProto, shape: tuple[int, ...], name: str
     x = torch.from_numpy(np.random.default_rng(0).uniform(-1, 1, (size + 1, *shape[1:])).astype(np.float32))
     fixed = OnnxNetwork(model, name)
     try:
+        refuse_not_finite(fixed.source(), x[:size].numpy())
+        refuse_unrepeatable(fixed.source(), x[:size].numpy())  # another session may repeat what this one drew
         expected = torch.cat((fixed(x[:size]), fixed(x[1:])[-1:]))
+    except CheckFailed:
+        raise
     except Exception as error:  # ONNX Runtime's errors share no base
         raise CheckFailed(f"ONNX Runtime cannot run {name} ({first_line(error)}): export it again") from error
     try:
@@ -176,8 +189,6 @@ def refuse_fixed_batch(model: onnx.ModelProto, shape: tuple[int, ...], name: str
     except Exception:  # with its batch set free it does not run at all: some shape within is fixed
         same = False
     if not same:
-        refuse_not_finite(fixed.source(), x[:size].numpy())
-        refuse_unrepeatable(fixed.source(), x[:size].numpy())
         raise UsageError(
             f"{name} is made for batches of {size} alone: export it with a free batch dimension "
             f'(dynamic_axes={{"input": {{0: "batch"}}}}, or dynamic_shapes with dynamo=True)'

@@ -129,8 +129,10 @@ def refuse_unrepeatable(source: Source, x: Floats) -> None:
 
 
 def _refuse_batch_dependent(source: Source, x: Floats, gap: float) -> None:
-    place = first_difference(source.trace(x), source.trace(x[:1]))
-    move = DYNAMIC_QUANTIZATION if place is not None and "DynamicQuantize" in place else source.moves["batch"]
+    parts = list(source.trace(x))
+    place = first_difference(parts, source.trace(x[:1]))
+    dynamic = any("DynamicQuantize" in part.name for part in parts)  # its own scales may differ by less than SAME
+    move = DYNAMIC_QUANTIZATION if dynamic else source.moves["batch"]
     raise CheckFailed(
         f"{source.name} gives an image other values in a batch of {len(x)} than alone (relative L2 {gap:.2g})"
         f"{_in(place)}: the votes of one image would depend on the others; {move}. Nothing was published"

@@ -34,6 +34,7 @@ from densepure_rt.runtime.bundle import (
     PIXEL_RANGE,
     Accuracy,
     ClassifierSidecar,
+    Denoising,
     FileRef,
     StepSidecar,
     data_mark,
@@ -63,6 +64,7 @@ class Exported:
 
     by: what evaluated the files. types: of the operands of Conv, MatMul and Gemm, as `onnx_graph.types_of` counts them.
     labels: how many labels change on equal noise; None for fp32. against: what the files were compared with.
+    denoising: what `denoising.judge` found.
     """
 
     unet: Path
@@ -75,6 +77,7 @@ class Exported:
     types: dict[str, dict[str, dict[str, int]]]
     labels: parity.LabelParity | None
     against: str = "PyTorch"
+    denoising: Denoising | None = None
 
 
 @dataclass(frozen=True)
@@ -82,13 +85,14 @@ class Images:
     """What an export is checked on, and what a quantized one is calibrated on.
 
     parity: uint8 [n, C, H, W]. labelled: for the comparison of labels, `samples` noisy copies of each. calibration:
-    uint8 [n, C, H, W], images that no certificate is about.
+    uint8 [n, C, H, W], images that no certificate is about. made_up: whether those of parity are no real images.
     """
 
     parity: NDArray[np.uint8]
     labelled: Sequence[LabelledImage] = ()
     samples: int = 0
     calibration: NDArray[np.uint8] | None = None
+    made_up: bool = False
 
 
 def file_names(kind: str) -> tuple[str, str]:
@@ -309,12 +313,13 @@ def export_bundle(
     say: Callable[[str], None] = lambda line: None,
     kind: str = "fp32",
     keep: Sequence[str] = (),
+    denoising: Denoising | None = None,
 ) -> Exported:
     """Write the engines of one precision and their sidecars into `out`, once they are found to agree with PyTorch.
 
     images: see `Images`; an array [n, C, H, W] is for comparisons alone. kind: one of `precision.OPSETS`. keep: shell
-    patterns of module names that stay float32. Everything is written beside `out` first and moved there at the end:
-    after an error in export or parity `out` is as it was.
+    patterns of module names that stay float32. denoising: what `denoising.judge` found, for the sidecar. Everything is
+    written beside `out` first and moved there at the end: after an error in export or parity `out` is as it was.
 
     Raises CheckFailed on a mismatch or damaged weights, UsageError when `out` holds a bundle of another model or what
     is asked cannot be combined, EnvironmentFault when `out` cannot be written.
@@ -400,6 +405,8 @@ def export_bundle(
                 data=data_ref(files[0]),
                 accuracy=Accuracy(by, len(steps), worst_step.relative_l2, *compared),
                 timestep_rule=unet.timestep_rule,
+                attention=unet.attention,
+                denoising=denoising,
             )
         )
         say("publishing")
@@ -414,6 +421,7 @@ def export_bundle(
             {"unet": types_of(step), "classifier": types_of(classify)},
             labels,
             against,
+            denoising,
         )
 
 

@@ -51,8 +51,8 @@ class DiffusionModel:
     """A diffusion network and how it was trained.
 
     network: (x [B, C, H, W] in [-1, 1] and beyond, t [B]) -> what it predicts, see `StepGraph`. image: [C, H, W].
-    timestep_rule: which timestep belongs to a sigma, see `make_chain`. notes: what was chosen when it was opened, a
-    sentence each, for whoever exports it.
+    timestep_rule: which timestep belongs to a sigma, see `make_chain`. attention: how it is split, in words, where the
+    weights do not tell. notes: what was chosen when it was opened, a sentence each, for whoever exports it.
     """
 
     network: nn.Module
@@ -63,6 +63,7 @@ class DiffusionModel:
     clip: tuple[float, float] | None
     weights_sha256: str
     timestep_rule: TimestepRule = "nearest"
+    attention: str | None = None
     notes: tuple[str, ...] = ()
 
     @property

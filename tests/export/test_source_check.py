@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 
 from densepure_rt.errors import CheckFailed
 from densepure_rt.export.classifiers import ClassifierModel, declare, open_classifier
+from densepure_rt.export.parity import NotFinite
+from densepure_rt.export.precision import cast
 from densepure_rt.export.source_check import as_function, check_source, distance, torch_source
-from densepure_rt.export.to_onnx import check_sources, export_bundle
+from densepure_rt.export.to_onnx import check_sources, explained, export_bundle
 from densepure_rt.export.unets import DiffusionModel, no_unet
 from densepure_rt.runtime.schedule import Schedule
 
@@ -208,23 +211,27 @@ def test_export_of_an_onnx_file_speaks_of_the_file(tmp_path: Path) -> None:
 
 
 class Overflowing(nn.Module):
-    """Finite in float32 and beyond 65504 within `wide`, which a division brings back."""
+    """Finite in float32, and beyond 65504 behind `wide`, which a division brings back."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.wide, self.head = nn.Linear(192, 8), nn.Linear(8, 5)
+        nn.init.constant_(self.wide.weight, 1e3)
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.head(self.wide(x.flatten(1) * 1e6) / 1e6)
+        found: Tensor = self.head(self.wide(x.flatten(1)) / 1e6)
         return found
 
 
-@pytest.mark.parametrize("kind", ["fp16"])
-def test_overflow_of_a_small_type_names_the_module_and_the_option(tmp_path: Path, kind: str) -> None:
-    classifier = ClassifierModel(Overflowing(), IMAGE, tuple("abcde"), "0" * 64)
-    with pytest.raises(CheckFailed, match=r"it overflows in fp16, which ends at 65,504.*--keep-fp32 '.*or export bf16"):
-        export_bundle(no_unet(IMAGE), classifier, tmp_path / "out", PIXELS, kind=kind)
+def test_overflow_of_a_small_type_names_the_module_and_the_option() -> None:
+    """ONNX Runtime on a CPU computes fp16 graphs in float32 here and there, so the error is made by hand."""
+    precise = Overflowing().eval()
+    error = NotFinite("classifier.fp16.onnx gives NaN or Inf", (torch.ones(2, *IMAGE),))
+    said = str(explained(error, cast(precise, torch.float16), precise, "fp16"))
+    assert re.search(
+        r"it overflows in fp16, which ends at 65,504, first in module wide .*--keep-fp32 'wide'.*bf16", said
+    )
 
 
 def test_network_that_gives_zeros_is_exported(tmp_path: Path) -> None:
