@@ -278,7 +278,7 @@ def export_onnx(
                 f"--precision {kind} is calibrated on training images: give them with --calibration-images"
             )
     say("denoising noisy images")
-    denoising = judge(unet, checks.parity, checks.made_up)
+    denoising = judge(unet, checks.parity if checks.denoising is None else checks.denoising, checks.made_up)
     doubted = doubt(denoising) if denoising is not None and denoising.verdict == "doubted" else None
     if doubted and strict:
         raise CheckFailed(f"{doubted}. Nothing was published; without --strict it is exported all the same")

@@ -46,6 +46,7 @@ SPLITS = (
 MARGIN, MADE_UP_MARGIN = 0.05, 1.0
 LEAST_REACH = 0.02  # of a schedule's sigma, below which noise of a quarter of it vanishes in rounding
 FLOOR = 1e-12  # of an error, whose logarithm is taken
+PERFECT = 0.01  # of shrinkage's error: what is better than that is not told apart
 
 Pixels = NDArray[np.uint8]
 Errors = Mapping[float, float]  # mean squared errors by sigma
@@ -100,13 +101,17 @@ def verdict(
 ) -> tuple[Verdict, int | None]:
     """Whether the declared combination is the best one, and the place of the best of the others.
 
+    Of others that are as good but for the margin, the first is taken: give those with fewer changes first.
     "doubted": one of the others is better than the declared and than shrinkage, each by more than the margin. "not
     judged": none is, nor does the declared beat shrinkage so. Of an error tried at some sigmas, these are compared.
     """
     clear = 1 / (1 + margin)
+    declared, *others = ({s: max(e, PERFECT * shrinkage[s]) for s, e in one.items()} for one in (declared, *others))
     order = sorted(range(len(others)), key=lambda i: relative(others[i], declared))
     able = [i for i in order if relative(others[i], shrinkage) < clear]
     best = next(iter(able or order), None)
+    if best is not None:
+        best = min(i for i in (able or order) if relative(others[i], others[best]) < 1 + MARGIN)
     if able and relative(others[able[0]], declared) < clear:
         return "doubted", best
     return ("as declared" if relative(declared, shrinkage) < 1 / (1 + MARGIN) else "not judged"), best
@@ -232,6 +237,7 @@ def judge(model: DiffusionModel, pixels: Pixels, made_up: bool) -> Denoising | N
     for change, other in alternatives(model, quick):
         others += trials(other, pixels, sigmas[1:2] if quick else sigmas, (change,))
     others = [other for other in others if other.errors and all(map(math.isfinite, other.errors.values()))]
+    others.sort(key=lambda other: len(other.changes))
     margin = MADE_UP_MARGIN if made_up else MARGIN
     said, place = verdict(declared.errors, [other.errors for other in others], shrinkage, margin)
     best = Trial((), {}) if place is None else others[place]

@@ -343,13 +343,22 @@ def check_images(
     if label_samples < 2:
         raise UsageError(f"--parity-samples {label_samples}: two samples of each image are the least")
     labelled = comparison_images(unet, classifier, images, label_images, say)
+    parity = np.stack([image.pixels for image in labelled[:PARITY_IMAGES]])
+    real = images is not None or unet.image == SHIPPED_SHAPE
     return Images(
-        parity=np.stack([image.pixels for image in labelled[:PARITY_IMAGES]]),
+        parity=parity,
         labelled=labelled if math.prod(unet.image) <= LARGE_IMAGE else (),
         samples=label_samples,
         calibration=calibration_pixels(unet, classifier, calibration),
-        made_up=images is None and not is_shipped(unet, classifier),
+        denoising=parity if images is not None or not real else pixels_of(shipped_images(parity.shape[0])),
+        made_up=not real,
     )
+
+
+def shipped_images(count: int) -> ImageSet:
+    """`count` of the shipped images, evenly spread: all that a denoiser of their size needs, whatever its classes."""
+    found = open_images(None, SHIPPED_SHAPE, CLASS_NAMES)
+    return dataclasses.replace(found, positions=[i * len(found) // count for i in range(count)])
 
 
 def comparison_images(

@@ -85,13 +85,15 @@ class Images:
     """What an export is checked on, and what a quantized one is calibrated on.
 
     parity: uint8 [n, C, H, W]. labelled: for the comparison of labels, `samples` noisy copies of each. calibration:
-    uint8 [n, C, H, W], images that no certificate is about. made_up: whether those of parity are no real images.
+    uint8 [n, C, H, W], images that no certificate is about. denoising: of the denoising check, uint8 [n, C, H, W]; None
+    for those of parity. made_up: whether these are no real images.
     """
 
     parity: NDArray[np.uint8]
     labelled: Sequence[LabelledImage] = ()
     samples: int = 0
     calibration: NDArray[np.uint8] | None = None
+    denoising: NDArray[np.uint8] | None = None
     made_up: bool = False
 
 
