@@ -22,6 +22,7 @@ from densepure_rt.console import Json, Status, be_quiet, duration, plural, rows,
 from densepure_rt.errors import CheckFailed, DensePureError, EnvironmentFault, UsageError
 from densepure_rt.import_command import import_
 from densepure_rt.model_commands import bench, export, gradient_proposals, parity
+from densepure_rt.optional import optional
 from densepure_rt.options import (
     Alpha,
     BatchSize,
@@ -433,12 +434,8 @@ def open_on_cluster(
     """As `open_classifier`, its samples drawn by workers elsewhere; paths are those of the workers' machines."""
     from densepure_rt.smoothing import seeded_secret
 
-    try:
+    with optional("--cluster", "Ray", "run \"pip install 'densepure-rt[cluster]'\""):
         from densepure_rt import cluster as ray_cluster
-    except ImportError as error:
-        raise EnvironmentFault(
-            f"--cluster needs Ray, which cannot be imported here ({error}): run \"pip install 'densepure-rt[cluster]'\""
-        ) from error
     engine, classifier = (None if path is None else path.absolute() for path in (engine, classifier))
     recipe = ray_cluster.Recipe(engine, classifier, batch, none_as(1, threads), provider, sha256, trust)
     key = secret if seed is None else seeded_secret(seed)

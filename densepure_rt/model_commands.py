@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -17,6 +18,7 @@ from densepure_rt.benchmark_tables import print_benchmark
 from densepure_rt.console import Json, Status, plural, stderr, stdout, track
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.model_options import ModelOptions, with_models
+from densepure_rt.optional import optional
 from densepure_rt.options import ProviderName
 from densepure_rt.procedure_tables import draw_procedures, print_procedures
 
@@ -192,12 +194,8 @@ def export(
         report["onnx"] = export_onnx(models, out, force, as_json, kinds, keep_fp32 or (), *on, strict)
     for flavour in PLAN_SUFFIXES:
         if flavour in targets:
-            try:
+            with optional("building plans", "onnx", f"run \"pip install 'densepure-rt[{flavour}]'\""):
                 from densepure_rt.export.to_tensorrt import BuildOptions, build_plans, source_bundle
-            except ImportError as error:
-                raise EnvironmentFault(
-                    f"building plans needs onnx ({error}): run \"pip install 'densepure-rt[{flavour}]'\""
-                ) from error
             options = BuildOptions(
                 batches=tuple(number(word, "--batch") for word in (batch or "64").split(",")),
                 compute_capabilities=tuple(compute_capability.split(",")) if compute_capability else (),
@@ -262,13 +260,11 @@ def export_onnx(
 
     strict: raise CheckFailed before anything is exported where the denoising check doubts a declaration; else warn.
     """
-    try:
+    with needs_pytorch("export"):
         from densepure_rt.export.denoising import judge
         from densepure_rt.export.precision import OPSETS, QUANTIZED
         from densepure_rt.export.sources import check_images, open_models
         from densepure_rt.export.to_onnx import export_bundle
-    except ImportError as error:
-        raise EnvironmentFault(needs_pytorch("export", error)) from error
     words(",".join(precisions), "--precision", tuple(OPSETS))
     unet, classifier = open_models(models)
     checks = check_images(unet, classifier, images, calibration, parity_images, parity_samples, say)
@@ -332,8 +328,9 @@ def print_denoising(found: Denoising) -> None:
         stdout.print(f"  {found.other}: {figures(found.other_error)}{at}")
 
 
-def needs_pytorch(command: str, error: ImportError) -> str:
-    return f"{command} needs PyTorch ({error}): run \"pip install 'densepure-rt[cpu,export]'\""
+def needs_pytorch(command: str) -> AbstractContextManager[None]:
+    """For the imports of a command that needs the extra `export`."""
+    return optional(command, "PyTorch and what goes with it", "run \"pip install 'densepure-rt[cpu,export]'\"")
 
 
 def say(line: str) -> None:
@@ -383,11 +380,9 @@ def parity(
 
     Exit code 1 when they differ by more than the engine's precision may lose. The picture needs densepure-rt\\[report].
     """
-    try:
+    with needs_pytorch("parity"):
         from densepure_rt.export.agreement import agree, draw, failures
         from densepure_rt.export.sources import comparison_images, open_models
-    except ImportError as error:
-        raise EnvironmentFault(needs_pytorch("parity", error)) from error
     from densepure_rt.smoothing import Settings, load
 
     settings = Settings(sigma, steps, votes, n=n, alpha=alpha)
@@ -556,11 +551,9 @@ def bench_step(
     models: ModelOptions, engine: Path | None, images: Path | None, options: dict[str, Any], as_json: bool
 ) -> None:
     """Time a reverse step. options: of `densepure_rt.export.bench.bench`."""
-    try:
+    with needs_pytorch("bench"):
         from densepure_rt.export.bench import bench as measure
         from densepure_rt.export.sources import comparison_images, open_models
-    except ImportError as error:
-        raise EnvironmentFault(needs_pytorch("bench", error)) from error
     import numpy as np
 
     from densepure_rt.runtime.bundle import open_bundle
@@ -585,11 +578,9 @@ def bench_procedure(
     as_json: bool,
 ) -> None:
     """Compare whole certifications. options: of `densepure_rt.export.procedure.compare`."""
-    try:
+    with needs_pytorch("bench"):
         from densepure_rt.export.procedure import compare
         from densepure_rt.export.sources import comparison_images, open_models
-    except ImportError as error:
-        raise EnvironmentFault(needs_pytorch("bench", error)) from error
     from densepure_rt.runtime.bundle import open_bundle
     from densepure_rt.smoothing import shipped_engine
 
@@ -636,7 +627,7 @@ def gradient_proposals(bundle: Bundle, settings: Settings) -> Proposals:
     try:
         from densepure_rt.export.eot_pgd import eot_pgd
         from densepure_rt.export.sources import open_models, refuse_other_models
-    except ImportError:
+    except Exception:  # PyTorch is not there, or fails when it is imported: the other attacks need none of it
         return no_proposals
     unet, classifier = open_models(ModelOptions())
     try:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from densepure_rt.benchmark_tables import CLOCKS, warn_of_others
 from densepure_rt.console import duration, plural, rows, stdout
-from densepure_rt.errors import EnvironmentFault
+from densepure_rt.optional import optional
 
 if TYPE_CHECKING:
     from densepure_rt.export.procedure import Procedure, ProcedureBenchmark
@@ -124,13 +124,9 @@ def chart(shown: list[Bar], block: str) -> list[str]:
 
 def draw_procedures(found: ProcedureBenchmark, path: Path) -> None:
     """The same chart as a picture. Needs matplotlib."""
-    try:
+    with optional("the picture", "matplotlib", "run \"pip install 'densepure-rt[report]'\""):
         from matplotlib.figure import Figure
         from matplotlib.ticker import FixedLocator, NullLocator
-    except ImportError as error:
-        raise EnvironmentFault(
-            f"the picture needs matplotlib ({error}): run \"pip install 'densepure-rt[report]'\""
-        ) from error
     shown = bars(found)
     start, end = min(bar.low for bar in shown), max(bar.high for bar in shown)
     figure = Figure(figsize=(9, 4.2), layout="constrained")

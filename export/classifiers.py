@@ -15,9 +15,10 @@ import dataclasses
 import difflib
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
@@ -41,6 +42,7 @@ from densepure_rt.export.programs import built, exported_program, first_line
 from densepure_rt.export.unets import read_config, state_sha256
 from densepure_rt.export.weight_files import variant_note, weight_file
 from densepure_rt.export.zoo.models import CLASS_NAMES, ZOO, Classifier, load_weights
+from densepure_rt.optional import optional
 from densepure_rt.runtime.bundle import sha256_of
 
 DRY_BATCHES = (2, 3)  # the exporter traces with two; a second size tells whether any will do
@@ -375,12 +377,16 @@ def _program(spec: str, image: tuple[int, int, int], weights: Path | None, prefi
     return _Loaded(exported_program(Path(spec)), preprocessing, sha256_of(Path(spec)))
 
 
-@contextmanager
-def _needs(package: str, spec: str) -> Iterator[None]:
-    try:
-        yield
-    except ImportError as error:
-        raise EnvironmentFault(f"{spec} needs {package} ({first_line(error)}): pip install {package}") from error
+def _needs(package: str, spec: str) -> AbstractContextManager[None]:
+    return optional(spec, package, _cure(package))
+
+
+def _cure(package: str) -> str:
+    """What to install: the package, or torchvision where it is what the installed package lacks."""
+    lacks = find_spec(package) is not None and find_spec("torchvision") is None
+    return "run \"pip install 'densepure-rt[classifiers]'\"" + (
+        f": {package} is here, but it needs torchvision, in the build for this torch" if lacks else ""
+    )
 
 
 def _timm(spec: str, image: tuple[int, int, int], weights: Path | None, prefix: str, declared: Declared) -> _Loaded:

@@ -140,7 +140,7 @@ def onnxruntime_version() -> str:
         import onnxruntime
 
         return str(onnxruntime.__version__)
-    except (ImportError, AttributeError) as error:  # a half-removed wheel leaves a package without a version
+    except Exception as error:  # missing, a half-removed wheel without a version, a NumPy that it was not built for
         raise EnvironmentFault(
             f"ONNX Runtime, which runs .onnx engines, cannot be imported ({error}): "
             "run \"pip install 'densepure-rt[cpu]'\""

@@ -516,7 +516,7 @@ def import_cuda(here: gpu.Gpu) -> Any:
     try:
         import cuda.core
         from cuda.bindings import runtime
-    except ImportError as error:
+    except Exception as error:  # missing, or it does not find the driver's libraries
         raise EnvironmentFault(
             f"cuda-core, which drives the GPU, cannot be imported ({first_line(error)}): run "
             f"\"pip install 'densepure-rt[tensorrt]'\""
