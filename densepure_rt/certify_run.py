@@ -131,6 +131,8 @@ def manifest_of(
         seed_note=None if seed is None else "seed public: valid only for images fixed before the seed was chosen",
         shard=None if shard is None else str(shard),
         parity=bundle.unet.accuracy,
+        left_out=images.left_out,
+        grey_repeated=images.repeated,
     )
     return Manifest(SCHEMA_VERSION, identity.sha256, identity, provenance)
 

@@ -306,6 +306,8 @@ def predict(
     secret = secret_of(seed, key)
     with open_classifier(engine, classifier, batch, threads, provider, engine_sha256, trust, seed, secret) as smoothed:
         chosen = open_image_set(images, smoothed, skip, limit)
+        if notes := notes_on(chosen):
+            rows(stderr, notes.items())
         if not as_json:
             print("idx\tlabel\tpredict\tcorrect\tname\tvotes\terror_bound")
         for found in track(smoothed.predict_each(chosen, settings), len(chosen), Status()):
@@ -463,6 +465,13 @@ def counted(value: float) -> str:
     return f"{value:,.0f}"
 
 
+def notes_on(images: ImageSet) -> dict[str, str]:
+    """What was done to images, and what of their source is none of them, by name; nothing where nothing was."""
+    repeated = f"{plural(images.repeated, 'grey image')} repeated to three channels" if images.repeated else ""
+    notes = {"grey": repeated, "left out": "; ".join(map(str, images.left_out))}
+    return {name: note for name, note in notes.items() if note}
+
+
 def print_forecast(
     smoothed: SmoothedClassifier, images: ImageSet, settings: Settings, expected: Forecast, shard: Shard | None = None
 ) -> None:
@@ -479,6 +488,7 @@ def print_forecast(
         + ("the same in batches of any size" if device["independent_of_batch"] else f"of batches of {device['batch']}"),
         "engine": f"{smoothed.bundle.unet_path}, {unet.precision}, sha256 {unet.file.sha256[:16]}",
         "images": f"{expected.images} of {images.name}" + (f", shard {shard} of {len(images)}" if shard else ""),
+        **notes_on(images),
         "noise": f"sigma {sigma:g} in [0, 1] pixel units ({2 * sigma:g} in the network's [-1, 1])",
         "steps": f"{settings.steps}, timesteps {timesteps}; {plural(settings.effective.votes, 'vote')} a sample",
         "method": settings.method,

@@ -244,12 +244,28 @@ class MergedShard:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """Files or folders of the images' source that are no images of the run. first: some of their names."""
+
+    __pydantic_config__ = STRICT
+    why: str
+    count: Count
+    first: tuple[str, ...]
+
+    def __str__(self) -> str:
+        more = ", ..." if self.count > len(self.first) else ""
+        return f"{self.count:,} {self.why} ({', '.join(self.first)}{more})"
+
+
+@dataclass(frozen=True)
 class Provenance:
     """Who ran it, where and when. revealed_secret: hex, once `densepure-rt reveal` has made it public.
 
     shard: which part of the images the folder is of; None for all. merged_from: the shards of a run that was merged;
     argv, started, host, python and platform are then those of the merge, and the rest that of its first shard.
     parity: how far the engine's ONNX file was from PyTorch when it was exported, where its sidecar says so.
+    left_out: what lay beside the images in their source. grey_repeated: of all images, how many were grey and repeated
+    to three channels. Both are None in manifests of before.
     """
 
     __pydantic_config__ = STRICT
@@ -267,6 +283,8 @@ class Provenance:
     revealed_secret: Secret | None = None
     parity: Accuracy | None = None
     merged_from: tuple[MergedShard, ...] | None = None
+    left_out: tuple[LeftOut, ...] | None = None
+    grey_repeated: Count | None = None
 
     @property
     def of_shards(self) -> bool:

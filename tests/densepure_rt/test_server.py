@@ -200,6 +200,19 @@ def test_another_input_or_output_is_refused_in_words(server: ServerProcess) -> N
         infer(server.client(), "predict", IMAGES[:1], request_compression_algorithm="gzip")
 
 
+def test_null_is_answered_as_if_nothing_was_said(server: ServerProcess) -> None:
+    asked = json.loads(certify_json(IMAGES[:1])) | {"id": None, "parameters": None}
+    asked["inputs"][0]["parameters"] = None
+    asked["outputs"] = [{"name": "label", "parameters": None}]
+    answer = server.ask("POST", "/v2/models/predict/infer", json.dumps(asked).encode(), **JSON)
+    assert answer.status == 200, answer.json
+    assert [output["name"] for output in answer.json["outputs"]] == ["label"]
+    assert "id" not in answer.json
+    asked["outputs"] = None
+    every = server.ask("POST", "/v2/models/predict/infer", json.dumps(asked).encode(), **JSON).json["outputs"]
+    assert len(every) > 1
+
+
 # deadlines and queues
 
 
