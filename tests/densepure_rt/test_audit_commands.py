@@ -10,7 +10,7 @@ import pytest
 from densepure_rt.errors import UsageError
 from densepure_rt.keys import new_secret, store_key
 from densepure_rt.run_folder import RunFolder
-from tests.densepure_rt.test_merge import cli
+from tests.densepure_rt.command_line import densepure_rt as cli
 from tests.densepure_rt.test_run_folder import SECRET, manifest, result
 
 
