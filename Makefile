@@ -15,7 +15,7 @@ DEV := .venv-dev/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo accuracy table paired load test test-slow test-gpu lint zoo engines schemas clean distclean python
+.PHONY: help demo accuracy table paired load test test-fast test-slow test-gpu lint zoo engines schemas clean distclean python
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +50,14 @@ $(FAST): | $(DEV)
 
 test: $(DEV) ## all tests
 	.venv-dev/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+# What test-fast leaves out: tests/export, which exports networks, and these, which certify, serve or drive a browser.
+NOT_FAST = certify_run cli cluster demo doctor falsifier falsify_run gallery merge model_commands run_folder serve_command \
+  server serving smoothing triton_model
+
+test-fast: $(DEV) ## a minute's check while developing: the part of test that exports, certifies and serves nothing
+	.venv-dev/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS) tests/test_house.py tests/runtime \
+	  tests/densepure_rt $(NOT_FAST:%=--ignore tests/densepure_rt/test_%.py)
 
 test-slow: $(DEV) ## the tests that take minutes each
 	.venv-dev/bin/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
