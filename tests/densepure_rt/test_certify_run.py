@@ -425,7 +425,7 @@ def test_the_manifest_is_there_before_the_first_result(tmp_path: Path) -> None:
 
 
 # Cheap images, some of which take long: the classifier alone, at little noise.
-KILLED = "--steps 0 --sigma 0.1 --radii 0,0.05,0.1 --n 3000 --seed 3 --batch 8 --threads 1".split()
+KILLED = "--steps 0 --sigma 0.1 --radii 0,0.05,0.1 --n 1500 --seed 3 --batch 8 --threads 1".split()
 
 
 def kill_at_a_random_moment(*options: object, out: Path, chance: random.Random) -> None:
@@ -442,7 +442,7 @@ def kill_at_a_random_moment(*options: object, out: Path, chance: random.Random) 
                 running.wait(0.4 + 0.8 * chance.random())  # a start takes about a second
         else:
             wait_for(lambda: lines() > before, running)
-            time.sleep(0.3 * chance.random())  # an image takes 0.2 s or more
+            time.sleep(0.3 * chance.random())  # an image takes 0.1 s or more
         running.kill()
 
 

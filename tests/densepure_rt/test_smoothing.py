@@ -499,7 +499,9 @@ ANYTIME = Settings(sigma=0.5, steps=1, n=160, alpha=0.05, method="sequential", r
 WIDE_ANYTIME = Settings(sigma=1.0, steps=2, votes=3, n=64, alpha=0.3, method="sequential")
 
 
-@pytest.mark.parametrize("settings", [ANYTIME, dataclasses.replace(ANYTIME, method="radius", radii=None), WIDE_ANYTIME])
+@pytest.mark.parametrize(
+    "settings", [ANYTIME, dataclasses.replace(ANYTIME, method="radius", radii=None, n=96), WIDE_ANYTIME]
+)
 def test_anytime_certificates_do_not_depend_on_batch_or_threads(
     images: list[LabelledImage], settings: Settings
 ) -> None:
