@@ -24,7 +24,7 @@ DEV_EXTRAS := cpu,export,report,cluster,serve,dev
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo accuracy table paired load test test-slow test-gpu lint test-pythons demo-pythons \
+.PHONY: help demo accuracy table paired load test test-fast test-slow test-gpu lint test-pythons demo-pythons \
   lock check-install zoo engines schemas clean distclean python
 
 help: ## list the targets
@@ -60,6 +60,14 @@ $(FAST): | $(DEV)
 
 test: $(DEV) ## all tests
 	$(ENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+# What test-fast leaves out: tests/export, which exports networks, and these, which certify, serve or drive a browser.
+NOT_FAST = certify_run cli cluster demo doctor falsifier falsify_run gallery merge model_commands run_folder serve_command \
+  server serving smoothing triton_model
+
+test-fast: $(DEV) ## a minute's check while developing: the part of test that exports, certifies and serves nothing
+	$(ENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS) tests/test_house.py tests/runtime \
+	  tests/densepure_rt $(NOT_FAST:%=--ignore tests/densepure_rt/test_%.py)
 
 test-slow: $(DEV) ## the tests that take minutes each
 	$(ENV)/bin/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)

@@ -14,7 +14,7 @@ from densepure_rt.keys import new_secret, store_key
 from densepure_rt.records import ArithmeticIdentity, page
 from densepure_rt.run_folder import RunFolder, read_manifest
 from densepure_rt.smoothing import load
-from tests.densepure_rt.test_merge import cli
+from tests.densepure_rt.command_line import densepure_rt as cli
 from tests.densepure_rt.test_run_folder import OLD_RUN, SECRET, manifest, result
 
 

@@ -472,22 +472,29 @@ def check_that_a_full_disk_loses_nothing(done: subprocess.CompletedProcess[str],
     assert len(table) - 1 in (len(kept), len(kept) - 1)  # the line that did not fit is at most one behind
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of `certify_into` that was never cut short."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert certify_into(out).returncode == 0
+    return out
+
+
 def check_that_it_goes_on(out: Path, whole: Path) -> None:
     """With space again it ends as a run that was never cut short."""
     assert certify_into(out).returncode == 0
-    assert certify_into(whole).returncode == 0
     assert (out / "results.jsonl").read_bytes() == (whole / "results.jsonl").read_bytes()
 
 
-def test_a_file_that_can_grow_no_further_exits_3_and_keeps_what_was_written(tmp_path: Path) -> None:
+def test_a_file_that_can_grow_no_further_exits_3_and_keeps_what_was_written(whole: Path, tmp_path: Path) -> None:
     """A limit on the size of files stands in for a full disk where none can be mounted."""
     pytest.importorskip("resource", reason="limits on file sizes are a POSIX matter")
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (90_000, 90_000))"
     check_that_a_full_disk_loses_nothing(certify_into(tmp_path / "run", limit), tmp_path / "run")
-    check_that_it_goes_on(tmp_path / "run", tmp_path / "whole")
+    check_that_it_goes_on(tmp_path / "run", whole)
 
 
-def test_a_full_disk_exits_3_and_keeps_what_was_written(tmp_path: Path) -> None:
+def test_a_full_disk_exits_3_and_keeps_what_was_written(whole: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(disk)]
@@ -500,6 +507,6 @@ def test_a_full_disk_exits_3_and_keeps_what_was_written(tmp_path: Path) -> None:
     try:
         check_that_a_full_disk_loses_nothing(certify_into(disk / "run"), disk / "run")
         subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True, timeout=30)
-        check_that_it_goes_on(disk / "run", tmp_path / "whole")
+        check_that_it_goes_on(disk / "run", whole)
     finally:
         subprocess.run(["umount", str(disk)], check=True, timeout=30)
