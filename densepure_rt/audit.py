@@ -89,6 +89,7 @@ def audit(path: Path, images: ImageSet | None = None) -> list[Finding]:
     checks: list[Callable[[], Finding]] = [
         lambda: check_identity(manifest.identity, manifest.identity_sha256),
         lambda: check_derived(manifest.identity),
+        lambda: check_arithmetic(manifest),
         lambda: check_secret(path, manifest),
     ]
     if images is not None:
@@ -111,7 +112,7 @@ def audit(path: Path, images: ImageSet | None = None) -> list[Finding]:
             ]
             findings += [run(check) for check in checks]
     except CheckFailed as fault:
-        findings += [Finding("ledger", "unreadable", (str(fault),)), *(run(check) for check in checks[:3])]
+        findings += [Finding("ledger", "unreadable", (str(fault),)), *(run(check) for check in checks[:4])]
     return findings
 
 
@@ -150,6 +151,16 @@ def check_derived(identity: Identity) -> Finding:
         f"{name} is {one}, and {other} follows from the rest" for name, one, other in differing(stated, derived)
     )
     return Finding("derived values", f"{len(derived)} computed again", faults)
+
+
+def check_arithmetic(manifest: Manifest) -> Finding:
+    """Whether the identity and the device that is described beside it compute alike."""
+    arithmetic, device = manifest.identity.arithmetic, manifest.provenance.device
+    if arithmetic is None:
+        return Finding("arithmetic", "not recorded by this old run: nothing shows that one kind of machine drew it all")
+    told = device.get("fingerprint")
+    faults = () if told == arithmetic.fingerprint else (f"the device is described with the fingerprint {told}",)
+    return Finding("arithmetic", f"fingerprint {arithmetic.fingerprint[:16]}, of {manifest.identity.processor}", faults)
 
 
 def check_secret(path: Path, manifest: Manifest) -> Finding:

@@ -15,7 +15,7 @@ from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 
 if TYPE_CHECKING:
     from densepure_rt.datasets import ImageSet, LabelledImage
-    from densepure_rt.records import Manifest
+    from densepure_rt.records import Identity, Manifest
     from densepure_rt.replay import Replayed
 
 MOST_SHOWN = 5  # faults of one check
@@ -78,6 +78,8 @@ def replay(
     manifest = read_manifest(run)
     identity = manifest.identity
     settings = settings_of(identity)
+    if batch is None and identity.arithmetic is not None:
+        batch = identity.arithmetic.batch
     counted = counted_label(run, image, sample + (settings.n0 if settings.method == "fixed" else 0))
     with load(engine, classifier, secret=secret_of(run, manifest), batch=batch, threads=1) as smoothed:
         bundle = smoothed.bundle
@@ -87,6 +89,7 @@ def replay(
                     f"{ref.name} has the SHA-256 {ref.sha256[:16]}, the run used {known.name} of {known.sha256[:16]}: "
                     f"name that one with --engine or --classifier"
                 )
+        warn_of_other_arithmetic(identity, str(smoothed.device.describe()["fingerprint"]))
         chosen = open_images(images, identity.image, identity.class_names)
         found = draw(smoothed, the_image(chosen, image, run), settings, sample)
     folder = out or run / f"replay-{image}-{sample}"
@@ -127,6 +130,17 @@ def reveal(
         "remove every other key file that holds this secret, such as that of --key, reveal the other runs that were "
         "keyed with it, and stop the servers that have it: no more noise may be drawn with it"
     )
+
+
+def warn_of_other_arithmetic(identity: Identity, fingerprint: str) -> None:
+    """Warn where the engines here do not compute what those of the run did, or where the run does not say."""
+    if identity.arithmetic is None:
+        stderr.print("warning: this old run does not say how its machine computed: labels may differ here and there")
+    elif identity.arithmetic.fingerprint != fingerprint:
+        stderr.print(
+            f"warning: the engines compute otherwise here than in the run, on {identity.processor} (fingerprint "
+            f"{fingerprint[:16]} here, {identity.arithmetic.fingerprint[:16]} there): labels may differ here and there"
+        )
 
 
 def secret_of(run: Path, manifest: Manifest) -> bytes:

@@ -8,7 +8,7 @@ import math
 import platform
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from densepure_rt.forecast import Forecast
 from densepure_rt.records import (
     SCHEMA_VERSION,
     Abstention,
+    ArithmeticIdentity,
     AttackRecord,
     BudgetIdentity,
     Identity,
@@ -131,6 +132,8 @@ def manifest_of(
         seed_note=None if seed is None else "seed public: valid only for images fixed before the seed was chosen",
         shard=None if shard is None else str(shard),
         parity=bundle.unet.accuracy,
+        left_out=images.left_out,
+        grey_repeated=images.repeated,
     )
     return Manifest(SCHEMA_VERSION, identity.sha256, identity, provenance)
 
@@ -145,7 +148,7 @@ def identity_of(
 ) -> Identity:
     bundle, chain = classifier.bundle, classifier.chain(settings)
     device = classifier.sampler.describe()
-    library = "tensorrt" if "tensorrt" in device else "onnxruntime"
+    library = "onnxruntime" if "onnxruntime" in device else "tensorrt"
     capability = device.get("compute_capability")
     return Identity(
         engine=NamedFile(bundle.unet.file.name, bundle.unet.file.sha256, bundle.sidecars[0]),
@@ -176,6 +179,22 @@ def identity_of(
         noise=NoiseIdentity(NOISE_LAW, smoothing_law(settings.sigma).sha256, vote_law().sha256),
         secret_commitment=commitment(classifier.secret),
         public_seed=seed,
+        arithmetic=arithmetic_of(device),
+    )
+
+
+def arithmetic_of(device: Mapping[str, str | int | bool]) -> ArithmeticIdentity:
+    """Read off a device's description how its engines compute."""
+    told = {name: str(device[name]) for name in ("cuda", "cudnn") if name in device}
+    if "onnxruntime" in device and "tensorrt" in device:  # its provider; a plan's is in `runs_on`
+        told["tensorrt"] = str(device["tensorrt"])
+    if "driver" in device:
+        told["driver"] = f"{device['driver_release']}, CUDA {device['driver']}"
+    return ArithmeticIdentity(
+        fingerprint=str(device["fingerprint"]),
+        batch=None if device["independent_of_batch"] else int(device["batch"]),
+        instruction_sets=tuple(str(device.get("instruction_sets", "")).split()),
+        **told,
     )
 
 

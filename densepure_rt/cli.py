@@ -22,6 +22,7 @@ from densepure_rt.console import Json, Status, be_quiet, duration, plural, rows,
 from densepure_rt.errors import CheckFailed, DensePureError, EnvironmentFault, UsageError
 from densepure_rt.import_command import import_
 from densepure_rt.model_commands import bench, export, gradient_proposals, parity
+from densepure_rt.optional import optional
 from densepure_rt.options import (
     Alpha,
     BatchSize,
@@ -52,6 +53,8 @@ if TYPE_CHECKING:
     from densepure_rt.smoothing import Predicted, Settings, SmoothedClassifier
 
 INTERRUPTED = 130  # the shell's code for Ctrl-C
+# What the forecast says of a device, of all that its manifest does.
+SHOWN = ("provider", "onnxruntime", "tensorrt", "processor", "gpu", "driver_release", "threads", "batch", "workers")
 SHIPPED_MAX = 25  # of the 500 shipped images, so that a plain `certify` ends within 10 minutes on 2 cores
 
 
@@ -79,7 +82,7 @@ Images = Annotated[
     Path | None,
     typer.Option(
         help="Folder of class folders, folder with labels.csv (file,label), images, .npz (x, y), IDX or CIFAR-10 .bin; "
-        "default: the shipped Fashion-MNIST test images."
+        "one split of a data set; default: the shipped Fashion-MNIST test images."
     ),
 ]
 Skip = Annotated[int, typer.Option(help="Take every SKIP-th image.")]
@@ -304,6 +307,8 @@ def predict(
     secret = secret_of(seed, key)
     with open_classifier(engine, classifier, batch, threads, provider, engine_sha256, trust, seed, secret) as smoothed:
         chosen = open_image_set(images, smoothed, skip, limit)
+        if notes := notes_on(chosen):
+            rows(stderr, notes.items())
         if not as_json:
             print("idx\tlabel\tpredict\tcorrect\tname\tvotes\terror_bound")
         for found in track(smoothed.predict_each(chosen, settings), len(chosen), Status()):
@@ -432,12 +437,8 @@ def open_on_cluster(
     """As `open_classifier`, its samples drawn by workers elsewhere; paths are those of the workers' machines."""
     from densepure_rt.smoothing import seeded_secret
 
-    try:
+    with optional("--cluster", "Ray", "run \"pip install 'densepure-rt[cluster]'\""):
         from densepure_rt import cluster as ray_cluster
-    except ImportError as error:
-        raise EnvironmentFault(
-            f"--cluster needs Ray, which cannot be imported here ({error}): run \"pip install 'densepure-rt[cluster]'\""
-        ) from error
     engine, classifier = (None if path is None else path.absolute() for path in (engine, classifier))
     recipe = ray_cluster.Recipe(engine, classifier, batch, none_as(1, threads), provider, sha256, trust)
     key = secret if seed is None else seeded_secret(seed)
@@ -465,6 +466,13 @@ def counted(value: float) -> str:
     return f"{value:,.0f}"
 
 
+def notes_on(images: ImageSet) -> dict[str, str]:
+    """What was done to images, and what of their source is none of them, by name; nothing where nothing was."""
+    repeated = f"{plural(images.repeated, 'grey image')} repeated to three channels" if images.repeated else ""
+    notes = {"grey": repeated, "left out": "; ".join(map(str, images.left_out))}
+    return {name: note for name, note in notes.items() if note}
+
+
 def print_forecast(
     smoothed: SmoothedClassifier, images: ImageSet, settings: Settings, expected: Forecast, shard: Shard | None = None
 ) -> None:
@@ -474,9 +482,14 @@ def print_forecast(
     rule = settings.timestep_rule or unet.timestep_rule
     timesteps += "" if rule == "nearest" else f" ({rule}'s rule)"
     lines = {
-        "device": ", ".join(f"{value}" if name == "provider" else f"{name} {value}" for name, value in device.items()),
+        "device": ", ".join(
+            f"{device[name]}" if name == "provider" else f"{name} {device[name]}" for name in SHOWN if name in device
+        ),
+        "arithmetic": f"fingerprint {str(device['fingerprint'])[:16]}, "
+        + ("the same in batches of any size" if device["independent_of_batch"] else f"of batches of {device['batch']}"),
         "engine": f"{smoothed.bundle.unet_path}, {unet.precision}, sha256 {unet.file.sha256[:16]}",
         "images": f"{expected.images} of {images.name}" + (f", shard {shard} of {len(images)}" if shard else ""),
+        **notes_on(images),
         "noise": f"sigma {sigma:g} in [0, 1] pixel units ({2 * sigma:g} in the network's [-1, 1])",
         "steps": f"{settings.steps}, timesteps {timesteps}; {plural(settings.effective.votes, 'vote')} a sample",
         "method": settings.method,

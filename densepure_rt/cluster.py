@@ -215,7 +215,7 @@ def warn_of_others(members: Sequence[Member]) -> None:
     """Of workers that draw nothing, since their labels would be those of another classifier."""
     groups = Counter((member.engines.sha256[:8], member.engines.node) for member in members if member.engines)
     found = ", ".join(f"{count} of group {group} on {node}" for (group, node), count in sorted(groups.items()))
-    said = "they have another engine, processor or version, and one kind draws all samples of a run: --group names it"
+    said = "they have another engine, version or arithmetic, and one kind draws all samples of a run: --group names it"
     logs.say(f"workers that are not used: {found}; {said}", logging.WARNING)
 
 

@@ -10,20 +10,22 @@ import csv
 import hashlib
 import re
 import struct
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import resources
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 
 import numpy as np
 
+from densepure_rt.console import plural
 from densepure_rt.errors import UsageError
 from densepure_rt.image_files import (
     GZIP,
     IDX_IMAGES,
     IMAGE_SUFFIXES,
+    PICKLE,
     Pixels,
     Shape,
     check_image,
@@ -34,12 +36,24 @@ from densepure_rt.image_files import (
     reading,
     size_text,
 )
+from densepure_rt.records import LeftOut
 
 SHIPPED, SHIPPED_SHAPE = "fashion_mnist_test.npz", (1, 28, 28)
 FORMATS = (
-    "a folder of class folders, a folder with labels.csv, a folder of images, an image (PNG, JPEG, BMP, WEBP), "
-    ".npz, IDX (gz or not) or CIFAR-10 .bin"
+    "a folder of class folders, a folder with labels.csv, a folder of images, an image (PNG, JPEG, BMP, WEBP, "
+    "PPM, TIFF), .npz, IDX (gz or not) or CIFAR-10 .bin"
 )
+SPLITS = {  # words in the names of folders that hold a part of a data set
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing", "eval"), "test"),
+}
+NO_FORMAT, HIDDEN, LINKED = "no images by their names", "hidden", "links to folders"
+UNLISTED, BARE = "images that labels.csv does not list", "class folders without an image"
+UNPICKLED = (
+    "of CIFAR-10 fetch the binary version (cifar-10-binary.tar.gz) and name its test_batch.bin; save other data as .npz"
+)
+NAMED = 3  # of what is left out for one reason
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,13 +67,19 @@ class LabelledImage:
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Images in a fixed order, read one at a time. `name` is what to print."""
+    """Images in a fixed order, read one at a time. `name` is what to print.
+
+    left_out: what lies in the source beside its images. grey: positions of the grey images that are repeated to three
+    channels for an engine of colour.
+    """
 
     name: str
     indices: Sequence[int]
     labels: Sequence[int] | None
     read: Callable[[int], Pixels]  # position among all images of the source -> [C, H, W]
     positions: Sequence[int]  # those that belong to this set, into `indices`, `labels` and `read`
+    left_out: tuple[LeftOut, ...] = ()
+    grey: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -73,6 +93,11 @@ class ImageSet:
     def order(self) -> list[int]:
         """The `idx` of each image."""
         return [self.indices[i] for i in self.positions]
+
+    @property
+    def repeated(self) -> int:
+        """How many images of this set are grey and repeated to three channels."""
+        return sum(i in self.grey for i in self.positions) if self.grey else 0
 
     @property
     def labelled(self) -> bool:
@@ -117,6 +142,8 @@ def open_images(path: Path | None, shape: Shape, class_names: Sequence[str]) -> 
         return _from_array(str(path), pixels, labels, class_names)
     if suffix in IMAGE_SUFFIXES:
         return _from_files(str(path), [path], None, shape)
+    if start[:1] == PICKLE:
+        raise UsageError(f"{path} is a pickle, which can run any code and is never opened; {UNPICKLED}")
     raise UsageError(f"{path} is none of the formats that can be read; give {FORMATS}")
 
 
@@ -148,9 +175,8 @@ def _from_array(name: str, pixels: Pixels, labels: Sequence[int] | None, class_n
 
 
 def _from_files(name: str, files: Sequence[Path], labels: Sequence[int] | None, shape: Shape) -> ImageSet:
-    for file in files:
-        check_image(file, shape)
-    return ImageSet(name, range(len(files)), labels, partial(_read_nth, files, shape), range(len(files)))
+    grey = frozenset(i for i, file in enumerate(files) if check_image(file, shape))
+    return ImageSet(name, range(len(files)), labels, partial(_read_nth, files, shape), range(len(files)), grey=grey)
 
 
 def _read_nth(files: Sequence[Path], shape: Shape, i: int) -> Pixels:
@@ -160,33 +186,133 @@ def _read_nth(files: Sequence[Path], shape: Shape, i: int) -> Pixels:
 def _from_folder(folder: Path, shape: Shape, class_names: Sequence[str]) -> ImageSet:
     if (folder / "labels.csv").exists():
         return _from_labels_csv(folder, shape, class_names)
-    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    folders = [entry for entry in entries if entry.is_dir()]
-    images = [entry for entry in entries if entry.suffix.lower() in IMAGE_SUFFIXES and entry not in folders]
-    cifar = [entry for entry in entries if entry.suffix.lower() == ".bin" and entry not in folders]
-    if images and folders:
-        found = f"{len(images)} images and the folders {_listed([f.name for f in folders])}"
+    entries = sorted(folder.iterdir())
+    hidden = [entry for entry in entries if entry.name.startswith(".")]
+    folders = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
+    files = [entry for entry in entries if not entry.name.startswith(".") and not entry.is_dir()]
+    images = [file for file in files if _is_image(file)]
+    cifar = [file for file in files if file.suffix.lower() == ".bin"]
+    if folders and (images or cifar):
+        what = f"{len(images)} images" if images else f"{len(cifar)} .bin files"
+        found = f"{what} and the folders {_listed([f.name for f in folders])}"
         raise UsageError(f"{folder} holds {found}; give class folders alone, images alone, or add a labels.csv")
+    taken = set(images or cifar)
+    beside = {NO_FORMAT: [file.name for file in files if file not in taken], HIDDEN: [h.name for h in hidden]}
     if images:
-        return _from_files(str(folder), images, None, shape)
+        return replace(_from_files(str(folder), images, None, shape), left_out=_left_out(beside))
     if cifar:
-        return _from_cifar(cifar, str(folder), shape, class_names)
+        return replace(_from_cifar_folder(folder, cifar, shape, class_names), left_out=_left_out(beside))
     if folders:
-        return _from_class_folders(folder, folders, shape, class_names)
+        return _from_class_folders(folder, folders, beside, shape, class_names)
+    _refuse_files(folder, files)
     raise UsageError(f"{folder} holds no images; give {FORMATS}")
 
 
-def _from_class_folders(folder: Path, folders: Sequence[Path], shape: Shape, class_names: Sequence[str]) -> ImageSet:
-    labels = _labels_of([entry.name for entry in folders], class_names, f"the folders of {folder}")
-    found = sorted(
-        (label, file)
-        for entry, label in zip(folders, labels, strict=True)
-        for file in entry.rglob("*")
-        if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and not file.is_dir()
+def _from_cifar_folder(folder: Path, files: Sequence[Path], shape: Shape, class_names: Sequence[str]) -> ImageSet:
+    """The parts of one split, such as data_batch_1.bin to data_batch_5.bin; never one split after another."""
+    if len({re.sub(r"[-_.]?[0-9]+$", "", file.stem.lower()) for file in files}) > 1:
+        raise UsageError(f"{folder} holds .bin files of several splits, which are not joined; {_name_one(files)}")
+    joined = "" if len(files) == 1 else f" to {files[-1].name}, {len(files)} files joined"
+    return _from_cifar(files, f"{folder} ({files[0].name}{joined})", shape, class_names)
+
+
+def _refuse_files(folder: Path, files: Sequence[Path]) -> None:
+    """Raise UsageError where a folder holds files that each are a data set, or pickles."""
+    if sets := [file for file in files if file.suffix.lower() == ".npz" or re.search("images[-.]idx3", file.name)]:
+        raise UsageError(f"{folder} holds files that are a set of images each; {_name_one(sets)}")
+    for file in files:
+        with file.open("rb") as start:
+            if start.read(1) == PICKLE:
+                raise UsageError(
+                    f"{folder} holds pickles ({file.name}), which can run any code and are never opened; {UNPICKLED}"
+                )
+
+
+def _name_one(paths: Sequence[Path]) -> str:
+    return f"name one: {_listed([str(path) for path in paths])}"
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in IMAGE_SUFFIXES
+
+
+def _left_out(names: Mapping[str, Sequence[str]]) -> tuple[LeftOut, ...]:
+    """names: by the reason why they are left out; a path may be no Unicode."""
+    return tuple(
+        LeftOut(why, len(those), tuple(name.encode("utf-8", "backslashreplace").decode() for name in those[:NAMED]))
+        for why, those in names.items()
+        if those
     )
+
+
+def _split_of(name: str) -> str | None:
+    """The split that a folder's name stands for: test for test, Testing or test2017; None for none."""
+    return next((SPLITS[word] for word in re.findall("[a-z]+", name.lower()) if word in SPLITS), None)
+
+
+def _refuse_splits(where: str, files: Iterable[PurePath], class_names: Sequence[str]) -> None:
+    """Raise UsageError where files lie in folders of several splits, which are none of classes (bullet train).
+
+    files: relative to what the user named.
+    """
+    folders = {part for file in files for part in file.parts[:-1]}
+    splits = {part: split for part in sorted(folders) if (split := _split_of(part)) is not None}
+    named = [part for part in splits if _known_labels([part], class_names) == [None]]
+    if len({splits[part] for part in named}) > 1:
+        raise UsageError(
+            f"{where} several splits, {_listed(named)}, which are not joined; put one into a folder of its own"
+        )
+
+
+def _from_class_folders(
+    folder: Path,
+    folders: Sequence[Path],
+    beside: Mapping[str, Sequence[str]],
+    shape: Shape,
+    class_names: Sequence[str],
+) -> ImageSet:
+    """beside: the names of what lies beside the class folders, by the reason why it is left out."""
+    names = [entry.name for entry in folders]
+    known = dict(zip(names, _known_labels(names, class_names), strict=True))
+    splits = [entry for entry in folders if _split_of(entry.name) is not None]
+    if any(known[entry.name] is None or any(inside.is_dir() for inside in entry.iterdir()) for entry in splits):
+        raise UsageError(f"{folder} holds splits of a data set, not classes; {_name_one(splits)}")
+    labels = _labels_of(names, class_names, f"the folders of {folder}")
+    others = defaultdict[str, list[str]](list, {why: list(those) for why, those in beside.items()})
+    found: list[tuple[int, Path]] = []
+    unread: list[str] = []
+    for entry, label in zip(folders, labels, strict=True):
+        before = len(found), len(others[NO_FORMAT])
+        for file in sorted(entry.rglob("*")):
+            name = file.relative_to(folder)
+            if file.is_dir():
+                if file.is_symlink():
+                    others[LINKED].append(str(name))
+            elif any(part.startswith(".") for part in name.parts[1:]):
+                others[HIDDEN].append(str(name))
+            elif _is_image(file):
+                found.append((label, file))
+            else:
+                others[NO_FORMAT].append(str(name))
+        if len(found) == before[0]:
+            if len(others[NO_FORMAT]) > before[1]:
+                unread.append(others[NO_FORMAT][before[1]])
+            else:
+                others[BARE].append(entry.name)
+    if unread:
+        raise UsageError(
+            f"{plural(len(unread), 'class folder')} of {folder} hold files and none that can be read, such as "
+            f"{_listed(unread, NAMED)}; convert them to PNG, or move the folders away"
+        )
     if not found:
-        raise UsageError(f"the class folders of {folder} hold no images (PNG, JPEG, BMP, WEBP); check the path")
-    return _from_files(str(folder), [file for _, file in found], [label for label, _ in found], shape)
+        raise UsageError(
+            f"the class folders of {folder} hold no images (PNG, JPEG, BMP, WEBP, PPM, TIFF); check the path"
+        )
+    inside = (file.relative_to(folder) for _, file in found)
+    _refuse_splits(f"the class folders of {folder} hold", inside, class_names)
+    found.sort()
+    images = _from_files(str(folder), [file for _, file in found], [label for label, _ in found], shape)
+    return replace(images, left_out=_left_out(others))
 
 
 def _from_labels_csv(folder: Path, shape: Shape, class_names: Sequence[str]) -> ImageSet:
@@ -208,18 +334,30 @@ def _from_labels_csv(folder: Path, shape: Shape, class_names: Sequence[str]) -> 
             values.append(row[1].strip())
     if not files:
         raise UsageError(f"{table} lists no image; add a line file,label for each")
+    _refuse_splits(f"{table} lists files of", (file.relative_to(folder) for file in files), class_names)
     distinct = list(dict.fromkeys(values))
     label_of = dict(zip(distinct, _labels_of(distinct, class_names, f"the labels in {table}"), strict=True))
-    return _from_files(str(folder), files, [label_of[value] for value in values], shape)
+    images = _from_files(str(folder), files, [label_of[value] for value in values], shape)
+    return replace(images, left_out=_left_out(_unlisted(folder, {table, *files})))
+
+
+def _unlisted(folder: Path, listed: set[Path]) -> dict[str, list[str]]:
+    """The files of a folder that its labels.csv does not name, by the reason."""
+    others = defaultdict[str, list[str]](list)
+    for file in sorted(folder.rglob("*")):
+        name = file.relative_to(folder)
+        if file in listed or (file.is_dir() and not file.is_symlink()):
+            continue
+        hidden = any(part.startswith(".") for part in name.parts)
+        why = HIDDEN if hidden else LINKED if file.is_dir() else UNLISTED if _is_image(file) else NO_FORMAT
+        others[why].append(str(name))
+    return others
 
 
 def _labels_of(found: Sequence[str], class_names: Sequence[str], where: str) -> list[int]:
     """The label each name stands for: all are class names, or all are integers; never a guess by sort order."""
     slugs = [_slug(name) for name in class_names]
-    exact, by_slug = _unambiguous(class_names), _unambiguous(slugs)
-    labels = [exact.get(name, by_slug.get(_slug(name))) for name in found]
-    if None in labels and all(re.fullmatch(r"[0-9]{1,9}", name) for name in found):
-        labels = [int(name) if int(name) < len(class_names) else None for name in found]
+    labels = _known_labels(found, class_names)
     unknown = [name for name, label in zip(found, labels, strict=True) if label is None]
     if unknown:
         raise UsageError(
@@ -228,6 +366,15 @@ def _labels_of(found: Sequence[str], class_names: Sequence[str], where: str) -> 
             f"number (0..{len(class_names) - 1})"
         )
     return [label for label in labels if label is not None]
+
+
+def _known_labels(found: Sequence[str], class_names: Sequence[str]) -> list[int | None]:
+    """The label of each name; None where the model does not know it."""
+    exact, by_slug = _unambiguous(class_names), _unambiguous([_slug(name) for name in class_names])
+    labels = [exact.get(name, by_slug.get(_slug(name))) for name in found]
+    if None in labels and all(re.fullmatch(r"[0-9]{1,9}", name) for name in found):
+        labels = [int(name) if int(name) < len(class_names) else None for name in found]
+    return labels
 
 
 def _unambiguous(names: Sequence[str]) -> dict[str, int]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import platform
+import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Literal
@@ -26,6 +28,32 @@ from densepure_rt.smoothing import shipped_engine
 
 CUDA_PACKAGES = ("cuda-core", "cuda-bindings")
 EXPORT_PACKAGES = ("torch", "onnx", "onnxscript", "safetensors", "diffusers")
+# What each of them is used for, imported as it is used: diffusers alone imports late, and fails late.
+STATEMENTS = {"diffusers": "from diffusers import UNet2DModel"}
+CUDA_STATEMENTS = {"cuda-core": "import cuda.core", "cuda-bindings": "from cuda.bindings import runtime"}
+# What the other extras bring, and how it is imported.
+EXTRAS = {
+    "classifiers": {"timm": "import timm", "transformers": "from transformers import AutoModelForImageClassification"},
+    "report": {"matplotlib": "from matplotlib.figure import Figure"},
+    "cluster": {"ray": "import ray"},
+    "serve": {
+        "starlette": "import starlette.applications",
+        "uvicorn": "import uvicorn",
+        "prometheus-client": "import prometheus_client",
+    },
+}
+IMPORT_SECONDS = 120.0  # torch and diffusers take ten on a slow disk
+IMPORT_CODE = """
+import sys
+from densepure_rt.optional import import_cause, torchvision_at_fault, torchvision_cure
+try:
+    exec(sys.argv[1], {})
+except BaseException as error:
+    cause = torchvision_at_fault(error)
+    sys.stdout.write("densepure-rt: " + (import_cause(error) if cause is None else torchvision_cure(cause)))
+    sys.stdout.flush()
+    sys.exit(1)
+"""
 
 
 @dataclass(frozen=True)
@@ -53,6 +81,9 @@ def diagnose() -> Diagnosis:
     runtime = onnxruntime_finding()
     engines = engines_finding()
     here = gpu_here()
+    with ThreadPoolExecutor(2) as pool:
+        of_extras = [pool.submit(extra_finding, extra, statements) for extra, statements in EXTRAS.items()]
+        cuda, exporter = pool.submit(cuda_finding), pool.submit(export_finding)
     plans = {flavour: tensorrt_finding(flavour, here) for flavour in MODULES}
     if isinstance(here, Gpu) and any(finding.state == "ok" for finding in plans.values()):
         runtime = replace(runtime, needed=False)
@@ -62,9 +93,10 @@ def diagnose() -> Diagnosis:
         runtime,
         providers_finding(),
         gpu_finding(here),
-        cuda_finding(),
+        cuda.result(),
         *plans.values(),
-        export_finding(),
+        exporter.result(),
+        *(future.result() for future in of_extras),
         engines,
     )
     return Diagnosis(findings, next_command(runtime, engines, plans, here))
@@ -91,6 +123,9 @@ def next_command(
 
 
 def onnxruntime_finding() -> Finding:
+    if not onnxruntime_conflict() and find_spec("onnxruntime") and (fault := import_fault("import onnxruntime")):
+        found = f"it cannot be imported ({fault}): run \"pip install --force-reinstall 'densepure-rt[cpu]'\""
+        return Finding("ONNX Runtime", "broken", found, True)
     try:
         version = onnxruntime_version()
     except EnvironmentFault as fault:
@@ -128,10 +163,12 @@ def cuda_finding() -> Finding:
         return Finding(
             "CUDA packages", "missing", f"no {', '.join(missing)}; needed to run plans: densepure-rt[tensorrt]"
         )
-    return Finding("CUDA packages", "ok", ", ".join(f"{name} {version}" for name, version in found.items()))
+    return imported("CUDA packages", CUDA_STATEMENTS)
 
 
 def tensorrt_finding(flavour: Flavour, here: Gpu | EnvironmentFault) -> Finding:
+    if find_spec(MODULES[flavour]) and (reason := import_fault(f"import {MODULES[flavour]}")):
+        return Finding(flavour, "broken", f"it cannot be imported ({reason})")
     try:
         version = import_flavour(flavour).__version__
     except EnvironmentFault as fault:
@@ -147,8 +184,50 @@ def export_finding() -> Finding:
     missing = [name for name in EXPORT_PACKAGES if find_spec(name) is None]
     if missing:
         return Finding("export", "missing", f"no {', '.join(missing)}; needed by `export` alone: densepure-rt[export]")
-    found = installed_versions(*EXPORT_PACKAGES)
-    return Finding("export", "ok", ", ".join(f"{name} {version}" for name, version in found.items()))
+    return imported("export", {name: STATEMENTS.get(name, f"import {name}") for name in EXPORT_PACKAGES})
+
+
+def extra_finding(extra: str, statements: Mapping[str, str]) -> Finding:
+    """What an extra brings besides the exporter."""
+    found = installed_versions(*statements)
+    if missing := [name for name in statements if name not in found]:
+        return Finding(extra, "missing", f"no {', '.join(missing)}: densepure-rt[{extra}]")
+    return imported(extra, statements)
+
+
+def imported(what: str, statements: Mapping[str, str]) -> Finding:
+    """Whether these statements, by distribution, run in a Python of their own."""
+    faults = import_faults(statements.values())
+    versions = installed_versions(*statements)
+    named = {name: f"{name} {versions.get(name, '')}".rstrip() for name in statements}
+    if broken := {name: faults[line] for name, line in statements.items() if faults[line] is not None}:
+        reasons = dict.fromkeys(broken.values())
+        names = [", ".join(named[name] for name in broken if broken[name] == reason) for reason in reasons]
+        lines = [f"{who} cannot be imported: {reason}" for who, reason in zip(names, reasons, strict=True)]
+        return Finding(what, "broken", "; ".join(lines))
+    return Finding(what, "ok", ", ".join(named.values()))
+
+
+def import_faults(statements: Iterable[str]) -> dict[str, str | None]:
+    """Why each statement fails, or None; each runs in a Python of its own, so that a crash or a hang is its own."""
+    lines = list(statements)
+    with ThreadPoolExecutor(available_cores()) as pool:
+        return dict(zip(lines, pool.map(import_fault, lines), strict=True))
+
+
+def import_fault(statement: str, seconds: float = IMPORT_SECONDS) -> str | None:
+    """Why a statement fails in a new Python, in one line, or None."""
+    command = [sys.executable, "-c", IMPORT_CODE, statement]
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return f"it takes more than {seconds:g} s"
+    if done.returncode == 0:
+        return None
+    _, said, reason = done.stdout.rpartition("densepure-rt: ")
+    if said:
+        return reason.strip()
+    return f"Python ends with signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
 
 
 def engines_finding() -> Finding:

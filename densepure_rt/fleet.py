@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ from densepure_rt.console import plural
 from densepure_rt.errors import EnvironmentFault
 from densepure_rt.records import canonical
 from densepure_rt.runtime.bundle import Bundle
-from densepure_rt.runtime.device import Kind
+from densepure_rt.runtime.device import Kind, forked
 from densepure_rt.runtime.noise import Key
 from densepure_rt.runtime.reverse import Outcome
 from densepure_rt.runtime.schedule import Chain
@@ -57,8 +58,13 @@ class Engines:
 
     @property
     def sha256(self) -> str:
-        """Of all that a label depends on but the noise and the settings: workers of equal hash are interchangeable."""
-        own = {name: value for name, value in self.description.items() if name not in ("batch", "threads")}
+        """Of all that a label depends on but the noise and the settings: workers of equal hash are interchangeable.
+
+        The description holds the fingerprint of the worker's arithmetic.
+        """
+        any_batch = self.description.get("independent_of_batch", False)
+        left_out = ("threads", "batch") if any_batch else ("threads",)
+        own = {name: value for name, value in self.description.items() if name not in left_out}
         files = (self.bundle.unet.file.sha256, self.bundle.classifier.file.sha256, *self.bundle.sidecars)
         return hashlib.sha256(canonical({"files": files, "device": own, "version": self.version})).hexdigest()
 
@@ -153,7 +159,7 @@ class Fleet:
         dismiss: Callable[[Member], None],
     ) -> None:
         self.members, self.engines, self.spawn, self.dismiss = list(members), engines, spawn, dismiss
-        self.size, self.lost = len(self.members), 0
+        self.size, self.lost, self.process = len(self.members), 0, os.getpid()
         self.images: dict[int, OpenImage] = {}
         self.started: float | None = None
         self._handles = itertools.count()
@@ -201,6 +207,8 @@ class Fleet:
         self, chain: Chain, work: Iterable[tuple[int, int] | None], new_ballot: Callable[[], Ballot]
     ) -> Generator[Outcome | None, None, None]:
         """The outcomes of `work`, as they come; see `Sampler`. Raises EnvironmentFault when there is no going on."""
+        if self.process != os.getpid():
+            raise forked("and its workers answer the parent alone")
         try:
             yield from _Driver(self, chain, new_ballot().remaining, iter(work)).run()
         except (ConnectionError, ray.exceptions.RaySystemError) as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import os
 import re
 import warnings
 import zipfile
@@ -20,17 +21,27 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 from densepure_rt.errors import UsageError
+from densepure_rt.runtime.transport import transfer_fault
 
 Pixels = NDArray[np.uint8]
 Shape = tuple[int, int, int]  # [C, H, W]
 
 IMAGE_FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+FILE_FORMATS = (*IMAGE_FORMATS, "PPM", "TIFF")  # of files in a data set; uploads are IMAGE_FORMATS alone
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".pnm", ".tif", ".tiff")
+GREY_MODES = ("L", "1")  # Pillow's
+NETPBM = re.compile(  # the header of binary PGM and PPM, netpbm.sourceforge.net/doc/ppm.html
+    rb"P[56]" + 3 * rb"(?:\s|#[^\r\n]*[\r\n])+([0-9]{1,9})" + rb"\s"
+)
+NETPBM_HEADER = 4096  # bytes, comments included
+BITS_PER_SAMPLE, ORIENTATION, EXTRA_SAMPLES, SAMPLE_FORMAT = 258, 274, 338, 339  # TIFF 6.0, section 8
 PNG_DEPTH_AT = 24  # byte of the bit depth in IHDR, PNG specification 11.2.2
 IDX_IMAGES, IDX_LABELS = b"\0\0\x08\x03", b"\0\0\x08\x01"  # uint8 of 3 and of 1 dimensions, yann.lecun.com/exdb/mnist
 GZIP = b"\x1f\x8b"
+PICKLE = b"\x80"  # PROTO, the first opcode of protocol 2 and later: Lib/pickletools.py
 DEFLATE_MAX_RATIO = 1032  # to one, zlib.net/zlib_tech.html
 CIFAR_SHAPE = (3, 32, 32)
 CIFAR_RECORD = 1 + 3 * 32 * 32  # bytes: label, then red, green and blue planes; www.cs.toronto.edu/~kriz/cifar.html
@@ -57,6 +68,8 @@ def reading(path: Path | str, what: str) -> Iterator[None]:
     except MemoryError as error:
         raise UsageError(f"{path} does not fit in memory; split it, or give the images as a folder") from error
     except Exception as error:
+        if fault := transfer_fault(Path(path)):
+            raise UsageError(f"{path} is not {what}: {fault}") from error
         found = str(error) or type(error).__name__
         raise UsageError(f"{path} cannot be read as {what}: {found}; fetch or write the file again") from error
 
@@ -74,12 +87,62 @@ def size_text(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
 
 
-def check_image(path: Path, shape: Shape) -> None:
-    """Refuse an image file that cannot become uint8 [C, H, W] without loss; reads only its header."""
+def require_pixels(given: object, shape: Shape) -> Pixels:
+    """`given`, which must be a uint8 array [C, H, W] of this shape already: nothing is converted.
+
+    Raises UsageError that says what was given, and how that becomes one.
+    """
+    if isinstance(given, np.ndarray) and given.dtype == np.uint8 and given.shape == shape:
+        return given
+    if isinstance(given, np.ndarray):
+        found, moves = f"{given.dtype} {list(given.shape)}", [*_dtype_moves(given), *_shape_moves(given.shape, shape)]
+    elif isinstance(given, Image.Image):
+        array = "np.asarray(image)[None]" if shape[0] == 1 else "np.asarray(image).transpose(2, 0, 1)"
+        found, moves = (
+            f"a Pillow image of mode {given.mode}, {given.width} x {given.height} pixels",
+            [f"{array} of one of mode {'L' if shape[0] == 1 else 'RGB'}"],
+        )
+    elif isinstance(given, str | bytes | os.PathLike):
+        found, moves = f"the name {os.fsdecode(given)!r}", ["what densepure_rt.datasets.open_images reads of the file"]
+    else:
+        found = f"an object of type {type(given).__qualname__}"
+        moves = ["np.array(image, dtype=np.uint8) of whole levels from 0 to 255"]
+    raise UsageError(
+        f"an image must be an array, uint8 {list(shape)} (channels, height, width), got {found}: "
+        f"give {'; '.join(moves)}"
+    )
+
+
+def _dtype_moves(given: NDArray[Any]) -> list[str]:
+    if given.dtype == np.uint8:
+        return []
+    if given.dtype.kind == "f":
+        return ["the original levels from 0 to 255, of floats in [0, 1] np.rint(255 * image).astype(np.uint8)"]
+    return ["image.astype(np.uint8), where all its levels are whole and from 0 to 255"]
+
+
+def _shape_moves(found: tuple[int, ...], shape: Shape) -> list[str]:
+    channels, *size = shape
+    if found == shape:
+        return []
+    if found == (*size, channels):
+        return ["image.transpose(2, 0, 1)"]
+    if found == tuple(size) and channels == 1:
+        return ["image[None], or a list of images where several are taken"]
+    if found[1:] == shape:
+        return ["one image of the batch, such as image[0]"]
+    return [f"one of {size_text(shape)}: nothing is resized or repeated here"]
+
+
+def check_image(path: Path, shape: Shape) -> bool:
+    """Refuse an image file that cannot become uint8 [C, H, W] without loss; reads only its header.
+
+    Returns whether it is grey and becomes three equal channels.
+    """
     with reading(path, "an image"), warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size check below says it better
         with path.open("rb") as file:
-            _open_image(file, path, shape)
+            return _open_image(file, path, shape).mode in GREY_MODES and shape[0] == 3
 
 
 def read_image(path: Path, shape: Shape) -> Pixels:
@@ -92,6 +155,8 @@ def read_image(path: Path, shape: Shape) -> Pixels:
             file.seek(0)
             image = _open_image(file, path, shape)
         pixels = np.asarray(image.convert("L" if image.mode == "1" else "RGB" if image.mode == "P" else image.mode))
+    if pixels.ndim == 2 and channels == 3:
+        pixels = np.repeat(pixels[..., None], 3, axis=2)
     if pixels.ndim == 3 and channels == 1:
         if (pixels != pixels[..., :1]).any():
             raise UsageError(f"{path} is in colour, the engine takes grey; convert it, or use a colour engine")
@@ -101,20 +166,56 @@ def read_image(path: Path, shape: Shape) -> Pixels:
 
 def _open_image(file: IO[bytes], path: Path, shape: Shape) -> Image.Image:
     """An image whose header promises the right size and a mode that converts without loss; pixels not yet decoded."""
-    modes = {1: ("L", "1", "P", "RGB"), 3: ("RGB", "P")}.get(shape[0])
-    if modes is None:
+    modes = (*GREY_MODES, "P", "RGB")
+    if shape[0] not in (1, 3):
         raise UsageError(f"the engine takes {shape[0]} channels, image files hold 1 or 3; give the images as .npz")
     start = file.read(PNG_DEPTH_AT + 1)
     file.seek(0)
-    image = Image.open(file, formats=IMAGE_FORMATS)
+    image = Image.open(file, formats=FILE_FORMATS)
+    if image.format == "PPM":
+        _require_netpbm(file, path)
+    if isinstance(image, TiffImageFile):
+        _require_plain_tiff(image, path)
     require_shape(str(path), (shape[0], image.height, image.width), shape)
     deep = image.format == "PNG" and start[PNG_DEPTH_AT] == 16  # Pillow would drop the low byte of RGB in silence
     if image.mode not in modes or deep or "transparency" in image.info or getattr(image, "n_frames", 1) > 1:
         kind = ", 16 bits" * deep + ", with transparency" * ("transparency" in image.info)
-        kind += ", animated" * (getattr(image, "n_frames", 1) > 1)
+        several = "several pages" if image.format == "TIFF" else "animated"
+        kind += f", {several}" * (getattr(image, "n_frames", 1) > 1)
         wanted = "8-bit grey" if shape[0] == 1 else "8-bit RGB"
         raise UsageError(f"{path} has pixels of mode {image.mode}{kind}; convert it to {wanted}")
     return image
+
+
+def _require_netpbm(file: IO[bytes], path: Path) -> None:
+    """Refuse what is not one binary image of 8 bits: Pillow would scale other depths, and drop what follows."""
+    file.seek(0)
+    start = file.read(NETPBM_HEADER)
+    header = NETPBM.match(start)
+    if header is None or int(header[3]) != 255:
+        raise UsageError(f"{path} is not binary PGM or PPM (P5, P6) with levels up to 255; convert it to PNG")
+    size = file.seek(0, os.SEEK_END) - header.end()
+    expected = math.prod((int(header[1]), int(header[2]), 3 if start.startswith(b"P6") else 1))
+    if size != expected:
+        raise UsageError(
+            f"{path} has {size:,} bytes of pixels, one image of its header has {expected:,}; fetch or write it again"
+        )
+    file.seek(0)
+
+
+def _require_plain_tiff(image: TiffImageFile, path: Path) -> None:
+    """Refuse what Pillow would change in silence: it drops low bytes and extra channels, and turns the image."""
+    tags = image.tag_v2
+    bits, formats = (tags.get(tag, (1,)) for tag in (BITS_PER_SAMPLE, SAMPLE_FORMAT))
+    what = None
+    if set(bits) - ({1} if image.mode == "1" else {8}) or set(formats) != {1}:
+        what = f"holds samples of {max(bits)} bits" + ("" if set(formats) == {1} else ", signed or float")
+    elif tags.get(EXTRA_SAMPLES):
+        what = "holds channels beside its colours"
+    elif tags.get(ORIENTATION, 1) != 1:
+        what = f"is to be turned (orientation {tags[ORIENTATION]})"
+    if what is not None:
+        raise UsageError(f"{path} {what}; convert it to an upright image of 8 bits without them, such as a PNG")
 
 
 def read_npz(path: Path, shape: Shape) -> tuple[Pixels, list[int] | None, list[int] | None]:
@@ -124,6 +225,12 @@ def read_npz(path: Path, shape: Shape) -> tuple[Pixels, list[int] | None, list[i
         if any(member.comment for member in archive.infolist()):
             # numpy writes none; a damaged comment length swallows the members that follow, labels among them.
             raise zipfile.BadZipFile("a member has a comment")
+        splits = [name for name in names if re.fullmatch("(x|images)_.+", name.lower())]
+        if len(splits) > 1:
+            raise UsageError(
+                f"{path} holds several splits, {', '.join(splits)}, which are not joined; save one of them as x, and "
+                "its labels as y, in a file of its own"
+            )
         if "x" not in names or not set(names) <= {"x", "y", "index"} or len(set(names)) < len(names):
             # A label array under another name would otherwise be dropped in silence.
             raise UsageError(f"{path} holds {', '.join(names) or 'nothing'}; save it with x and, if known, y and index")
@@ -134,6 +241,11 @@ def read_npz(path: Path, shape: Shape) -> tuple[Pixels, list[int] | None, list[i
     if x.ndim != 4:
         raise UsageError(f"x in {path} is {size_text(x.shape)}; save it as images x height x width x channels")
     n, height, width, channels = x.shape
+    if (channels, height, width) != shape == x.shape[1:]:
+        raise UsageError(
+            f"x in {path} is {size_text(x.shape)}, channels first; save it as images x height x width x channels: "
+            "x.transpose(0, 2, 3, 1)"
+        )
     require_shape(f"an image of {path}", (channels, height, width), shape)
     columns: list[list[int] | None] = []
     for name in ("y", "index"):

@@ -136,11 +136,13 @@ def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def an_object(value: Any, what: str, known: set[str]) -> dict[str, Any]:
+    """The members of an object that are there: null means absent, as clients write an option that was not set."""
     if not isinstance(value, dict):
         raise ProtocolError(f"{what} is a JSON object, got {kind_of(value)}")
-    if unknown := [name for name in value if name not in known]:
+    members = {name: member for name, member in value.items() if member is not None}
+    if unknown := [name for name in members if name not in known]:
         raise ProtocolError(f"{what} has {shown(unknown[0])}, which is not known here: {', '.join(sorted(known))}")
-    return value
+    return members
 
 
 def a_list(request: dict[str, Any], name: str) -> list[Any]:

@@ -55,7 +55,7 @@ def onnx_graph(engine: Path) -> dict[str, Any] | None:
     """Inputs, outputs and node counts of an ONNX file, or None without the onnx package."""
     try:
         import onnx
-    except ImportError:
+    except Exception:  # not there, or broken: what it would add is not needed
         return None
     try:
         model = onnx.load(engine, load_external_data=False)

@@ -293,8 +293,9 @@ def flags_of_merged(merged: Log, retaken: Mapping[int, Retaken], named: Mapping[
         says = "the merged file takes labels by row, and has another image's here: used are those of --labels"
         yield Flag("label differs", True, says, renamed)
     official = {idx: found.as_merged for idx, found in retaken.items()}
-    if voted := tuple(row.idx for row in rows if row.predict != printed_label(official[row.idx])):
-        yield Flag("predict differs", True, "the merged file has another answer than these arrays give", voted)
+    voted = {row.idx: None for row in rows if row.predict != printed_label(official[row.idx])}
+    if voted:
+        yield Flag("predict differs", True, "the merged file has another answer than these arrays give", tuple(voted))
     for name, sign in (("radius overstated", 1), ("radius understated", -1)):
         images = tuple(row.idx for row in rows if row.idx not in voted and off_by(row, official[row.idx]) == sign)
         if images:

@@ -15,6 +15,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,7 +50,7 @@ class Log:
     rows: tuple[Row, ...]
     unfinished: bool
 
-    @property
+    @cached_property
     def digits(self) -> int | None:
         """The significant digits that its radii were printed with; None where every digit was printed as it stands.
 

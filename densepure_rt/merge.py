@@ -48,6 +48,7 @@ from densepure_rt.run_folder import (
     differences,
     read_manifest,
     refuse_broken_seal,
+    refuse_unrecorded_arithmetic,
     reveal,
     writing,
 )
@@ -146,12 +147,13 @@ def refuse_other_runs(manifests: Mapping[Path, Manifest]) -> None:
     for path, manifest in manifests.items():
         if manifest.provenance.shard is None:
             raise UsageError(f"{path} holds a whole run: merge the folders of certify --shard")
+        refuse_unrecorded_arithmetic(manifest.identity, path)
         if manifest.identity.sha256 != manifest.identity_sha256:
             raise CheckFailed(f"{path / MANIFEST} has not the identity that it claims: see densepure-rt audit")
         if differs := differences(expected.identity, manifest.identity, f"in {first}", f"in {path}"):
             raise UsageError(
                 f"{path} is of another run than {first} ({differs}): certify all shards with the same options, the "
-                f"same --key or --seed, and on machines of one kind"
+                f"same --key or --seed, and on machines that compute alike"
             )
 
 

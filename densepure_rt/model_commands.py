@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -17,6 +18,7 @@ from densepure_rt.benchmark_tables import print_benchmark
 from densepure_rt.console import Json, Status, plural, stderr, stdout, track
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.model_options import ModelOptions, with_models
+from densepure_rt.optional import optional
 from densepure_rt.options import ProviderName
 from densepure_rt.procedure_tables import draw_procedures, print_procedures
 from densepure_rt.rounding import exact, floored, floored_share, raised
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from densepure_rt.export.agreement import Agreement
     from densepure_rt.export.to_onnx import Exported
     from densepure_rt.falsify_run import Proposals
-    from densepure_rt.runtime.bundle import Bundle
+    from densepure_rt.runtime.bundle import Bundle, Denoising
     from densepure_rt.smoothing import Settings
 
 EngineFile = Annotated[
@@ -42,6 +44,7 @@ PROPOSALS = 2  # of gradients, to an attack
 CHECKS, PLANS, TRITON = "Checks", "Plans", "Triton"  # the panels of --help
 STEP, PROCEDURE = "A reverse step", "Whole certifications"
 PARITY_SAMPLES = 20
+SMALLEST = 1e-12  # error that a ratio is taken to
 T = TypeVar("T")
 
 
@@ -95,6 +98,14 @@ def export(
     parity_samples: Annotated[
         int, typer.Option(help="Noisy copies of each of them.", rich_help_panel=CHECKS)
     ] = PARITY_SAMPLES,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict",
+            help="Publish nothing where the UNet denoises better otherwise than as declared.",
+            rich_help_panel=CHECKS,
+        ),
+    ] = False,
     batch: Annotated[
         str | None,
         typer.Option(
@@ -151,6 +162,7 @@ def export(
         "--calibration-images": calibration_images,
         "--parity-images": parity_images,
         "--parity-samples": parity_samples != PARITY_SAMPLES,
+        "--strict": strict,
     }
     unused = [*models.given().values(), *(name for name, value in checks.items() if value)]
     if "triton" in targets:
@@ -180,15 +192,11 @@ def export(
     out = out or Path("engines")
     if "onnx" in targets:
         on = (images, calibration_images, parity_images, parity_samples)
-        report["onnx"] = export_onnx(models, out, force, as_json, kinds, keep_fp32 or (), *on)
+        report["onnx"] = export_onnx(models, out, force, as_json, kinds, keep_fp32 or (), *on, strict)
     for flavour in PLAN_SUFFIXES:
         if flavour in targets:
-            try:
+            with optional("building plans", "onnx", f"run \"pip install 'densepure-rt[{flavour}]'\""):
                 from densepure_rt.export.to_tensorrt import BuildOptions, build_plans, source_bundle
-            except ImportError as error:
-                raise EnvironmentFault(
-                    f"building plans needs onnx ({error}): run \"pip install 'densepure-rt[{flavour}]'\""
-                ) from error
             options = BuildOptions(
                 batches=tuple(number(word, "--batch") for word in (batch or "64").split(",")),
                 compute_capabilities=tuple(compute_capability.split(",")) if compute_capability else (),
@@ -247,14 +255,17 @@ def export_onnx(
     calibration: Path | None,
     parity_images: int | None,
     parity_samples: int,
+    strict: bool,
 ) -> dict[str, Any]:
-    """Export each precision; what was found, by precision."""
-    try:
+    """Export each precision; what was found, by precision.
+
+    strict: raise CheckFailed before anything is exported where the denoising check doubts a declaration; else warn.
+    """
+    with needs_pytorch("export"):
+        from densepure_rt.export.denoising import judge
         from densepure_rt.export.precision import OPSETS, QUANTIZED
         from densepure_rt.export.sources import check_images, open_models
         from densepure_rt.export.to_onnx import export_bundle
-    except ImportError as error:
-        raise EnvironmentFault(needs_pytorch("export", error)) from error
     words(",".join(precisions), "--precision", tuple(OPSETS))
     unet, classifier = open_models(models)
     checks = check_images(unet, classifier, images, calibration, parity_images, parity_samples, say)
@@ -263,17 +274,64 @@ def export_onnx(
             raise UsageError(
                 f"--precision {kind} is calibrated on training images: give them with --calibration-images"
             )
+    say("denoising noisy images")
+    denoising = judge(unet, checks.parity if checks.denoising is None else checks.denoising, checks.made_up)
+    doubted = doubt(denoising) if denoising is not None and denoising.verdict == "doubted" else None
+    if doubted and strict:
+        raise CheckFailed(f"{doubted}. Nothing was published; without --strict it is exported all the same")
     report = {}
     for kind in dict.fromkeys(precisions):
-        done = export_bundle(unet, classifier, out, checks, force, say, kind, keep)
+        done = export_bundle(unet, classifier, out, checks, force, say, kind, keep, denoising)
         report[kind] = dataclasses.asdict(done)
         if not quiet:
             print_exported(done)
+    if denoising is not None and not quiet:
+        print_denoising(denoising)
+    if doubted:
+        stderr.print(f"warning: {doubted}")
     return report
 
 
-def needs_pytorch(command: str, error: ImportError) -> str:
-    return f"{command} needs PyTorch ({error}): run \"pip install 'densepure-rt[cpu,export]'\""
+def doubt(found: Denoising) -> str:
+    """Which declarations of a UNet to doubt, and why, at the sigma where another is better by most."""
+    sigma = max(found.other_error, key=lambda at: found.error[at] / max(found.other_error[at], SMALLEST))
+    options = ", ".join(word for word in found.other.split() if word.startswith("--"))
+    return (
+        f"doubt {options} of the UNet: {found.other} gives {found.other_error[sigma]:.3g}, the declared "
+        f"{found.instead_of} {found.error[sigma]:.3g}, linear shrinkage {found.shrinkage[sigma]:.3g} (mean squared "
+        f"error after one step at sigma {sigma}, {pictures(found)}). Look up how it was trained, and export it again "
+        f"with these options, or with a corrected scheduler_config.json where it is a diffusers folder"
+    )
+
+
+def pictures(found: Denoising) -> str:
+    return plural(found.images, "made-up image" if found.made_up else "image")
+
+
+def figures(errors: Mapping[str, float]) -> str:
+    return ", ".join(f"{error:.3g}" for error in errors.values())
+
+
+def print_denoising(found: Denoising) -> None:
+    stdout.print(
+        f"denoising check: {found.verdict}; mean squared error {figures(found.error)} "
+        f"at sigma {', '.join(found.error)} ({pictures(found)}, one step)"
+    )
+    stdout.print(f"  linear shrinkage: {figures(found.shrinkage)}")
+    if found.verdict == "not judged":
+        images = "made-up images (give --images)" if found.made_up else "images unlike those it was trained on"
+        stdout.print(
+            f"  nothing tried is clearly better than shrinkage: {images}, an untrained network, or something else is "
+            f"declared wrong, such as --image-size, --diffusion-steps, --timestep-scale or heads"
+        )
+    elif found.other:
+        at = "" if found.other_error.keys() == found.error.keys() else f" at sigma {', '.join(found.other_error)}"
+        stdout.print(f"  {found.other}: {figures(found.other_error)}{at}")
+
+
+def needs_pytorch(command: str) -> AbstractContextManager[None]:
+    """For the imports of a command that needs the extra `export`."""
+    return optional(command, "PyTorch and what goes with it", "run \"pip install 'densepure-rt[cpu,export]'\"")
 
 
 def say(line: str) -> None:
@@ -281,7 +339,7 @@ def say(line: str) -> None:
 
 
 def print_exported(done: Exported) -> None:
-    stdout.print(f"{done.comparisons} comparisons with float32 PyTorch, worst:")
+    stdout.print(f"{done.comparisons} comparisons with float32 {done.against}, worst:")
     for worst in (done.worst_step, done.worst_logits):
         stdout.print(
             f"  {worst.what}, batch {worst.batch}: relative L2 {raised(worst.relative_l2, figures=2)}, "
@@ -327,11 +385,9 @@ def parity(
 
     Exit code 1 when they differ by more than the engine's precision may lose. The picture needs densepure-rt\\[report].
     """
-    try:
+    with needs_pytorch("parity"):
         from densepure_rt.export.agreement import agree, draw, failures
         from densepure_rt.export.sources import comparison_images, open_models
-    except ImportError as error:
-        raise EnvironmentFault(needs_pytorch("parity", error)) from error
     from densepure_rt.smoothing import Settings, load
 
     settings = Settings(sigma, steps, votes, n=n, alpha=alpha)
@@ -498,11 +554,9 @@ def bench_step(
     models: ModelOptions, engine: Path | None, images: Path | None, options: dict[str, Any], as_json: bool
 ) -> None:
     """Time a reverse step. options: of `densepure_rt.export.bench.bench`."""
-    try:
+    with needs_pytorch("bench"):
         from densepure_rt.export.bench import bench as measure
         from densepure_rt.export.sources import comparison_images, open_models
-    except ImportError as error:
-        raise EnvironmentFault(needs_pytorch("bench", error)) from error
     import numpy as np
 
     from densepure_rt.runtime.bundle import open_bundle
@@ -527,11 +581,9 @@ def bench_procedure(
     as_json: bool,
 ) -> None:
     """Compare whole certifications. options: of `densepure_rt.export.procedure.compare`."""
-    try:
+    with needs_pytorch("bench"):
         from densepure_rt.export.procedure import compare
         from densepure_rt.export.sources import comparison_images, open_models
-    except ImportError as error:
-        raise EnvironmentFault(needs_pytorch("bench", error)) from error
     from densepure_rt.runtime.bundle import open_bundle
     from densepure_rt.smoothing import shipped_engine
 
@@ -578,7 +630,7 @@ def gradient_proposals(bundle: Bundle, settings: Settings) -> Proposals:
     try:
         from densepure_rt.export.eot_pgd import eot_pgd
         from densepure_rt.export.sources import open_models, refuse_other_models
-    except ImportError:
+    except Exception:  # PyTorch is not there, or fails when it is imported: the other attacks need none of it
         return no_proposals
     unet, classifier = open_models(ModelOptions())
     try:

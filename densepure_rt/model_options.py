@@ -40,6 +40,13 @@ class ModelOptions:
     num_head_channels: Annotated[
         int | None, typer.Option(help="Channels of an attention head, in its place.", rich_help_panel=UNET)
     ] = None
+    attention_order: Annotated[
+        str | None,
+        typer.Option(
+            help="legacy, or new where it was trained with guided-diffusion's use_new_attention_order.",
+            rich_help_panel=UNET,
+        ),
+    ] = None
     schedule: Annotated[
         str | None,
         typer.Option(

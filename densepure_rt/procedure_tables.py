@@ -11,7 +11,7 @@ from rich.table import Table
 
 from densepure_rt.benchmark_tables import CLOCKS, warn_of_others
 from densepure_rt.console import duration, plural, rows, stdout
-from densepure_rt.errors import EnvironmentFault
+from densepure_rt.optional import optional
 from densepure_rt.rounding import exact, floored_share
 
 if TYPE_CHECKING:
@@ -126,13 +126,9 @@ def chart(shown: list[Bar], block: str) -> list[str]:
 
 def draw_procedures(found: ProcedureBenchmark, path: Path) -> None:
     """The same chart as a picture. Needs matplotlib."""
-    try:
+    with optional("the picture", "matplotlib", "run \"pip install 'densepure-rt[report]'\""):
         from matplotlib.figure import Figure
         from matplotlib.ticker import FixedLocator, NullLocator
-    except ImportError as error:
-        raise EnvironmentFault(
-            f"the picture needs matplotlib ({error}): run \"pip install 'densepure-rt[report]'\""
-        ) from error
     shown = bars(found)
     start, end = min(bar.low for bar in shown), max(bar.high for bar in shown)
     figure = Figure(figsize=(9, 4.2), layout="constrained")

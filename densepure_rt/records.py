@@ -159,11 +159,36 @@ class BudgetIdentity:
 
 
 @dataclass(frozen=True)
+class ArithmeticIdentity:
+    """How the engines compute where they run: machines, libraries and batches that round otherwise differ in it.
+
+    Attributes:
+        fingerprint: SHA-256 of what fixed items give at the batch that runs; see `densepure_rt.runtime.probe`.
+        batch: Items of one call; None where a result was found not to depend on it.
+        instruction_sets: Of the CPU, where it runs the engines.
+        driver: The GPU's driver, and the newest CUDA that it runs.
+        cuda: The CUDA runtime, as it reports itself.
+        cudnn: Likewise.
+        tensorrt: Likewise, as a provider of ONNX Runtime.
+    """
+
+    __pydantic_config__ = STRICT
+    fingerprint: Sha256
+    batch: Count | None = None
+    instruction_sets: tuple[str, ...] = ()
+    driver: str | None = None
+    cuda: str | None = None
+    cudnn: str | None = None
+    tensorrt: str | None = None
+
+
+@dataclass(frozen=True)
 class Identity:
     """All that results depend on. Runs of equal identity give equal records, and may be resumed and merged.
 
     image: [channels, height, width]. runs_on: what runs the engines, with its version; processor: on which CPU or GPU,
-    since others round otherwise; compute_capability: of a plan's GPU. conditioning: what the network is told at each
+    since others round otherwise; compute_capability: of the GPU; arithmetic: None in runs of before it was recorded,
+    which can be read but not gone on with. conditioning: what the network is told at each
     step; coefficients: of the step graph. alpha_bar: of the first state. secret_commitment: SHA-256 of the secret.
     public_seed: what the secret was made of, where it is public.
     """
@@ -197,10 +222,14 @@ class Identity:
     noise: NoiseIdentity
     secret_commitment: Sha256
     public_seed: int | None
+    arithmetic: ArithmeticIdentity | None = None
 
     @property
     def sha256(self) -> str:
-        return hashlib.sha256(canonical(asdict(self))).hexdigest()
+        fields = asdict(self)
+        if self.arithmetic is None:  # as it was hashed before there was one
+            del fields["arithmetic"]
+        return hashlib.sha256(canonical(fields)).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -215,12 +244,28 @@ class MergedShard:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """Files or folders of the images' source that are no images of the run. first: some of their names."""
+
+    __pydantic_config__ = STRICT
+    why: str
+    count: Count
+    first: tuple[str, ...]
+
+    def __str__(self) -> str:
+        more = ", ..." if self.count > len(self.first) else ""
+        return f"{self.why}: {self.count:,} ({', '.join(self.first)}{more})"
+
+
+@dataclass(frozen=True)
 class Provenance:
     """Who ran it, where and when. revealed_secret: hex, once `densepure-rt reveal` has made it public.
 
     shard: which part of the images the folder is of; None for all. merged_from: the shards of a run that was merged;
     argv, started, host, python and platform are then those of the merge, and the rest that of its first shard.
     parity: how far the engine's ONNX file was from PyTorch when it was exported, where its sidecar says so.
+    left_out: what lay beside the images in their source. grey_repeated: of all images, how many were grey and repeated
+    to three channels. Both are None in manifests of before.
     """
 
     __pydantic_config__ = STRICT
@@ -238,6 +283,8 @@ class Provenance:
     revealed_secret: Secret | None = None
     parity: Accuracy | None = None
     merged_from: tuple[MergedShard, ...] | None = None
+    left_out: tuple[LeftOut, ...] | None = None
+    grey_repeated: Count | None = None
 
     @property
     def of_shards(self) -> bool:

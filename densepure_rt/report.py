@@ -20,8 +20,9 @@ from densepure_rt.accuracy import (
 )
 from densepure_rt.certify_run import RADII, abstention
 from densepure_rt.console import plural
-from densepure_rt.errors import EnvironmentFault, UsageError
+from densepure_rt.errors import UsageError
 from densepure_rt.import_reader import ImportedRun
+from densepure_rt.optional import optional
 from densepure_rt.records import Abstention, ImageRecord
 from densepure_rt.rounding import exact, floored_share
 from densepure_rt.run_reader import Run
@@ -250,13 +251,9 @@ def samples_chart(reports: Sequence[RunReport]) -> Html:
 
 def accuracy_png(reports: Sequence[RunReport]) -> bytes:
     """The certified-accuracy curve as a PNG. Needs matplotlib."""
-    try:
+    with optional("a PNG", "matplotlib", "run \"pip install 'densepure-rt[report]'\", or ask for --also svg"):
         from matplotlib.figure import Figure
         from matplotlib.ticker import PercentFormatter
-    except ImportError as error:
-        raise EnvironmentFault(
-            f"a PNG needs matplotlib ({error}): run \"pip install 'densepure-rt[report]'\", or ask for --also svg"
-        ) from error
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     axes = figure.subplots()
     for i, line in enumerate(accuracy_lines(reports)):

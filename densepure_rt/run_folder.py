@@ -130,6 +130,16 @@ def differences(one: Identity, other: Identity, where_one: str, where_other: str
     return "; ".join((*shown, *more))
 
 
+def refuse_unrecorded_arithmetic(identity: Identity, path: Path) -> None:
+    """Raise UsageError for a run that does not say how its machine computed: no other samples can be put beside its."""
+    if identity.arithmetic is None:
+        raise UsageError(
+            f"{path} holds an old run, whose manifest does not say how its machine computed, so nothing shows that "
+            f"more samples would be of the same classifier. It can still be audited, reported and replayed: certify "
+            f"into a new folder with --out"
+        )
+
+
 def broken_picture(idx: int) -> str:
     """The file that keeps what has broken an image's certificate."""
     return f"broken-{idx}.png"
@@ -288,6 +298,7 @@ class RunFolder:
     def _go_on(self, secret: bytes | None) -> None:
         """Take over the manifest that is there, unless it is that of another run, or of one that must not go on."""
         there = read_manifest(self.path)
+        refuse_unrecorded_arithmetic(there.identity, self.path)
         if differs := differences(there.identity, self.manifest.identity, "there", "now"):
             raise UsageError(
                 f"{self.path} already holds a run of another identity ({differs}): choose another folder with "

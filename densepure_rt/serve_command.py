@@ -11,6 +11,7 @@ import typer
 
 from densepure_rt.console import stderr
 from densepure_rt.errors import EnvironmentFault
+from densepure_rt.optional import optional
 from densepure_rt.options import (
     Alpha,
     BatchSize,
@@ -108,12 +109,9 @@ def serve(
     from densepure_rt.keys import RotatingSecret
     from densepure_rt.smoothing import Settings, load, provider_of, seeded_secret
 
-    try:
+    cure = "run \"pip install 'densepure-rt[serve]'\""
+    with optional("serve", "Starlette, uvicorn and prometheus-client", cure):
         from densepure_rt import server
-    except ImportError as error:
-        raise EnvironmentFault(
-            f"serve needs Starlette, uvicorn and prometheus-client ({error}): run \"pip install 'densepure-rt[serve]'\""
-        ) from error
     from densepure_rt.cross_site import hosts_of
     from densepure_rt.serving import Service
 

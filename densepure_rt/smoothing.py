@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import os
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,10 +24,12 @@ from densepure_rt import logs
 from densepure_rt.certification import Certificate, FixedRule, check_sampling
 from densepure_rt.datasets import LabelledImage
 from densepure_rt.errors import EnvironmentFault, UsageError
+from densepure_rt.image_files import require_pixels
 from densepure_rt.keys import SECRET_BYTES, new_secret
 from densepure_rt.rounding import exact, raised
 from densepure_rt.runtime.bundle import Bundle, open_bundle
 from densepure_rt.runtime.device import (
+    CLOSED,
     MAX_BATCH,
     MAX_THREADS,
     Device,
@@ -304,7 +307,8 @@ class SmoothedClassifier:
         if secret is not None and len(secret) < SECRET_BYTES:
             raise UsageError(f"a secret is {SECRET_BYTES} bytes or more, got {len(secret)}")
         self.secret = new_secret() if secret is None else secret
-        self.busy = False  # two iterations would share slots
+        self.closed = False
+        self._busy_in: int | None = None  # the process that iterates: two iterations of one would share slots
 
     def __enter__(self) -> SmoothedClassifier:
         return self
@@ -315,16 +319,24 @@ class SmoothedClassifier:
         self.close()
 
     def close(self) -> None:
+        """Free the engines. Safe to call twice; nothing can be asked of the classifier any more."""
+        self.closed = True
         self.sampler.close()
 
     @property
     def device(self) -> Device:
-        """That of this process. Raises UsageError where others draw the samples."""
+        """That of this process. Raises UsageError where others draw the samples, or after `close`."""
+        self._refuse_closed()
         if not isinstance(self.sampler, OnDevice):
             raise UsageError(
                 "this needs an engine in this process, and a cluster draws the samples: open the classifier with load"
             )
         return self.sampler.device
+
+    @property
+    def busy(self) -> bool:
+        """Whether an iteration is under way in this process."""
+        return self._busy_in == os.getpid()
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -375,7 +387,7 @@ class SmoothedClassifier:
         Each label is right, or None, with probability at least 1 - alpha for images chosen without knowing the secret.
         """
         settings = Settings(sigma, steps, votes, n=n, alpha=alpha)
-        labelled = (self._checked(image, idx) for idx, image in enumerate(images))
+        labelled = (self._checked(image, idx) for idx, image in enumerate(self._several(images)))
         return [found.label for found in self.predict_each(labelled, settings)]
 
     def certify_each(
@@ -444,13 +456,20 @@ class SmoothedClassifier:
         for image, found in self._judged(images, settings, judge, budget):
             yield prediction_of(image.image, found, rule.charge, len(self.class_names), image.cost, image.stopped)
 
+    def _refuse_closed(self) -> None:
+        if self.closed:
+            raise UsageError(CLOSED)
+
     def _checked(self, image: NDArray[np.uint8], idx: int) -> LabelledImage:
-        if image.dtype != np.uint8 or image.shape != self.bundle.unet.image:
-            raise UsageError(
-                f"an image must be uint8 {list(self.bundle.unet.image)} (channels, height, width), "
-                f"got {image.dtype} {list(image.shape)}"
-            )
-        return LabelledImage(idx, image, None)
+        return LabelledImage(idx, require_pixels(image, self.bundle.unet.image), None)
+
+    def _several(self, images: Iterable[NDArray[np.uint8]]) -> Iterable[NDArray[np.uint8]]:
+        """Raise UsageError for one image, or for what holds none, in place of several."""
+        if isinstance(images, np.ndarray) and images.shape == self.bundle.unet.image:
+            raise UsageError("images are several, and one was given: give [image], and take the one label that comes")
+        if isinstance(images, str | bytes) or not isinstance(images, Iterable) or getattr(images, "ndim", 1) == 0:
+            require_pixels(images, self.bundle.unet.image)
+        return images
 
     def _judged(
         self,
@@ -461,6 +480,7 @@ class SmoothedClassifier:
         journal: Journal | None = None,
     ) -> Iterator[tuple[UnderWay[J], J]]:
         """Each image with its judge, when it has all that it needs or its time is up."""
+        self._refuse_closed()
         chain = self.chain(settings)
         started = answered = time.perf_counter()
         end = started + budget.run
@@ -474,7 +494,7 @@ class SmoothedClassifier:
 
         if self.busy:
             raise UsageError("this classifier is already at work: finish or close that iteration, or load another one")
-        self.busy, self.failed = True, []
+        self._busy_in, self.failed = os.getpid(), []
         scheduler = Scheduler(opened())
         try:
             while not scheduler.done:
@@ -497,7 +517,7 @@ class SmoothedClassifier:
         finally:
             for unfinished in scheduler.open:
                 self._close(unfinished)
-            self.busy = False
+            self._busy_in = None
 
     def _open(self, image: LabelledImage, sigma: float, chain: Chain, phases: Phases) -> list[int]:
         keys = [image_key(self.secret, purpose, sigma, image.pixels) for purpose, _ in phases]

@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 
 from densepure_rt.certification import clopper_pearson_lower, l2_radius
 from densepure_rt.datasets import LabelledImage
-from densepure_rt.errors import EnvironmentFault, UsageError
+from densepure_rt.errors import UsageError
 from densepure_rt.export import reference
 from densepure_rt.export.classifiers import ClassifierModel
 from densepure_rt.export.parity import ALPHA, LABELS, RELATIVE_L2, SECRET
 from densepure_rt.export.sources import refuse_other_models
 from densepure_rt.export.unets import DiffusionModel
+from densepure_rt.optional import optional
 from densepure_rt.rounding import exact, floored, raised, typed
 from densepure_rt.runtime.device import Batch, Device, Floats, Kind
 from densepure_rt.runtime.noise import Key, first_state, image_key, smoothing_law, smoothing_noise, vote_noise
@@ -323,12 +324,8 @@ def failures(found: Agreement) -> list[str]:
 
 def draw(found: Agreement, path: Path) -> None:
     """A picture: the error by step, and images as they are, noisy, and purified by each. Needs matplotlib."""
-    try:
+    with optional("the picture", "matplotlib", "run \"pip install 'densepure-rt[report]'\""):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise EnvironmentFault(
-            f"the picture needs matplotlib ({error}): run \"pip install 'densepure-rt[report]'\""
-        ) from error
     titles = ("image", "noisy", "PyTorch", "engine", "difference")
     rows, columns = max(1, len(found.shown)), len(titles)
     figure = Figure(figsize=(4 + 1.5 * columns, 1.6 * max(2, rows) + 0.6), layout="constrained")

@@ -62,8 +62,8 @@ from densepure_rt.runtime.device import (
     available_cores,
     installed_versions,
     open_device,
-    processor,
 )
+from densepure_rt.runtime.machine import processor
 from densepure_rt.runtime.noise import Key
 from densepure_rt.runtime.reverse import decide
 from densepure_rt.runtime.schedule import Chain, make_chain

@@ -21,8 +21,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from densepure_rt.errors import CheckFailed, DensePureError, UsageError
+from densepure_rt.runtime.transport import transfer_fault
 
-SAFETENSORS, PICKLED = (".safetensors",), (".pt", ".pth", ".bin", ".ckpt")
+SAFETENSORS, PICKLED = (".safetensors",), (".pt", ".pth", ".bin", ".ckpt", ".pth.tar")
+CHECKPOINTS = SAFETENSORS + PICKLED
+HUB_ID = re.compile(r"(?:https://huggingface\.co/|hf-hub:|hf:)?([\w.-]+/([\w.-]+))/?")
 ZIP_MAGIC = b"PK\x03\x04"  # of what torch.save has written since 1.6; older files cannot be mapped into memory
 MAX_DEPTH = 4  # of mappings within mappings; a pickle may hold one that holds itself
 UNSAFE = re.compile(r"GLOBAL (\S+)|([\w.]+)`` must be imported to load")  # torch 2.13, _weights_only_unpickler.py
@@ -31,6 +34,23 @@ MAKE_SAFE = (
     "torch.save(model.state_dict(), 'weights.pt') or safetensors.torch.save_model(model, 'weights.safetensors')"
 )
 M = TypeVar("M", bound=nn.Module)
+
+
+def is_checkpoint(name: Path | str) -> bool:
+    """Whether a file is named like a checkpoint."""
+    return str(name).endswith(CHECKPOINTS)
+
+
+def spec_hint(spec: str, option: str) -> str:
+    """What to do about a model that is named in no known way, as the end of a message. option: that names it."""
+    if os.path.isfile(spec):
+        return "the file is there, but not its suffix among these; rename it to what it is"
+    if hub := HUB_ID.fullmatch(spec):
+        return (
+            f"no such folder is here. Check its spelling; a model of the Hugging Face Hub is downloaded first, with "
+            f'"hf download {hub[1]} --local-dir {hub[2]}", and named by that folder, {option} {hub[2]}'
+        )
+    return "check its spelling"
 
 
 def read_state_dict(path: Path, prefix: str = "", option: str = "--unet-prefix") -> dict[str, Tensor]:
@@ -133,8 +153,8 @@ def fitting_prefixes(names: Collection[str], expected: Collection[str]) -> Itera
 
 def _content(path: Path) -> Any:
     """What the file holds, whatever it is."""
-    if path.suffix not in SAFETENSORS + PICKLED:
-        raise UsageError(f"{path} is not named like a checkpoint: {', '.join(SAFETENSORS + PICKLED)} are known")
+    if not is_checkpoint(path):
+        raise UsageError(f"{path} is not named like a checkpoint: {', '.join(CHECKPOINTS)} are known; rename it")
     if not os.path.isfile(path):
         raise UsageError(f"no checkpoint at {path}: give the path of a file that is there")
     try:
@@ -142,6 +162,8 @@ def _content(path: Path) -> Any:
             head = file.read(16)
     except OSError as error:
         raise UsageError(f"cannot read the checkpoint {path} ({error.strerror})") from error
+    if fault := transfer_fault(path):
+        raise CheckFailed(f"{path} is no checkpoint: {fault}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of formats that it then refuses

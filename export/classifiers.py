@@ -15,9 +15,10 @@ import dataclasses
 import difflib
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
@@ -27,18 +28,21 @@ from onnx import ModelProto
 from torch import Tensor, nn
 
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
-from densepure_rt.export.checkpoints import load_into, read_state_dict
+from densepure_rt.export.checkpoints import is_checkpoint, load_into, read_state_dict, spec_hint
 from densepure_rt.export.onnx_classifiers import (
     OnnxNetwork,
     free_batch,
     only_input,
-    read_onnx,
     refuse_fixed_batch,
+    refuse_other_input,
 )
+from densepure_rt.export.onnx_files import read_onnx
 from densepure_rt.export.preprocessing import ChannelOrder, Interpolation, Preprocess, Preprocessing
 from densepure_rt.export.programs import built, exported_program, first_line
 from densepure_rt.export.unets import read_config, state_sha256
+from densepure_rt.export.weight_files import variant_note, weight_file
 from densepure_rt.export.zoo.models import CLASS_NAMES, ZOO, Classifier, load_weights
+from densepure_rt.optional import optional
 from densepure_rt.runtime.bundle import sha256_of
 
 DRY_BATCHES = (2, 3)  # the exporter traces with two; a second size tells whether any will do
@@ -63,7 +67,8 @@ class ClassifierModel:
     """network: pixels [B, C, H, W] in [-1, 1] -> logits [B, K]. image: [C, H, W].
 
     preprocessing: what `network` does to pixels first, None where it takes them as they are. onnx, graph: the file that
-    its rest is, which PyTorch cannot trace, and what was read from it; see `merged_onnx`.
+    its rest is, which PyTorch cannot trace, and what was read from it; see `merged_onnx`. notes: what was chosen when
+    it was opened, a sentence each, for whoever exports it.
     """
 
     network: nn.Module
@@ -73,6 +78,7 @@ class ClassifierModel:
     preprocessing: Preprocessing | None = None
     onnx: Path | None = None
     graph: ModelProto | None = dataclasses.field(default=None, repr=False, compare=False)
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -158,29 +164,69 @@ def _size(option: str, text: str | None) -> tuple[int, int] | None:
 
 
 class Preprocessed(nn.Module):
-    """Pixels [B, C, H, W] in [-1, 1] -> logits [B, K]: a classifier behind its preprocessing."""
+    """Pixels [B, C, H, W] in [-1, 1] -> logits [B, K]: a classifier behind its preprocessing.
 
-    def __init__(self, preprocess: Preprocess, classifier: nn.Module) -> None:
+    output: which of the classifier's outputs are the logits, see `logits_among`; "" for its only one.
+    """
+
+    def __init__(self, preprocess: Preprocess, classifier: nn.Module, output: str = "") -> None:
         super().__init__()
         self.preprocess = preprocess
         self.classifier = classifier
+        self.output = output
 
     def forward(self, x: Tensor) -> Tensor:
-        return logits_of(self.classifier(self.preprocess(x)))
+        return outputs_of(self.classifier(self.preprocess(x)))[self.output]
 
 
-def logits_of(output: Any) -> Tensor:
-    """A network's logits: its output, the output's `logits`, or the first tensor of a tuple, list or dictionary."""
+def outputs_of(output: Any, name: str = "") -> dict[str, Tensor]:
+    """The tensors that a network gives by name: "" for a tensor alone, "1" and "logits" within what holds them."""
     if isinstance(output, Tensor):
-        return output
-    if isinstance(logits := getattr(output, "logits", None), Tensor):
-        return logits
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
-    named = [output["logits"]] if isinstance(output, Mapping) and "logits" in output else []
-    for value in (*named, *values):
-        if isinstance(value, Tensor):
-            return value
-    raise UsageError(f"the classifier gives a {type(output).__name__} without a tensor: it should return logits [B, K]")
+        return {name: output}
+    if isinstance(output, Mapping):
+        named = dict(output)
+    elif hasattr(output, "_asdict"):  # a named tuple
+        named = output._asdict()
+    elif isinstance(output, tuple | list):
+        named = dict(enumerate(output))
+    else:
+        named = dict(getattr(output, "__dict__", {}))
+        named |= {"logits": logits} if isinstance(logits := getattr(output, "logits", None), Tensor) else {}
+    found: dict[str, Tensor] = {}
+    for key, value in named.items():
+        if isinstance(value, Tensor | Mapping | tuple | list) or dataclasses.is_dataclass(value):
+            found |= outputs_of(value, f"{name}.{key}" if name else str(key))
+    return found
+
+
+def logits_among(outputs: Mapping[str, Tensor], spec: str) -> str:
+    """The name of the logits among what a classifier gives: what is named so, else the only one of their shape.
+
+    Raises UsageError where none is, or several may be: features [B, K] are no logits, and nothing else would tell.
+    """
+    if not outputs:
+        raise UsageError(f"{spec} gives nothing with a tensor in it: it should return logits [B, K]")
+    named = [name for name in outputs if name.rpartition(".")[2] == "logits"]
+    if "logits" in named or len(named) == 1:
+        return "logits" if "logits" in named else named[0]
+    may_be = [name for name, found in outputs.items() if _one_number_a_class(found)]
+    if len(outputs) == 1 or not may_be:
+        return next(iter(outputs))  # whose shape is judged where classes are counted
+    if len(may_be) > 1:
+        raise UsageError(
+            f"{spec} gives {len(outputs)} tensors, {described_outputs(outputs)}, and {' and '.join(may_be)} may all be "
+            f"logits: wrap it so that it returns the logits alone, or name them 'logits' in a dictionary"
+        )
+    return may_be[0]
+
+
+def _one_number_a_class(found: Tensor) -> bool:
+    """Whether a tensor has the shape of logits, or might be squeezed to it: [B], [B, K] or [B, K, 1, 1]."""
+    return found.ndim > 0 and sum(size > 1 for size in found.shape[1:]) <= 1
+
+
+def described_outputs(outputs: Mapping[str, Tensor]) -> str:
+    return ", ".join(f"{name} {['B', *found.shape[1:]] if found.ndim else []}" for name, found in outputs.items())
 
 
 @dataclass(frozen=True)
@@ -193,6 +239,7 @@ class _Loaded:
     class_names: tuple[str, ...] | None = None
     onnx: Path | None = None
     graph: ModelProto | None = None
+    notes: tuple[str, ...] = ()
 
 
 def zoo_classifier(weights: Path = ZOO / "classifier.safetensors") -> ClassifierModel:
@@ -224,9 +271,17 @@ def open_classifier(
     loaded = load(spec, image, weights, prefix, declared or Declared())
     loaded.network.requires_grad_(False)
     network = Preprocessed(Preprocess(loaded.preprocessing, image), loaded.network.float()).eval()
-    names = _class_names(labels, loaded.class_names, class_count(network, image, spec))
+    count, chosen = logits_found(network, image, spec)
+    names = _class_names(labels, loaded.class_names, count)
     return ClassifierModel(
-        network, image, names, loaded.weights_sha256, loaded.preprocessing, loaded.onnx, loaded.graph
+        network,
+        image,
+        names,
+        loaded.weights_sha256,
+        loaded.preprocessing,
+        loaded.onnx,
+        loaded.graph,
+        (*loaded.notes, *chosen),
     )
 
 
@@ -245,19 +300,28 @@ def _loader(spec: str) -> _Loader:
         return _onnx if path.suffix == ".onnx" else _program
     if re.fullmatch(r"[\w.]+:[\w.]+", spec):
         return _callable
+    if is_checkpoint(spec) and os.path.isfile(path):
+        raise UsageError(
+            f"--classifier {spec} is a checkpoint, which holds weights and no network: give --classifier timm:NAME or "
+            f"package.module:function, and --classifier-weights {spec}"
+        )
     raise UsageError(
         f"--classifier {spec} is none of timm:NAME, a transformers folder, package.module:function, a .pt2 or an .onnx "
-        f"file: check its spelling"
+        f"file: {spec_hint(spec, '--classifier')}"
     )
 
 
-def class_count(network: nn.Module, image: tuple[int, int, int], spec: str) -> int:
-    """K, from the logits of DRY_BATCHES images of mid-grey. Raises UsageError when there are none of shape [B, K]."""
-    shape, counts = getattr(getattr(network, "preprocess", None), "shape", image), []
+def logits_found(network: Preprocessed, image: tuple[int, int, int], spec: str) -> tuple[int, tuple[str, ...]]:
+    """K, from DRY_BATCHES images of mid-grey, and a note where there was a choice; `network.output` is set to it.
+
+    Raises UsageError when there are no logits [B, K].
+    """
+    shape, counts = network.preprocess.shape, list[int]()
+    outputs: dict[str, Tensor] = {}
     for batch in DRY_BATCHES:
         try:
             with torch.inference_mode():
-                logits = network(torch.zeros(batch, *image))
+                outputs = outputs_of(network.classifier(network.preprocess(torch.zeros(batch, *image))))
         except UsageError:
             raise
         except Exception as error:
@@ -265,6 +329,9 @@ def class_count(network: nn.Module, image: tuple[int, int, int], spec: str) -> i
                 f"{spec} does not take what preprocessing makes of {list(image)}, float32 {[batch, *shape]} "
                 f"({first_line(error)}): see --resize and --channel-order, and let it take any batch"
             ) from error
+        if not counts:
+            network.output = logits_among(outputs, spec)
+        logits = outputs[network.output]
         if logits.ndim != 2 or logits.shape[0] != batch or logits.shape[1] < 2:
             raise UsageError(
                 f"{spec} gives {list(logits.shape)} for a batch of {batch}: a classifier gives logits [{batch}, K] "
@@ -273,7 +340,12 @@ def class_count(network: nn.Module, image: tuple[int, int, int], spec: str) -> i
         counts.append(int(logits.shape[1]))
     if len(set(counts)) > 1:
         raise UsageError(f"{spec} gives {counts} classes for batches of {list(DRY_BATCHES)}: let it take any batch")
-    return counts[0]
+    if len(outputs) == 1:
+        return counts[0], ()
+    return counts[0], (
+        f"taking {network.output} [B, {counts[0]}] of {spec}'s outputs ({described_outputs(outputs)}) as logits of "
+        f"{counts[0]} classes",
+    )
 
 
 def _class_names(labels: Path | None, known: tuple[str, ...] | None, count: int) -> tuple[str, ...]:
@@ -305,12 +377,16 @@ def _program(spec: str, image: tuple[int, int, int], weights: Path | None, prefi
     return _Loaded(exported_program(Path(spec)), preprocessing, sha256_of(Path(spec)))
 
 
-@contextmanager
-def _needs(package: str, spec: str) -> Iterator[None]:
-    try:
-        yield
-    except ImportError as error:
-        raise EnvironmentFault(f"{spec} needs {package} ({first_line(error)}): pip install {package}") from error
+def _needs(package: str, spec: str) -> AbstractContextManager[None]:
+    return optional(spec, package, _cure(package))
+
+
+def _cure(package: str) -> str:
+    """What to install: the package, or torchvision where it is what the installed package lacks."""
+    lacks = find_spec(package) is not None and find_spec("torchvision") is None
+    return "run \"pip install 'densepure-rt[classifiers]'\"" + (
+        f": {package} is here, but it needs torchvision, in the build for this torch" if lacks else ""
+    )
 
 
 def _timm(spec: str, image: tuple[int, int, int], weights: Path | None, prefix: str, declared: Declared) -> _Loaded:
@@ -364,8 +440,7 @@ def _transformers(
 ) -> _Loaded:
     folder = Path(spec)
     config = read_config(folder / "config.json", TRANSFORMERS)
-    if not (file := folder / "model.safetensors").is_file():
-        raise UsageError(f"{folder} holds no model.safetensors: save it with model.save_pretrained({spec!r})")
+    held = weight_file(folder, {"safetensors": "model"})
     if "auto_map" in config:
         raise CheckFailed(f"{folder / 'config.json'} brings code of its own (auto_map): it is not run here")
     if declared.scale is not None and declared.mean is not None and declared.std is not None:
@@ -379,7 +454,12 @@ def _transformers(
     logging.disable_progress_bar()  # type: ignore[no-untyped-call, unused-ignore]
     try:
         network, info = AutoModelForImageClassification.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            variant=held.variant or None,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except Exception as error:
         raise UsageError(f"transformers cannot load {folder} as an image classifier ({first_line(error)})") from error
@@ -387,12 +467,12 @@ def _transformers(
         if info.get(what):
             first = sorted(map(str, info[what]))[0]
             raise UsageError(
-                f"{file} is not a {type(network).__name__}: {what.replace('_', ' ')}, first {first}: save the "
+                f"{held.path} is not a {type(network).__name__}: {what.replace('_', ' ')}, first {first}: save the "
                 f"classifier itself, with its head"
             )
     ids = {int(key): str(value) for key, value in network.config.id2label.items()}
     names = tuple(ids[key] for key in sorted(ids))
-    return _Loaded(network, preprocessing, sha256_of(file), names)
+    return _Loaded(network, preprocessing, held.sha256(), names, notes=variant_note(held))
 
 
 def transformers_preprocessing(
@@ -482,13 +562,8 @@ def _onnx(spec: str, image: tuple[int, int, int], weights: Path | None, prefix: 
     shape = Preprocess(preprocessing, image).shape
     model, digest = read_onnx(path)
     value = only_input(model, path.name)
-    dims = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
-    if len(dims) != 4 or any(found and found != fed for found, fed in zip(dims[1:], shape, strict=True)):
-        wanted = [found or "any" for found in dims]
-        raise UsageError(
-            f"{path} takes {wanted} as {value.name!r}, preprocessing makes {['any', *shape]}: declare --resize "
-            f"HEIGHTxWIDTH and --channel-order, channels come first"
-        )
-    if dims[0]:
-        refuse_fixed_batch(model, (dims[0], *shape), path.name)
+    refuse_other_input(value, shape, str(path))
+    batch = value.type.tensor_type.shape.dim[0].dim_value
+    if batch:
+        refuse_fixed_batch(model, (batch, *shape), path.name)
     return _Loaded(OnnxNetwork(free_batch(model), path.name), preprocessing, digest, onnx=path, graph=model)

@@ -1,29 +1,41 @@
-"""An ONNX file as a classifier: read, checked, its batch set free, and put behind a graph of preprocessing."""
+"""An ONNX file as a classifier: run for comparing with, its batch set free, and put behind a graph of preprocessing."""
 
 from __future__ import annotations
 
-import hashlib
+import re
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from functools import cached_property
 
 import numpy as np
 import onnx
 import onnx.compose
-import onnx.inliner
 import onnx.version_converter
 import onnxruntime
 import torch
 from torch import Tensor, nn
 
 from densepure_rt.errors import CheckFailed, UsageError
+from densepure_rt.export.onnx_files import prepared, raise_ir_version, tensors_of
 from densepure_rt.export.onnx_graph import nodes_of
 from densepure_rt.export.programs import first_line
-from densepure_rt.runtime.bundle import sha256_of
-from densepure_rt.runtime.device import CLASSIFY_OUTPUTS
+from densepure_rt.export.source_check import (
+    ONNX_MOVES,
+    SAME,
+    Part,
+    Source,
+    as_function,
+    distance,
+    first_difference,
+    refuse_not_finite,
+    refuse_unrepeatable,
+)
+from densepure_rt.runtime.device import CLASSIFY_OUTPUTS, Floats
 
-LARGEST_ONNX = (1 << 31) - 1  # bytes of one protobuf message
 ONNX_ROUNDING = 1e-4  # of the largest logit, between batch sizes of one file in float32
+OLDEST_OPSET = 7  # that ONNX Runtime has kernels of (docs/OperatorKernels.md)
+NEWEST_OPSET = re.compile(r"official support for domain ai\.onnx is till opset (\d+)")
+NO_KERNEL = re.compile(r"implementation for (\w+)\(\d+\) node")
+RESIZE_DECLARED = 11  # the first opset in which a Resize says how it places its pixels
 
 
 class OnnxNetwork(nn.Module):
@@ -34,77 +46,76 @@ class OnnxNetwork(nn.Module):
 
     def __init__(self, model: onnx.ModelProto, name: str = "the ONNX classifier") -> None:
         super().__init__()
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.log_severity_level = 4
+        self.model, self.name = model, name
         try:
-            self.session = onnxruntime.InferenceSession(
-                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
+            self.session = _session(model)
         except Exception as error:  # ONNX Runtime's errors share no base
             raise CheckFailed(
-                f"ONNX Runtime {onnxruntime.__version__} cannot run {name} ({first_line(error)}): export it in float32 "
-                f"and for an older opset"
+                f"ONNX Runtime {onnxruntime.__version__} cannot run {name} ({first_line(error)}): "
+                f"{_runnable(model, str(error))}"
             ) from error
 
     def forward(self, x: Tensor) -> Tensor:
         (logits,) = self.session.run(None, {self.session.get_inputs()[0].name: x.detach().numpy()})
         return torch.from_numpy(logits)
 
+    def source(self) -> Source:
+        """The network for `source_check`."""
+        return Source(self.name, as_function(self), self.trace, ONNX_MOVES)
 
-def read_onnx(path: Path) -> tuple[onnx.ModelProto, str]:
-    """A classifier as an ONNX model of standard operators, external weights in it, and its `onnx_sha256`.
+    def trace(self, x: Floats) -> Iterator[Part]:
+        """What every node of the graph gives, in order; nothing is fused, so digits may differ from `forward`'s."""
+        session, places = self._within
+        found = session.run(list(places), {session.get_inputs()[0].name: x})
+        for place, value in zip(places.values(), found, strict=True):
+            yield Part(place, [], np.asarray(value))
 
-    Raises UsageError or CheckFailed.
-    """
-    try:
-        onnx.checker.check_model(str(path), full_check=True)
-        digest = onnx_sha256(path)
-        model = onnx.load(path)
-        after = onnx_sha256(path)
-    except OSError as error:
-        raise UsageError(f"cannot read the classifier {path} ({error.strerror or error})") from error
-    except Exception as error:  # what the readers raise on a damaged file is not a closed list
-        raise CheckFailed(f"{path} is not a sound ONNX file ({first_line(error)}): export it again") from error
-    if digest != after:
-        raise CheckFailed(f"{path} or its weights changed while they were read: try again once they are whole")
-    if left := [tensor.name for tensor in tensors_of(model) if tensor.data_location == onnx.TensorProto.EXTERNAL]:
-        raise CheckFailed(f"{path} keeps {left[0]!r} in another file, where onnx does not read it: save it in one file")
-    if model.ByteSize() > LARGEST_ONNX:
-        raise UsageError(f"{path} with its weights is over 2 GB, which no single ONNX file holds: export it in fp16")
-    return prepared(model, path.name), digest
+    @cached_property
+    def _within(self) -> tuple[onnxruntime.InferenceSession, dict[str, str]]:
+        """A session that gives every float value of the graph, and the node behind each.
+
+        One for all runs: another session draws its random numbers from their beginning again.
+        """
+        every = onnx.shape_inference.infer_shapes(self.model)
+        kinds = {
+            value.name: value.type.tensor_type.elem_type for value in (*every.graph.value_info, *every.graph.output)
+        }
+        places = {
+            name: f"node {node.name or name} ({node.op_type})"
+            for node in every.graph.node
+            for name in node.output
+            if kinds.get(name) == onnx.TensorProto.FLOAT
+        }
+        del every.graph.output[:]
+        every.graph.output.extend(onnx.ValueInfoProto(name=name) for name in places)
+        return _session(every, optimised=False), places
 
 
-def prepared(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
-    """A copy whose local functions are inlined and whose weights are no inputs.
+def _session(model: onnx.ModelProto, optimised: bool = True) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    if not optimised:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
-    Raises CheckFailed for custom operators.
-    """
-    if model.functions:
-        model = onnx.inliner.inline_local_functions(model)
-    ours = onnx.ModelProto()
-    ours.CopyFrom(model)
-    strange = sorted({node.domain for node in nodes_of(ours.graph)} - {"", "ai.onnx"})
-    if strange:
-        ops = sorted({node.op_type for node in nodes_of(ours.graph) if node.domain in strange})
-        raise CheckFailed(
-            f"{name} uses {', '.join(ops)} of {', '.join(strange)}: only ONNX's own operators run everywhere; export "
-            f"it without these"
-        )
-    versions = [entry.version for entry in ours.opset_import if entry.domain in ("", "ai.onnx")]
-    del ours.opset_import[:]
-    ours.opset_import.append(onnx.helper.make_opsetid("", versions[0]))
-    constants = {tensor.name for tensor in ours.graph.initializer}
-    inputs = [value for value in ours.graph.input if value.name not in constants]
-    del ours.graph.input[:]
-    ours.graph.input.extend(inputs)
-    for proto in (ours, ours.graph):
-        del proto.metadata_props[:]
-        proto.ClearField("doc_string")
-    for node in nodes_of(ours.graph):
-        node.ClearField("doc_string")  # older exporters of PyTorch leave the paths of sources there
-        del node.metadata_props[:]
-    return ours
+
+def _runnable(model: onnx.ModelProto, error: str) -> str:
+    """What to do about a model that ONNX Runtime does not take, by what it says of it."""
+    opset = model.opset_import[0].version
+    if opset < OLDEST_OPSET:
+        return f"it is of opset {opset}, and {OLDEST_OPSET} is the oldest that is run; export it again for opset 17"
+    if newest := NEWEST_OPSET.search(error):
+        return f"export it for opset {newest[1]} or older, this is {opset}"
+    low = {onnx.TensorProto.FLOAT16: "float16", onnx.TensorProto.BFLOAT16: "bfloat16"}
+    kinds = {tensor.data_type for tensor in tensors_of(model)} | {
+        attribute.i for node in nodes_of(model.graph) for attribute in node.attribute if attribute.name == "to"
+    }
+    if found := [name for kind, name in low.items() if kind in kinds]:
+        return f"export it in float32, {found[0]} has too few kernels on a CPU"
+    if kernel := NO_KERNEL.search(error):
+        return f"export it without {kernel[1]}, which has no kernel on a CPU in that type, or for another opset"
+    return "export it again, with operators that ONNX Runtime runs on a CPU"
 
 
 def only_input(model: onnx.ModelProto, name: str) -> onnx.ValueInfoProto:
@@ -118,6 +129,32 @@ def only_input(model: onnx.ModelProto, name: str) -> onnx.ValueInfoProto:
             raise UsageError(f"{name}: {value.name!r} is {kind}: export it with float32 inputs and outputs")
     only: onnx.ValueInfoProto = inputs[0]
     return only
+
+
+def refuse_other_input(value: onnx.ValueInfoProto, shape: tuple[int, int, int], name: str) -> None:
+    """Raise UsageError unless an input takes batches of images [C, H, W] as preprocessing makes them."""
+    if not value.type.tensor_type.HasField("shape"):
+        raise UsageError(f"{name} does not say what shape {value.name!r} has: export it with [batch, C, H, W]")
+    dims = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+    if len(dims) == 4 and all(found in (0, fed) for found, fed in zip(dims[1:], shape, strict=True)):
+        return
+    found = f"{name} takes {[dim or 'any' for dim in dims]} as {value.name!r}, preprocessing makes {['any', *shape]}"
+    if len(dims) == 3 and sum(dim in (0, fed) for dim, fed in zip(dims, shape, strict=True)) == 3:
+        raise UsageError(f"{found}: export it with a batch dimension in front")
+    if len(dims) != 4:
+        raise UsageError(
+            f"{found}: it takes no images and is no image classifier by itself; export the whole model, from pixels to "
+            f"logits, with what comes before this part in it"
+        )
+    if dims[3] in (1, 3) and dims[1] not in (1, 3):
+        raise UsageError(
+            f"{found}: its channels come last, and channels come first here; transpose its input where it is exported "
+            f"(tf2onnx: --inputs-as-nchw {value.name}; elsewhere a Transpose with perm 0, 2, 3, 1 in front)"
+        )
+    if dims[1] not in (0, shape[0]):
+        raise UsageError(f"{found}: declare the channels that it takes with --channel-order RGB, BGR or grey")
+    height, width = (dim or fed for dim, fed in zip(dims[2:], shape[1:], strict=True))
+    raise UsageError(f"{found}: declare --resize {height}x{width}")
 
 
 def free_batch(model: onnx.ModelProto, batch: str = "batch") -> onnx.ModelProto:
@@ -137,7 +174,11 @@ def refuse_fixed_batch(model: onnx.ModelProto, shape: tuple[int, ...], name: str
     x = torch.from_numpy(np.random.default_rng(0).uniform(-1, 1, (size + 1, *shape[1:])).astype(np.float32))
     fixed = OnnxNetwork(model, name)
     try:
+        refuse_not_finite(fixed.source(), x[:size].numpy())
+        refuse_unrepeatable(fixed.source(), x[:size].numpy())  # another session may repeat what this one drew
         expected = torch.cat((fixed(x[:size]), fixed(x[1:])[-1:]))
+    except CheckFailed:
+        raise
     except Exception as error:  # ONNX Runtime's errors share no base
         raise CheckFailed(f"ONNX Runtime cannot run {name} ({first_line(error)}): export it again") from error
     try:
@@ -154,42 +195,23 @@ def refuse_fixed_batch(model: onnx.ModelProto, shape: tuple[int, ...], name: str
         )
 
 
-def tensors_of(message: Any) -> Iterator[onnx.TensorProto]:
-    """Every tensor within a message of ONNX: weights, those of graphs within, and attributes of nodes."""
-    if isinstance(message, onnx.TensorProto):
-        yield message
-        return
-    for field, value in message.ListFields():
-        if field.message_type is not None:
-            for inner in [value] if hasattr(value, "ListFields") else value:
-                yield from tensors_of(inner)
-
-
-def onnx_sha256(path: Path) -> str:
-    """The SHA-256 of an ONNX file, or of it and the files of its external weights, wherever in it they are named."""
-    model = onnx.load(path, load_external_data=False)
-    outside = [tensor for tensor in tensors_of(model) if tensor.data_location == onnx.TensorProto.EXTERNAL]
-    names = sorted({entry.value for tensor in outside for entry in tensor.external_data if entry.key == "location"})
-    if not names:
-        return sha256_of(path)
-    if strays := [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]:
-        raise ValueError(f"its weights are in {strays[0]}, outside its folder")
-    digests = [sha256_of(file) for file in (path, *(path.parent / name for name in names))]
-    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
-
-
-def merged_onnx(preprocess: onnx.ModelProto, classifier: onnx.ModelProto) -> onnx.ModelProto:
+def merged_onnx(
+    preprocess: onnx.ModelProto, classifier: onnx.ModelProto, name: str = "the ONNX classifier", x: Tensor | None = None
+) -> onnx.ModelProto:
     """One graph of two: pixels -> what the classifier takes -> its output, named "logits", in the later opset of both.
 
-    preprocess: one input, whose name and batch symbol stay, and one output. Raises CheckFailed where the older of the
-    two cannot be brought to the opset of the other, or they do not fit.
+    preprocess: one input, whose name and batch symbol stay, and one output. name: the classifier's, for messages. x:
+    what it is fed, to find that a change of opset changes no numbers. Raises CheckFailed where it does, where the older
+    of the two cannot be brought to the opset of the other, or where they do not fit.
     """
-    name = "the ONNX classifier"
     first, second = prepared(preprocess, "preprocessing"), prepared(classifier, name)
     only_input(second, name)
     batch = first.graph.input[0].type.tensor_type.shape.dim[0].dim_param or "batch"
     opset = max(model.opset_import[0].version for model in (first, second))
-    first, second = (_at_opset(free_batch(model, batch), opset) for model in (first, second))
+    first, original = free_batch(first, batch), free_batch(second, batch)
+    first, second = at_opset(first, opset, "the preprocessing"), at_opset(original, opset, name)
+    if x is not None and second is not original:
+        refuse_converted(original, second, x.numpy(), name)
     first.ir_version = second.ir_version = max(first.ir_version, second.ir_version)
     first = onnx.compose.add_prefix(first, "preprocess/", rename_inputs=False)
     second = onnx.compose.add_prefix(second, "classifier/")
@@ -200,6 +222,7 @@ def merged_onnx(preprocess: onnx.ModelProto, classifier: onnx.ModelProto) -> onn
         graph.node.append(onnx.helper.make_node("Identity", [graph.output[0].name], CLASSIFY_OUTPUTS, name="logits"))
         graph.output[0].name = CLASSIFY_OUTPUTS[0]
         del graph.value_info[:]
+        raise_ir_version(merged)
         merged = onnx.shape_inference.infer_shapes(merged, strict_mode=True)
         onnx.checker.check_model(merged, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, ValueError) as error:
@@ -208,14 +231,58 @@ def merged_onnx(preprocess: onnx.ModelProto, classifier: onnx.ModelProto) -> onn
     return merged
 
 
-def _at_opset(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
+def at_opset(model: onnx.ModelProto, opset: int, name: str) -> onnx.ModelProto:
+    """The model in a later opset, by onnx's own converter; itself where it is of that one. Raises CheckFailed."""
     found = model.opset_import[0].version
     if found == opset:
         return model
     try:
-        return onnx.version_converter.convert_version(model, opset)
+        converted = onnx.version_converter.convert_version(model, opset)
     except Exception as error:  # onnx raises RuntimeError and its own ConvertError
         raise CheckFailed(
-            f"an ONNX graph of opset {found} cannot be brought to opset {opset} ({first_line(error)}): export it with "
+            f"{name} is of opset {found} and cannot be brought to opset {opset} ({first_line(error)}): export it with "
             f"opset_version={opset}"
         ) from error
+    if found < RESIZE_DECLARED <= opset:
+        _declare_resizes(converted)
+    raise_ir_version(converted)
+    return converted
+
+
+def _declare_resizes(model: onnx.ModelProto) -> None:
+    """Let every Resize mean what it meant before opset 11, which onnx's converter (1.23) does not write down.
+
+    Pixels were asymmetric; to the nearest was down where an image grows, and up where it shrinks (ONNX Runtime,
+    core/providers/cpu/tensor/upsamplebase.h, `simple`).
+    """
+    known = {tensor.name: tensor for tensor in model.graph.initializer}
+    known |= {
+        node.output[0]: node.attribute[0].t
+        for node in model.graph.node
+        if node.op_type == "Constant" and node.attribute[0].name == "value"
+    }
+    for node in nodes_of(model.graph):
+        if node.op_type == "Resize" and all(entry.name != "coordinate_transformation_mode" for entry in node.attribute):
+            scales = known.get(node.input[2]) if len(node.input) > 2 else None
+            shrinks = scales is not None and bool((onnx.numpy_helper.to_array(scales) < 1).any())
+            node.attribute.extend(
+                [
+                    onnx.helper.make_attribute("coordinate_transformation_mode", "asymmetric"),
+                    onnx.helper.make_attribute("nearest_mode", "ceil" if shrinks else "floor"),
+                ]
+            )
+
+
+def refuse_converted(original: onnx.ModelProto, converted: onnx.ModelProto, x: Floats, name: str) -> None:
+    """Raise CheckFailed, naming the node, where a model gives other numbers in its new opset. x: what it is fed."""
+    before, after = OnnxNetwork(original, name), OnnxNetwork(converted, name)
+    gap = distance(before.source().call(x), after.source().call(x))
+    if gap <= SAME:
+        return
+    place = first_difference(before.trace(x), after.trace(x))
+    old, new = (model.opset_import[0].version for model in (original, converted))
+    raise CheckFailed(
+        f"onnx {onnx.__version__} changes what {name} computes when it brings it from opset {old} to {new} (relative "
+        f"L2 {gap:.2g}){f', first in {place}' if place else ''}: export it with opset_version={new} from where it was "
+        f"made. Nothing was published"
+    )

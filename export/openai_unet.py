@@ -4,10 +4,10 @@ Modules bear the names of the public layout, so a strict load is the whole mappi
 github.com/openai/guided-diffusion, guided_diffusion/unet.py and script_util.py; the equations are those of Nichol &
 Dhariwal 2021, Dhariwal & Nichol 2021 and, for attention, Vaswani et al. 2017.
 
-Three things leave no trace in the weights: the number of heads, the noise schedule and the image size. They are known
-for the published checkpoints and have to be given for others. Neither does the order in which heads and q, k, v are
-split (`use_new_attention_order`), nor do heads that differ on the way up (`num_heads_upsample`): the public code's
-defaults are taken.
+Four things leave no trace in the weights: the number of heads, the order in which heads and q, k, v are split, the
+noise schedule and the image size. They are known for the published checkpoints. For others the order is the public
+code's default (`use_new_attention_order` off) unless it is given, and the rest has to be given; `denoising.py` tries
+the alternatives. Heads that differ on the way up (`num_heads_upsample`) are not supported.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from densepure_rt.runtime.bundle import MAX_STEPS, sha256_of
 from densepure_rt.runtime.schedule import Schedule
 
 Resampling = Literal["conv", "resblock", "pool"]
+AttentionOrder = Literal["legacy", "new"]
 
 GROUPS = 32  # of every group norm: guided_diffusion/nn.py, normalization
 MAX_PERIOD = 10_000  # of the timestep embedding: the same, timestep_embedding; Vaswani et al. 2017, section 3.5
@@ -68,10 +69,14 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Heads:
-    """How attention is split: a number of heads at every width, or a number of channels for every head."""
+    """How attention is split: a number of heads at every width, or a number of channels for every head.
+
+    order: what the channels of qkv are split into first, see `attention`.
+    """
 
     number: int | None = None
     channels: int | None = None
+    order: AttentionOrder = "legacy"
 
     def at(self, width: int) -> int:
         """The number of heads at `width` channels. Raises UsageError where it does not come out even."""
@@ -82,6 +87,9 @@ class Heads:
             option = "--num-heads" if self.number is not None else "--num-head-channels"
             raise UsageError(f"{option} {given} does not divide the {width} channels of this UNet's attention")
         return given if self.number is not None else width // given
+
+    def __str__(self) -> str:
+        return f"{self.number} at every width" if self.channels is None else f"{self.channels} channels each"
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
@@ -96,13 +104,18 @@ def timestep_embedding(t: Tensor, width: int) -> Tensor:
     return F.pad(embedding, (0, 1)) if width % 2 else embedding
 
 
-def attention(qkv: Tensor, heads: int) -> Tensor:
+def attention(qkv: Tensor, heads: int, order: AttentionOrder = "legacy") -> Tensor:
     """softmax(q k / sqrt(c)) v over positions, heads apart: [B, heads * 3 * c, T] -> [B, heads * c, T].
 
-    Channels are split into heads first, then into q, k and v. q and k each carry c^(-1/4), so that neither product
-    overflows in float16 (guided_diffusion/unet.py, QKVAttentionLegacy).
+    order: "legacy" splits the channels into heads first, then each head into q, k and v; "new" splits them into q, k
+    and v first, then each of these into heads (`use_new_attention_order` of guided-diffusion). With one head they are
+    the same. q and k each carry c^(-1/4), so that neither product overflows in float16 (guided_diffusion/unet.py,
+    QKVAttentionLegacy and QKVAttention).
     """
-    q, k, v = qkv.unflatten(1, (heads, -1)).chunk(3, dim=2)  # each [B, heads, c, T]
+    if order == "legacy":
+        q, k, v = qkv.unflatten(1, (heads, -1)).chunk(3, dim=2)  # each [B, heads, c, T]
+    else:
+        q, k, v = (part.unflatten(1, (heads, -1)) for part in qkv.chunk(3, dim=1))
     root = q.shape[2] ** -0.25
     scores = (q * root).transpose(2, 3) @ (k * root)  # [B, heads, T, T], a row for each position that asks
     weights = torch.softmax(scores.float(), dim=3).to(v.dtype)
@@ -185,15 +198,15 @@ class ResBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Self-attention over all positions of a map, added to it."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, order: AttentionOrder) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(GROUPS, width)
         self.qkv = nn.Conv1d(width, 3 * width, 1)
         self.proj_out = nn.Conv1d(width, width, 1)
-        self.heads = heads
+        self.heads, self.order = heads, order
 
     def forward(self, x: Tensor) -> Tensor:
-        attended: Tensor = self.proj_out(attention(self.qkv(self.norm(x).flatten(2)), self.heads))
+        attended: Tensor = self.proj_out(attention(self.qkv(self.norm(x).flatten(2)), self.heads, self.order))
         return x + attended.reshape(x.shape)
 
 
@@ -218,7 +231,7 @@ class OpenAIUNet(nn.Module):
             return ResBlock(width_in, width, embedding, a.scale_shift, resample)
 
         def attend(width: int, attended: bool = True) -> list[nn.Module]:
-            return [AttentionBlock(width, heads.at(width))] if attended else []
+            return [AttentionBlock(width, heads.at(width), heads.order)] if attended else []
 
         def down(width: int) -> nn.Module:
             if a.resampling == "conv":
@@ -249,7 +262,7 @@ class OpenAIUNet(nn.Module):
             if level > 0:
                 outward[-1].append(up(width))
 
-        self.model_channels = a.model_channels
+        self.architecture, self.heads = architecture, heads
         self.time_embed = nn.Sequential(
             nn.Linear(a.model_channels, embedding), nn.SiLU(), nn.Linear(embedding, embedding)
         )
@@ -259,7 +272,7 @@ class OpenAIUNet(nn.Module):
         self.out = nn.Sequential(nn.GroupNorm(GROUPS, width), nn.SiLU(), nn.Conv2d(width, a.out_channels, 3, padding=1))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        emb = self.time_embed(timestep_embedding(t, self.model_channels))
+        emb = self.time_embed(timestep_embedding(t, self.architecture.model_channels))
         skips = []
         for block in self.input_blocks:
             x = block(x, emb)
@@ -275,6 +288,13 @@ def unloaded(architecture: Architecture, heads: Heads) -> OpenAIUNet:
     """The UNet on the meta device: names and shapes, no memory."""
     with torch.device("meta"):
         return OpenAIUNet(architecture, heads)
+
+
+def resplit(network: OpenAIUNet, heads: Heads) -> OpenAIUNet:
+    """The same weights, shared and not copied, with their attention split in another way."""
+    other = unloaded(network.architecture, heads)
+    other.load_state_dict(network.state_dict(), assign=True)
+    return other.eval()
 
 
 def infer(
@@ -449,6 +469,7 @@ def openai_unet(
     prefix: str = "",
     num_heads: int | None = None,
     num_head_channels: int | None = None,
+    attention_order: AttentionOrder | None = None,
     schedule: Schedule | None = None,
     image_size: int | None = None,
 ) -> DiffusionModel:
@@ -456,6 +477,7 @@ def openai_unet(
 
     The published checkpoints need no settings; others need heads, schedule and image size. A network of a published
     one's layout that was trained otherwise needs all of them too. prefix: of the names to take, see `read_state_dict`.
+    attention_order: None for "legacy", the order of every published checkpoint that is not told a class.
     Variance is learned where there are channels for it, else beta (script_util.py, create_gaussian_diffusion: its
     `sigma_small` is off).
 
@@ -463,9 +485,10 @@ def openai_unet(
     """
     state = read_state_dict(path, prefix)
     architecture = infer(state, str(path), prefix=prefix)
-    heads = None if num_heads is None and num_head_channels is None else Heads(num_heads, num_head_channels)
+    given = num_heads is not None or num_head_channels is not None
+    heads = Heads(num_heads, num_head_channels, attention_order or "legacy") if given else None
     heads, schedule, image_size = _settings(
-        str(path), architecture, published(architecture, state), heads, schedule, image_size
+        str(path), architecture, published(architecture, state), heads, attention_order, schedule, image_size
     )
     image = (architecture.in_channels, image_size, image_size)
     refuse_odd(image, len(architecture.widths) - 1)
@@ -477,6 +500,7 @@ def openai_unet(
         prediction="epsilon",
         clip=(-1.0, 1.0),
         weights_sha256=sha256_of(path),
+        attention=f"{heads}, {heads.order} order",
     )
 
 
@@ -485,6 +509,7 @@ def _settings(
     architecture: Architecture,
     known: Published | None,
     heads: Heads | None,
+    order: AttentionOrder | None,
     schedule: Schedule | None,
     image_size: int | None,
 ) -> tuple[Heads, Schedule, int]:
@@ -499,7 +524,9 @@ def _settings(
         raise UsageError(f"{what} is none of the published checkpoints: give {', '.join(lacking)}, as it was trained")
     contradictions = []
     if any(known.heads.at(width) != number for width, number in split.items()):
-        contradictions.append(f"other heads than {_words(known.heads)}")
+        contradictions.append(f"other heads than {known.heads}")
+    if order not in (None, known.heads.order):
+        contradictions.append(f"another attention order than {known.heads.order}")
     if schedule not in (None, known.schedule):
         trained = known.schedule
         contradictions.append(
@@ -514,7 +541,3 @@ def _settings(
             f"--schedule, --diffusion-steps, --image-size"
         )
     return known.heads, known.schedule, known.image_size
-
-
-def _words(heads: Heads) -> str:
-    return f"{heads.number} at every width" if heads.channels is None else f"{heads.channels} channels each"

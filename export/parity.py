@@ -86,6 +86,14 @@ def classify_runner(engine: Path, precision: str) -> Run:
     return runner(engine.read_bytes(), engine.name, CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, precision, engine.parent)
 
 
+class NotFinite(CheckFailed):
+    """A file gives NaN or Inf where it was compared. inputs: what its network was given there."""
+
+    def __init__(self, message: str, inputs: tuple[torch.Tensor, ...]) -> None:
+        super().__init__(message)
+        self.inputs = inputs
+
+
 @dataclass(frozen=True)
 class Difference:
     """One comparison: what, at which batch, the largest absolute difference and the relative L2 distance."""
@@ -98,7 +106,9 @@ class Difference:
 
 def difference(what: str, batch: int, found: Floats, expected: Floats) -> Difference:
     gap = found.astype(np.float64) - expected
-    return Difference(what, batch, float(np.abs(gap).max()), float(np.linalg.norm(gap) / np.linalg.norm(expected)))
+    norm = float(np.linalg.norm(gap))
+    # A network that is to begin with zeros, as many are, may give nothing else.
+    return Difference(what, batch, float(np.abs(gap).max()), norm and float(norm / np.linalg.norm(expected)))
 
 
 def noisy_states(pixels: NDArray[np.uint8], sigma: float, scale: float) -> Floats:
@@ -138,7 +148,8 @@ def step_differences(
                 mean, std, finite = run(feed)
                 at = f"t = {chain.timesteps[step]}" if chain.timesteps else f"noise {coef[0] / coef[1]:.3g}"
                 if not (finite > 0).all():
-                    raise CheckFailed(f"{engine.name} gives NaN or Inf at {at}: the weights are damaged")
+                    inputs = network_inputs(model, torch.from_numpy(x), t, Coefficients(*coef.tolist()))
+                    raise NotFinite(f"{engine.name} gives NaN or Inf at {at}", inputs)
                 where = f"step at {at} (sigma {sigma:g}, {steps} steps)"
                 yield difference(f"mean, {where}", len(x), mean, wanted[0].numpy())
                 if step + 1 < steps:
@@ -148,6 +159,30 @@ def step_differences(
                     yield difference(f"mean, {where}", 1, alone, wanted[0][:1].numpy())
                 if model.prediction == "epsilon" and (model.clip is None or min(map(abs, model.clip)) > EPS_REACH):
                     yield difference(f"eps, {where}", len(x), eps_of(run, x, t), torch_eps(model, x, t))
+
+
+def network_inputs(
+    model: DiffusionModel, x: torch.Tensor, t: float, step: Coefficients
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the network is given for states x [n, C, H, W] at t: a denoiser is told sigma in place of t."""
+    if model.prediction == "denoiser":
+        return x / step.signal, torch.full((len(x),), step.sigma / step.signal)
+    return x, torch.full((len(x),), float(t))
+
+
+def network_call(
+    model: DiffusionModel, pixels: NDArray[np.uint8], sigma: float = 0.5
+) -> tuple[Callable[[Floats], Floats], Floats]:
+    """The network as a function of noisy states at one timestep, and such states of images [n, C, H, W]."""
+    chain = make_chain(model.schedule, model.variance, sigma, 1, model.timestep_rule)
+    step, t = Coefficients(*chain.coef[0].tolist()), float(chain.t[0])
+
+    @torch.inference_mode()
+    def call(x: Floats) -> Floats:
+        output: Floats = model.network(*network_inputs(model, torch.from_numpy(x.copy()), t, step)).float().numpy()
+        return output
+
+    return call, noisy_states(pixels, sigma, chain.scale)
 
 
 def eps_of(run: Run, x: Floats, t: np.float32) -> Floats:
@@ -173,6 +208,8 @@ def classifier_differences(
         expected = model.network(torch.from_numpy(x)).numpy()
     for batch in sorted({len(x), 1}, reverse=True):
         (logits,) = run({"mean": x[:batch]})
+        if not np.isfinite(logits).all():
+            raise NotFinite(f"{engine.name} gives NaN or Inf as logits", (torch.from_numpy(x[:batch]),))
         yield difference("logits", batch, logits, expected[:batch])
 
 
@@ -289,8 +326,8 @@ def check_labels(found: LabelParity, precision: str) -> None:
         )
 
 
-def check(differences: list[Difference], precision: str) -> Difference:
-    """The worst of them. Raises CheckFailed when it is beyond what this precision may lose.
+def check(differences: list[Difference], precision: str, against: str = "PyTorch") -> Difference:
+    """The worst of them, which are from `against`. Raises CheckFailed when it is more than this precision may lose.
 
     A quantized precision may lose anything finite here: it is judged by its labels.
     """
@@ -298,9 +335,10 @@ def check(differences: list[Difference], precision: str) -> Difference:
     limit = RELATIVE_L2.get(precision, sys.float_info.max)
     if not worst.relative_l2 <= limit:
         raise CheckFailed(
-            f"the engine is not what PyTorch computes: {worst.what} at batch {worst.batch} differs by "
+            f"the engine is not what {against} computes: {worst.what} at batch {worst.batch} differs by "
             f"{raised(worst.relative_l2, figures=2)} relative L2 ({raised(worst.max_abs, figures=2)} at most); "
-            f"{precision} allows {exact(limit)}. "
-            f"Nothing was published; {onnxruntime.__name__} {onnxruntime.__version__}, torch {torch.__version__}"
+            f"{precision} allows {exact(limit)}. The source is repeatable and finite, so its export is at fault: try other "
+            f"versions than {onnxruntime.__name__} {onnxruntime.__version__} and torch {torch.__version__}. Nothing was "
+            f"published"
         )
     return worst

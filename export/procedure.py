@@ -49,8 +49,8 @@ from densepure_rt.runtime.device import (
     available_cores,
     installed_versions,
     open_device,
-    processor,
 )
+from densepure_rt.runtime.machine import processor
 from densepure_rt.runtime.schedule import Chain, Coefficients, make_chain
 from densepure_rt.samplers import OnDevice
 from densepure_rt.smoothing import PAPER, Settings, SmoothedClassifier, seeded_secret

@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from densepure_rt.errors import CheckFailed, UsageError
+from densepure_rt.runtime.transport import transfer_fault
 
 # What torch.export.save of torch 2.9 and later writes into an archive for one program without custom objects, less the
 # pickles: torch/export/pt2_archive/_package.py and constants.py.
@@ -166,6 +167,8 @@ def exported_program(path: Path) -> nn.Module:
         content = path.read_bytes()
     except OSError as error:
         raise UsageError(f"cannot read the program {path} ({error.strerror})") from error
+    if fault := transfer_fault(path):
+        raise CheckFailed(f"{path} is no program: {fault}")
     refuse_code(content, path.name)
     try:
         with warnings.catch_warnings():

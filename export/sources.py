@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from densepure_rt.datasets import SHIPPED_SHAPE, ImageSet, LabelledImage, open_images
 from densepure_rt.errors import UsageError
-from densepure_rt.export.checkpoints import PICKLED, SAFETENSORS, load_into, read_state_dict
+from densepure_rt.export.checkpoints import CHECKPOINTS, is_checkpoint, load_into, read_state_dict, spec_hint
 from densepure_rt.export.classifiers import ClassifierModel, declare, open_classifier, zoo_classifier
-from densepure_rt.export.openai_unet import openai_schedule, openai_unet
+from densepure_rt.export.openai_unet import AttentionOrder, openai_schedule, openai_unet
 from densepure_rt.export.programs import built, exported_program
 from densepure_rt.export.to_onnx import LARGE_IMAGE, Images
 from densepure_rt.export.unets import DiffusionModel, declared_unet, diffusers_unet, no_unet, zoo_unet
@@ -31,8 +31,7 @@ from densepure_rt.runtime.schedule import Schedule, ScheduleName, TimestepRule, 
 PARITY_IMAGES = 16  # for numbers
 LABEL_IMAGES = 20  # for labels: seconds; --parity-images and --parity-samples ask for more
 CALIBRATION = "fashion_mnist_calibration.npz"  # training images
-CHECKPOINTS = (*SAFETENSORS, *PICKLED)
-DECLARED = ("image", "schedule", "variance", "prediction", "clip", "timestep_rule")  # what a sidecar keeps of a model
+DECLARED = ("image", "schedule", "variance", "prediction", "clip", "timestep_rule", "attention")  # kept in a sidecar
 CLIP = (-1.0, 1.0)  # of pixels; what every published sampler does unless told otherwise
 Image = tuple[int, int, int]
 
@@ -103,13 +102,13 @@ def _loader(spec: str | None) -> Callable[[ModelOptions], DiffusionModel]:
         return _diffusers
     if path.suffix == ".pt2":
         return _program
-    if path.suffix in CHECKPOINTS:
+    if is_checkpoint(spec):
         return _openai
     if re.fullmatch(r"[\w.]+:[\w.]+", spec):
         return _callable
     raise UsageError(
         f"--unet {spec} is none of a checkpoint ({', '.join(CHECKPOINTS)}), a diffusers folder, a .pt2 file, "
-        f"package.module:function or none: check its spelling"
+        f"package.module:function or none: {spec_hint(spec, '--unet')}"
     )
 
 
@@ -148,6 +147,9 @@ def _openai(options: ModelOptions) -> DiffusionModel:
             schedule = dataclasses.replace(schedule, timestep_scale=scale_of(options.timestep_scale))
     elif options.timestep_scale is not None:
         raise UsageError("--timestep-scale belongs to --schedule and --diffusion-steps: give all three")
+    orders: dict[str, AttentionOrder] = {name: name for name in get_args(AttentionOrder)}
+    if (order := options.attention_order) is not None and order not in orders:
+        raise UsageError(f"--attention-order {order} is not known: {', '.join(orders)}")
     channels, size = None, None
     if options.image_size is not None:
         channels, size, width = image_of(options.image_size)
@@ -160,6 +162,7 @@ def _openai(options: ModelOptions) -> DiffusionModel:
         prefix=options.unet_prefix,
         num_heads=options.num_heads,
         num_head_channels=options.num_head_channels,
+        attention_order=None if order is None else orders[order],
         schedule=schedule,
         image_size=size,
     )
@@ -179,7 +182,7 @@ def _program(options: ModelOptions) -> DiffusionModel:
 
 
 def _callable(options: ModelOptions) -> DiffusionModel:
-    refuse(options, "a module:callable builds its own layout", "num_heads", "num_head_channels")
+    refuse(options, "a module:callable builds its own layout", *ATTENTION)
     if options.unet_prefix and options.unet_weights is None:
         raise UsageError("--unet-prefix is of the names in --unet-weights: give both, or neither")
     declared = declared_training(options)
@@ -192,7 +195,8 @@ def _callable(options: ModelOptions) -> DiffusionModel:
 
 
 TRAINING = ("schedule", "diffusion_steps", "timestep_scale", "beta_start", "beta_end", "prediction", "variance")
-LAYOUT = ("num_heads", "num_head_channels", "unet_prefix")
+ATTENTION = ("num_heads", "num_head_channels", "attention_order")
+LAYOUT = (*ATTENTION, "unet_prefix")
 CLASSIFYING = (
     *("classifier_weights", "classifier_prefix", "labels", "pixel_range", "mean", "std"),
     *("channel_order", "resize", "interpolation", "antialias", "crop"),
@@ -307,7 +311,7 @@ def refuse_other_models(unet: DiffusionModel, classifier: ClassifierModel, bundl
     ):
         if sidecar.weights_sha256 != model.weights_sha256:
             raise UsageError(
-                f"{path} was exported from weights {sidecar.weights_sha256[:16]}..., the PyTorch model has "
+                f"{path} was exported from weights {sidecar.weights_sha256[:16]}..., the model that is given has "
                 f"{model.weights_sha256[:16]}...: give {option} the model that the engine was exported from, or "
                 f"--engine an engine that was exported from this one"
             )
@@ -315,9 +319,9 @@ def refuse_other_models(unet: DiffusionModel, classifier: ClassifierModel, bundl
         if model is classifier:
             pairs["preprocessing"] = bundle.classifier.preprocessing, prepared
         for name, (exported, given) in pairs.items():
-            if exported != given:
+            if exported != given and not (name == "attention" and exported is None):  # of a sidecar that does not say
                 raise UsageError(
-                    f"{path} was exported with {name} {exported}, the PyTorch model is given with {given}: repeat the "
+                    f"{path} was exported with {name} {exported}, the model is given with {given}: repeat the "
                     f"options of the export"
                 )
 
@@ -339,12 +343,22 @@ def check_images(
     if label_samples < 2:
         raise UsageError(f"--parity-samples {label_samples}: two samples of each image are the least")
     labelled = comparison_images(unet, classifier, images, label_images, say)
+    parity = np.stack([image.pixels for image in labelled[:PARITY_IMAGES]])
+    real = images is not None or unet.image == SHIPPED_SHAPE
     return Images(
-        parity=np.stack([image.pixels for image in labelled[:PARITY_IMAGES]]),
+        parity=parity,
         labelled=labelled if math.prod(unet.image) <= LARGE_IMAGE else (),
         samples=label_samples,
         calibration=calibration_pixels(unet, classifier, calibration),
+        denoising=parity if images is not None or not real else pixels_of(shipped_images(parity.shape[0])),
+        made_up=not real,
     )
+
+
+def shipped_images(count: int) -> ImageSet:
+    """`count` of the shipped images, evenly spread: all that a denoiser of their size needs, whatever its classes."""
+    found = open_images(None, SHIPPED_SHAPE, CLASS_NAMES)
+    return dataclasses.replace(found, positions=[i * len(found) // count for i in range(count)])
 
 
 def comparison_images(

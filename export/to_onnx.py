@@ -20,9 +20,9 @@ from torch import nn
 from densepure_rt import __version__
 from densepure_rt.datasets import LabelledImage
 from densepure_rt.errors import CheckFailed, UsageError
-from densepure_rt.export import parity, precision
-from densepure_rt.export.classifiers import ClassifierModel
-from densepure_rt.export.onnx_classifiers import merged_onnx
+from densepure_rt.export import parity, precision, source_check
+from densepure_rt.export.classifiers import ClassifierModel, Preprocessed
+from densepure_rt.export.onnx_classifiers import OnnxNetwork, merged_onnx
 from densepure_rt.export.onnx_graph import SCOPES, checked, nodes_within, refuse_for_tensorrt, types_of
 from densepure_rt.export.precision import DTYPES, OPSETS, QUANTIZED, STEPS, TIME_EMBEDDING
 from densepure_rt.export.programs import first_line
@@ -34,6 +34,7 @@ from densepure_rt.runtime.bundle import (
     PIXEL_RANGE,
     Accuracy,
     ClassifierSidecar,
+    Denoising,
     FileRef,
     StepSidecar,
     data_mark,
@@ -47,6 +48,7 @@ from densepure_rt.runtime.device import (
     STEP_OUTPUTS,
     installed_versions,
 )
+from densepure_rt.runtime.noise import first_state
 
 PREPROCESSING = "preprocess"  # the module of a classifier that prepares its pixels
 TRACE_BATCH = 2  # 1 would be taken for a constant
@@ -58,10 +60,11 @@ LARGE = 3 << 29  # bytes of weights from which they lie in a file beside the gra
 
 @dataclass(frozen=True)
 class Exported:
-    """Where the bundle is, and the worst difference from float32 PyTorch that was found in it.
+    """Where the bundle is, and the worst difference from its float32 sources that was found in it.
 
     by: what evaluated the files. types: of the operands of Conv, MatMul and Gemm, as `onnx_graph.types_of` counts them.
-    labels: how many labels change on equal noise; None for fp32.
+    labels: how many labels change on equal noise; None for fp32. against: what the files were compared with.
+    denoising: what `denoising.judge` found.
     """
 
     unet: Path
@@ -73,6 +76,8 @@ class Exported:
     comparisons: int
     types: dict[str, dict[str, dict[str, int]]]
     labels: parity.LabelParity | None
+    against: str = "PyTorch"
+    denoising: Denoising | None = None
 
 
 @dataclass(frozen=True)
@@ -80,13 +85,16 @@ class Images:
     """What an export is checked on, and what a quantized one is calibrated on.
 
     parity: uint8 [n, C, H, W]. labelled: for the comparison of labels, `samples` noisy copies of each. calibration:
-    uint8 [n, C, H, W], images that no certificate is about.
+    uint8 [n, C, H, W], images that no certificate is about. denoising: of the denoising check, uint8 [n, C, H, W]; None
+    for those of parity. made_up: whether these are no real images.
     """
 
     parity: NDArray[np.uint8]
     labelled: Sequence[LabelledImage] = ()
     samples: int = 0
     calibration: NDArray[np.uint8] | None = None
+    denoising: NDArray[np.uint8] | None = None
+    made_up: bool = False
 
 
 def file_names(kind: str) -> tuple[str, str]:
@@ -177,10 +185,11 @@ def classifier_onnx(model: ClassifierModel, opset: int = OPSETS["fp32"], path: P
     x = torch.zeros(TRACE_BATCH, *model.image)
     if model.graph is None:
         return to_onnx(ClassifyGraph(model.network), (x,), CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, opset, path)
-    preprocess = to_onnx(
-        ClassifyGraph(model.network.get_submodule("preprocess")), (x,), CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, opset
-    )
-    return checked(merged_onnx(onnx.load_model_from_string(preprocess), model.graph))
+    prepare = ClassifyGraph(model.network.get_submodule("preprocess"))
+    preprocess = to_onnx(prepare, (x,), CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, opset)
+    pixels = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    name = "the ONNX classifier" if model.onnx is None else str(model.onnx)
+    return checked(merged_onnx(onnx.load_model_from_string(preprocess), model.graph, name, prepare(pixels).detach()))
 
 
 def lowered(
@@ -247,6 +256,56 @@ def refuse_bad_weights(module: nn.Module, what: str) -> None:
             raise CheckFailed(f"the {what}'s weights hold NaN or Inf, first in {name}: export from a sound checkpoint")
 
 
+def check_sources(unet: DiffusionModel, classifier: ClassifierModel, pixels: NDArray[np.uint8]) -> None:
+    """Raise CheckFailed where a network is at fault itself, before an export of it is blamed; see `source_check`.
+
+    pixels: uint8 [n, C, H, W]; one image alone is mirrored to be two.
+    """
+    pixels = np.concatenate((pixels, pixels[..., ::-1])) if len(pixels) == 1 else pixels
+    if unet.prediction != "none":
+        call, x = parity.network_call(unet, pixels)
+        source_check.check_source(source_check.torch_source("the UNet in PyTorch", call, unet.network), x)
+    x = first_state(pixels.astype(np.int32), 1.0)
+    network = classifier.network
+    if isinstance(network, Preprocessed) and isinstance(network.classifier, OnnxNetwork):
+        with torch.inference_mode():
+            source_check.check_source(network.classifier.source(), network.preprocess(torch.from_numpy(x)).numpy())
+        return
+    call = source_check.as_function(network)
+    source_check.check_source(source_check.torch_source("the classifier in PyTorch", call, network), x)
+
+
+def compared_with(unet: DiffusionModel, classifier: ClassifierModel) -> tuple[str, str]:
+    """What the files of a bundle are compared with, in words: both, and the classifier's alone."""
+    of_classifier = "PyTorch" if classifier.onnx is None else classifier.onnx.name
+    of_unet = "PyTorch" if unet.prediction != "none" else of_classifier
+    return " and ".join(dict.fromkeys((of_unet, of_classifier))), of_classifier
+
+
+def explained(error: parity.NotFinite, lowered: nn.Module, precise: nn.Module, kind: str) -> CheckFailed:
+    """What made a file give NaN or Inf. lowered, precise: its network as it was exported, and in float32."""
+
+    def run(module: nn.Module) -> bool:
+        with torch.inference_mode():
+            return bool(module(*error.inputs).isfinite().all())
+
+    if not run(precise):
+        place = source_check.first_overflow(source_check.torch_trace(lambda: run(precise), precise))
+        where = f", first in {place}" if place else ""
+        return CheckFailed(f"{error}, as the network itself does in float32{where}: nothing was published")
+    if kind not in DTYPES:
+        return CheckFailed(f"{error}, and the network in float32 does not: export another --precision")
+    inner = lowered.network if isinstance(lowered, precision.Lowered) else lowered
+    found = source_check.first_overflow(source_check.torch_trace(lambda: run(lowered), inner))
+    name = found.split()[1] if found else "MODULE"
+    largest = torch.finfo(DTYPES[kind]).max
+    return CheckFailed(
+        f"{error}, and the network in float32 does not: it overflows in {kind}, which ends at {largest:,.0f}"
+        f"{f', first in {found}' if found else ''}. Keep that part in float32 with --keep-fp32 '{name}' (again, if "
+        f"another is named then), or export bf16, which reaches as far as float32. Nothing was published"
+    )
+
+
 def export_bundle(
     unet: DiffusionModel,
     classifier: ClassifierModel,
@@ -256,12 +315,13 @@ def export_bundle(
     say: Callable[[str], None] = lambda line: None,
     kind: str = "fp32",
     keep: Sequence[str] = (),
+    denoising: Denoising | None = None,
 ) -> Exported:
     """Write the engines of one precision and their sidecars into `out`, once they are found to agree with PyTorch.
 
     images: see `Images`; an array [n, C, H, W] is for comparisons alone. kind: one of `precision.OPSETS`. keep: shell
-    patterns of module names that stay float32. Everything is written beside `out` first and moved there at the end:
-    after an error in export or parity `out` is as it was.
+    patterns of module names that stay float32. denoising: what `denoising.judge` found, for the sidecar. Everything is
+    written beside `out` first and moved there at the end: after an error in export or parity `out` is as it was.
 
     Raises CheckFailed on a mismatch or damaged weights, UsageError when `out` holds a bundle of another model or what
     is asked cannot be combined, EnvironmentFault when `out` cannot be written.
@@ -273,6 +333,11 @@ def export_bundle(
         raise UsageError("--keep-fp32 does nothing with --precision fp32: leave it out, or ask for another precision")
     for module, what in ((unet.network, "UNet"), (classifier.network, "classifier")):
         refuse_bad_weights(module.eval(), what)
+    pixels, counts = comparable(images.parity, kind, weight_bytes(unet.network))
+    against, of_classifier = compared_with(unet, classifier)
+    for note in (*unet.notes, *classifier.notes):
+        say(note)
+    check_sources(unet, classifier, pixels)
     unet_file, classifier_file = file_names(kind)
     if not force:
         refuse_replacement(out, {unet_file: unet.weights_sha256, classifier_file: classifier.weights_sha256})
@@ -295,13 +360,17 @@ def export_bundle(
         classifier_ref, unet_ref = (
             publication.write(name, content) for name, content in ((classifier_file, classify), (unet_file, step))
         )
-        say("comparing numbers with PyTorch")
-        pixels, counts = comparable(images.parity, kind, weight_bytes(unet.network))
-        steps = list(parity.step_differences(files[0], unet, pixels, kind, counts))
-        logits = list(parity.classifier_differences(files[1], classifier, pixels, kind))
-        worst_step, worst_logits = parity.check(steps, kind), parity.check(logits, kind)
+        say(f"comparing numbers with {against}")
+        part = 0
+        try:
+            steps = list(parity.step_differences(files[0], unet, pixels, kind, counts))
+            part = 1
+            logits = list(parity.classifier_differences(files[1], classifier, pixels, kind))
+        except parity.NotFinite as error:
+            raise explained(error, smaller[part].network, (unet, classifier)[part].network, kind) from error
+        worst_step, worst_logits = parity.check(steps, kind), parity.check(logits, kind, of_classifier)
         if kind != "fp32":
-            say("comparing labels with PyTorch")
+            say(f"comparing labels with {against}")
         labels = _compared_labels((unet, classifier), smaller, files, kind, images)
         by, compared = parity.evaluator(kind), (labels.total, labels.disagreements) if labels else (0, 0)
         publication.add(
@@ -338,6 +407,8 @@ def export_bundle(
                 data=data_ref(files[0]),
                 accuracy=Accuracy(by, len(steps), worst_step.relative_l2, *compared),
                 timestep_rule=unet.timestep_rule,
+                attention=unet.attention,
+                denoising=denoising,
             )
         )
         say("publishing")
@@ -351,6 +422,8 @@ def export_bundle(
             len(steps) + len(logits),
             {"unet": types_of(step), "classifier": types_of(classify)},
             labels,
+            against,
+            denoising,
         )
 
 

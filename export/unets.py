@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from densepure_rt.errors import CheckFailed, UsageError
 from densepure_rt.export.programs import first_line
 from densepure_rt.export.step_graph import LEARNED
+from densepure_rt.export.weight_files import variant_note, weight_file
 from densepure_rt.export.zoo.models import ZOO, load_weights, new_unet
 from densepure_rt.runtime.bundle import MAX_STEPS, Prediction, sha256_of
 from densepure_rt.runtime.schedule import Schedule, ScheduleName, TimestepRule, Variance
+from densepure_rt.runtime.transport import transfer_fault
 
 # What diffusers' scheduler_config.json calls them (diffusers 0.42, schedulers/scheduling_ddpm.py). Its "learned"
 # variance is a variance and not a logarithm, and no published model has it.
@@ -40,6 +42,7 @@ DIFFUSERS_VARIANCES: dict[str, Variance] = {
     "fixed_large_log": "fixed_large",
     "learned_range": "learned_range",
 }
+DIFFUSERS_WEIGHTS = dict.fromkeys(("safetensors", "bin"), "diffusion_pytorch_model")
 BELOW_ONE = math.nextafter(1.0, 0.0)
 
 
@@ -48,7 +51,8 @@ class DiffusionModel:
     """A diffusion network and how it was trained.
 
     network: (x [B, C, H, W] in [-1, 1] and beyond, t [B]) -> what it predicts, see `StepGraph`. image: [C, H, W].
-    timestep_rule: which timestep belongs to a sigma, see `make_chain`.
+    timestep_rule: which timestep belongs to a sigma, see `make_chain`. attention: how it is split, in words, where the
+    weights do not tell. notes: what was chosen when it was opened, a sentence each, for whoever exports it.
     """
 
     network: nn.Module
@@ -59,6 +63,8 @@ class DiffusionModel:
     clip: tuple[float, float] | None
     weights_sha256: str
     timestep_rule: TimestepRule = "nearest"
+    attention: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def learned_variance(self) -> bool:
@@ -190,6 +196,7 @@ def diffusers_unet(
         network=DiffusersNetwork(network).eval(),
         image=image,
         weights_sha256=state_sha256(network),
+        notes=variant_note(weight_file(home, DIFFUSERS_WEIGHTS)),
         **diffusers_training(read_config(scheduler_path, "a diffusers scheduler"), scheduler_path, clip_given),
     )
     try:
@@ -278,6 +285,8 @@ def read_config(path: Path, what: str) -> dict[str, Any]:
     except OSError as error:
         raise UsageError(f"cannot read {path} ({error.strerror}): {what} is a folder that holds it") from error
     except (ValueError, RecursionError) as error:
+        if fault := transfer_fault(path):
+            raise CheckFailed(f"{path} is not valid JSON: {fault}") from error
         raise CheckFailed(f"{path} is not valid JSON ({error}): copy the folder again") from error
     if not isinstance(found, dict):
         raise CheckFailed(f"{path} should hold a JSON object, found {type(found).__name__}: copy the folder again")
@@ -314,10 +323,15 @@ def _diffusers_network(home: Path) -> nn.Module:
     from diffusers.utils import logging as diffusers_logging
 
     diffusers_logging.set_verbosity(logging.CRITICAL)  # it warns of what is raised below
-    safe = any(home.glob("*.safetensors"))
+    weights = weight_file(home, DIFFUSERS_WEIGHTS)
     try:
         network, loading = UNet2DModel.from_pretrained(
-            str(home), local_files_only=True, use_safetensors=safe, low_cpu_mem_usage=False, output_loading_info=True
+            str(home),
+            local_files_only=True,
+            use_safetensors=weights.safe,
+            variant=weights.variant or None,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
         )
     except Exception as error:  # diffusers raises OSError, ValueError, RuntimeError and its readers' own
         reason = " ".join(str(error).split())[:200]  # its first line only announces the second
@@ -328,5 +342,5 @@ def _diffusers_network(home: Path) -> nn.Module:
                 f"the weights in {home} do not fit its config: {kind.replace('_', ' ')}, "
                 f"first {sorted(loading[kind])[0]}"
             )
-    result: nn.Module = network
+    result: nn.Module = network.float()
     return result

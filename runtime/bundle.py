@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar, get_args
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.runtime import gpu
 from densepure_rt.runtime.schedule import Schedule, ScheduleName, TimestepRule, Variance
+from densepure_rt.runtime.transport import transfer_fault
 
 SCHEMA_VERSION = 1
 PIXEL_RANGE = (-1.0, 1.0)  # what the runtime feeds
@@ -34,7 +35,14 @@ PLAN_SUFFIXES: dict[Flavour, str] = {"tensorrt-rtx": ".rtx.plan", "tensorrt": ".
 DATA_KEY = "densepure_rt.data"  # under which a graph's own metadata says which weights it reads: `data_mark`
 RTX_MAGIC = b"vtrt"  # the first bytes of every plan of tensorrt-rtx 1.7
 UNKNOWN = "unknown"  # the version of a plan that has no sidecar
-OPTIONAL = ("plan", "data", "accuracy", "preprocessing")  # fields of a sidecar that may be absent
+OPTIONAL = (
+    "plan",
+    "data",
+    "accuracy",
+    "preprocessing",
+    "attention",
+    "denoising",
+)  # fields of a sidecar that may be absent
 T = TypeVar("T")
 
 
@@ -81,6 +89,29 @@ class Accuracy:
     labels_differ: int
 
 
+Verdict = Literal["as declared", "doubted", "not judged"]
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """How well a network denoised in one step when it was exported, as it was declared and otherwise.
+
+    images: how many; made_up: whether they are no real ones. error, shrinkage, other_error: mean squared errors against
+    the clean images in [-1, 1], by sigma: as declared, of the best affine estimate, and of the declaration that came
+    next to it or before it. other: that declaration, as options; instead_of: what they replace. Both are empty where
+    no other was tried.
+    """
+
+    verdict: Verdict
+    images: int
+    made_up: bool
+    error: Mapping[str, float]
+    shrinkage: Mapping[str, float]
+    other: str = ""
+    instead_of: str = ""
+    other_error: Mapping[str, float] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class Sidecar:
     """What an engine file is.
@@ -108,7 +139,8 @@ class StepSidecar(Sidecar):
     """A step graph: how its network was noised, what it predicts, and the classifier that belongs to it.
 
     prediction: what the network's output is; the graph turns it into x0 itself. clip: of x0, or None. timestep_rule:
-    how a run finds the timestep of its sigma, unless it is told otherwise.
+    how a run finds the timestep of its sigma, unless it is told otherwise. attention: how it is split, in words, where
+    its weights do not tell. denoising: what the check at export found.
     """
 
     schedule: Schedule
@@ -117,6 +149,8 @@ class StepSidecar(Sidecar):
     clip: tuple[float, float] | None
     classifier: FileRef
     timestep_rule: TimestepRule = field(default="nearest", kw_only=True)
+    attention: str | None = field(default=None, kw_only=True)
+    denoising: Denoising | None = field(default=None, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -276,6 +310,19 @@ def _accuracy(fields: _Fields) -> Accuracy:
     )
 
 
+def _denoising(fields: _Fields) -> Denoising:
+    return Denoising(
+        verdict=fields.choice("verdict", get_args(Verdict)),
+        images=fields("images", int),
+        made_up=fields("made_up", bool),
+        error=fields.mapping("error", float),
+        shrinkage=fields.mapping("shrinkage", float),
+        other=fields("other", str),
+        instead_of=fields("instead_of", str),
+        other_error=fields.mapping("other_error", float),
+    )
+
+
 def read_sidecar(engine: Path) -> StepSidecar | ClassifierSidecar:
     """The sidecar of an engine file, checked field by field. Nothing of the engine itself is read.
 
@@ -335,6 +382,8 @@ def read_sidecar(engine: Path) -> StepSidecar | ClassifierSidecar:
         clip=None if fields.values.get("clip") is None else fields.numbers("clip", float, 2),
         classifier=_file_ref(fields.object("classifier")),
         timestep_rule=fields.choice("timestep_rule", get_args(TimestepRule)),
+        attention=None if fields.values.get("attention") is None else fields("attention", str),
+        denoising=fields.optional("denoising", _denoising),
     )
 
 
@@ -391,6 +440,8 @@ def verified_bytes(path: Path, expected_sha256: str) -> bytes:
         ) from error
     found = hashlib.sha256(content).hexdigest()
     if found != expected_sha256:
+        if fault := transfer_fault(path):
+            raise CheckFailed(f"{path} is no engine: {fault}")
         raise CheckFailed(
             f"{path} has SHA-256 {found[:16]}..., its sidecar or --engine-sha256 says {expected_sha256[:16]}...: "
             f"the file is damaged or is another engine; copy it again, or export the bundle again"
@@ -412,6 +463,8 @@ def verified_engine(path: Path, sidecar: Sidecar) -> bytes:
                 f"cannot read {data}, the weights of {path.name} ({error.strerror}): copy it along with the engine"
             ) from error
         if found != sidecar.data.sha256:
+            if fault := transfer_fault(data):
+                raise CheckFailed(f"{data} holds no weights: {fault}")
             raise CheckFailed(
                 f"{data} has SHA-256 {found[:16]}..., its sidecar says {sidecar.data.sha256[:16]}...: the file is "
                 f"damaged or belongs to another engine; copy it again, or export the bundle again"

@@ -6,29 +6,26 @@ reads source slots and writes target slots, or reads slots and returns labels.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from densepure_rt.errors import CheckFailed, DensePureError, EnvironmentFault, UsageError
+from densepure_rt.errors import EnvironmentFault, UsageError
 from densepure_rt.runtime.bundle import Bundle
 from densepure_rt.runtime.noise import Key
-from densepure_rt.runtime.schedule import make_chain
 
 NOT_FINITE = -1  # in place of a label: the network gave NaN or Inf somewhere on the way
 Kind = Literal["smooth", "step", "classify"]
 Provider = Literal["cpu", "cuda", "tensorrt"]  # of ONNX Runtime
 DEFAULT_BATCH = 32  # of ONNX Runtime; fastest on a CPU between 8 and 32
 DEFAULT_VALUES = DEFAULT_BATCH * 3 * 64 * 64  # a default batch holds no more: a network's tensors are far larger
+CLOSED = "this classifier is closed: load it again"
 MAX_BATCH = 65_535  # items; CUDA takes no more in the y of a grid
 MAX_THREADS = 1024
 ONNXRUNTIME_WHEELS = ("onnxruntime", "onnxruntime-gpu")
@@ -39,8 +36,6 @@ STEP_INPUTS = ("mean", "std", "noise", "t", "coef")
 STEP_OUTPUTS = ("mean_next", "std_next", "finite")
 CLASSIFY_INPUTS = ("mean",)
 CLASSIFY_OUTPUTS = ("logits",)
-PROBE_DEPTH, PROBE_STEPS = 4, 3  # the probe starts at a quarter of the schedule and takes up to three steps
-PROBE_SIGMA = 0.5  # where a continuous schedule's begins
 
 Floats = NDArray[np.float32]
 
@@ -120,15 +115,6 @@ def installed_versions(*distributions: str) -> dict[str, str]:
     return found
 
 
-def processor() -> str:
-    """The name of this machine's CPU, as far as the system tells."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
 def onnxruntime_conflict() -> str | None:
     """The repair, when both ONNX Runtime wheels are here: they overwrite each other's files, and pip cannot say so."""
     found = installed_versions(*ONNXRUNTIME_WHEELS)
@@ -154,7 +140,7 @@ def onnxruntime_version() -> str:
         import onnxruntime
 
         return str(onnxruntime.__version__)
-    except (ImportError, AttributeError) as error:  # a half-removed wheel leaves a package without a version
+    except Exception as error:  # missing, a half-removed wheel without a version, a NumPy that it was not built for
         raise EnvironmentFault(
             f"ONNX Runtime, which runs .onnx engines, cannot be imported ({error}): "
             "run \"pip install 'densepure-rt[cpu]'\""
@@ -182,7 +168,7 @@ def refuse_unrunnable(name: str, precision: str, provider: Provider) -> None:
 
 
 def open_device(bundle: Bundle, batch: int | None, threads: int, provider: Provider = "cpu") -> Device:
-    """The device that runs this bundle's engines, its results checked not to depend on who shares a batch.
+    """The device that runs this bundle's engines, its results fingerprinted and checked; see `runtime.probe`.
 
     batch: None for what suits the device: `default_batch`, or the largest that a plan was built for. threads, provider:
     of ONNX Runtime; a plan needs neither. Nothing falls back to the CPU: what was asked for and cannot be had raises
@@ -202,57 +188,14 @@ def open_device(bundle: Bundle, batch: int | None, threads: int, provider: Provi
     return OnnxDevice(bundle, default_batch(bundle.unet.image) if batch is None else batch, threads, provider)
 
 
+def forked(why: str) -> EnvironmentFault:
+    """Return the error of a classifier that a child process cannot go on with. why: continues "was loaded, "."""
+    return EnvironmentFault(
+        f"this process was forked after the classifier was loaded, {why}: load it in the child process, or start the "
+        f'child with multiprocessing.get_context("spawn")'
+    )
+
+
 def default_batch(image: tuple[int, int, int]) -> int:
     """32 colour images up to 64 x 64, fewer of larger ones, 2 of 256 x 256."""
     return max(1, min(DEFAULT_BATCH, DEFAULT_VALUES // math.prod(image)))
-
-
-def probe(bundle: Bundle, batch: int, run: Callable[[dict[str, Floats]], Sequence[Floats]]) -> None:
-    """Raise CheckFailed when the engines give NaN on ordinary input, or when an item's result depends on its mates.
-
-    run: a feed of the step engine -> its three outputs, and the logits of the feed's mean. A batch of mixed timesteps
-    and spreads is run twice; the second time in reverse order and with every other item exchanged. The items that were
-    kept must come out bit for bit the same.
-    """
-    schedule, draw, image = bundle.unet.schedule, np.random.Generator(np.random.Philox(0)), bundle.unet.image
-    if schedule.continuous:
-        chain = make_chain(schedule, bundle.unet.variance, PROBE_SIGMA, PROBE_STEPS)
-    else:
-        quarter = schedule.steps // PROBE_DEPTH
-        sigma = math.sqrt(1 / schedule.alpha_bar()[quarter] - 1) / 2
-        chain = make_chain(schedule, bundle.unet.variance, sigma, max(1, min(PROBE_STEPS, quarter)))
-    step = np.arange(batch) % len(chain)
-
-    def items() -> dict[str, Floats]:
-        mean, noise = draw.standard_normal((2, batch, *image), np.float32)
-        std = np.zeros_like(mean) + (step > 0)[:, None, None, None].astype(np.float32) / 4
-        return {"mean": mean, "std": std, "noise": noise, "t": chain.t[step], "coef": chain.coef[step]}
-
-    kept = np.arange(batch) % 2 == 0
-    some, others = items(), items()
-    exchanged = {name: np.where(kept[(...,) + (None,) * (x.ndim - 1)], x, others[name]) for name, x in some.items()}
-    try:
-        first, second = run(some), run({name: x[::-1] for name, x in exchanged.items()})
-    except (MemoryError, DensePureError):
-        raise
-    except Exception as error:  # ONNX Runtime's errors have no common base but this
-        raise CheckFailed(
-            f"{bundle.unet_path.name} or {bundle.classifier_path.name} cannot run batches of {batch} images "
-            f"{list(image)}, as its sidecar says ({error}): export the bundle again, or use a smaller --batch if the "
-            f"memory is short"
-        ) from error
-    if first[3].shape != (batch, len(bundle.classifier.class_names)):
-        raise CheckFailed(
-            f"{bundle.classifier_path.name} gives logits of {list(first[3].shape[1:])} for the "
-            f"{len(bundle.classifier.class_names)} classes that its sidecar names: export the bundle again"
-        )
-    if not (np.isfinite(first[0]).all() and (first[2] > 0).all() and np.isfinite(first[3]).all()):
-        raise CheckFailed(
-            f"{bundle.unet_path.name} or {bundle.classifier_path.name} gives NaN or Inf on ordinary input: "
-            f"its weights are damaged; export it again from a sound checkpoint"
-        )
-    if any(not np.array_equal(a[kept], b[::-1][kept]) for a, b in zip(first, second, strict=True)):
-        raise CheckFailed(
-            f"on this machine an item's result depends on the others in its batch of {batch}, which would "
-            f"void the certificates: use --batch 1"
-        )

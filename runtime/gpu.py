@@ -7,18 +7,37 @@ from dataclasses import dataclass
 
 from densepure_rt.errors import EnvironmentFault
 
-LIBCUDA = "libcuda.so.1"
+LIBCUDA, NVML = "libcuda.so.1", "libnvidia-ml.so.1"
 NAME_BYTES = 256
+UNKNOWN = "unknown"
 MAJOR, MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR, cuda.h
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """name: such as "NVIDIA H100". compute_capability: such as "9.0". driver: the newest CUDA that it runs: "12.6"."""
+    """A GPU as its driver describes it.
+
+    Attributes:
+        name: Such as "NVIDIA H100".
+        compute_capability: Such as "9.0".
+        driver: The newest CUDA that the driver runs, such as "12.6".
+        driver_release: The driver's own version, such as "550.54.15"; "unknown" where NVML does not tell.
+    """
 
     name: str
     compute_capability: str
     driver: str
+    driver_release: str = UNKNOWN
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What a record says of the GPU, by name."""
+        return {
+            "gpu": self.name,
+            "compute_capability": self.compute_capability,
+            "driver": self.driver,
+            "driver_release": self.driver_release,
+        }
 
 
 def find() -> Gpu:
@@ -49,4 +68,18 @@ def find() -> Gpu:
         ask("cuDeviceGetAttribute", ctypes.byref(value), attribute, device)
         capability.append(str(value.value))
     driver = f"{version.value // 1000}.{version.value % 1000 // 10}"
-    return Gpu(name.value.decode(errors="replace"), ".".join(capability), driver)
+    return Gpu(name.value.decode(errors="replace"), ".".join(capability), driver, driver_release())
+
+
+def driver_release() -> str:
+    """Ask NVML for the driver's version. Source: nvmlSystemGetDriverVersion of the NVML API."""
+    release = ctypes.create_string_buffer(NAME_BYTES)
+    try:
+        nvml = ctypes.CDLL(NVML)
+        if nvml.nvmlInit_v2():
+            return UNKNOWN
+        failed = nvml.nvmlSystemGetDriverVersion(release, NAME_BYTES)
+        nvml.nvmlShutdown()
+    except (OSError, AttributeError):  # an older Jetson has none
+        return UNKNOWN
+    return UNKNOWN if failed else release.value.decode(errors="replace")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -10,9 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from densepure_rt.errors import EnvironmentFault, UsageError
 from densepure_rt.runtime.bundle import Bundle
-from densepure_rt.runtime.device import NOT_FINITE, Batch, Floats, probe
+from densepure_rt.runtime.device import CLOSED, NOT_FINITE, Batch, Floats, forked
 from densepure_rt.runtime.noise import Key, RoundedNormal, first_state, smoothing_law, smoothing_noise, vote_noise
+from densepure_rt.runtime.probe import probe
 
 RunNetwork = Callable[[Mapping[str, Floats]], Sequence[Floats]]  # a feed of one whole batch -> the outputs, in order
 
@@ -25,13 +28,26 @@ class OpenImage:
     scale: float
 
 
+def new_pool(callers: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(callers, thread_name_prefix="densepure-rt")
+
+
 class HostDevice:
     """See `densepure_rt.runtime.device.Device`.
 
-    step, classify: the networks of the bundle. `callers` threads call them at the same time, with whole batches of
-    `batch` items each. facts: what `describe` says besides.
+    After a fork the child has the networks but none of the threads: it starts its own with its first batch.
 
-    Raises CheckFailed when a result is not finite, or depends on who shares a batch.
+    Args:
+        step: The step network of the bundle.
+        classify: The classifier of the bundle.
+        batch: Items of each call; the last of a loop is padded.
+        callers: Threads that call the networks at the same time.
+        facts: What `describe` says besides.
+        any_batch: Whether the networks take other batches too.
+        survives_fork: Whether a child process may go on with the networks.
+
+    Raises:
+        CheckFailed: A result is not finite, or depends on who shares a batch.
     """
 
     def __init__(
@@ -42,17 +58,21 @@ class HostDevice:
         batch: int,
         callers: int,
         facts: Mapping[str, str | int | bool],
+        any_batch: bool = False,
+        survives_fork: bool = True,
     ) -> None:
-        self.batch, self.in_flight, self.facts = batch, callers, facts
+        self.batch, self.in_flight, self.facts, self.survives_fork = batch, callers, facts, survives_fork
         self.image_shape = bundle.unet.image
         self._step, self._classify = step, classify
         self._images: dict[int, OpenImage] = {}
         self._handles, self._tickets = itertools.count(), itertools.count()
-        self._pool = ThreadPoolExecutor(callers, thread_name_prefix="densepure-rt")
+        self._pool, self._process, self._closed = new_pool(callers), os.getpid(), False
         self._outstanding: dict[Future[NDArray[np.int64] | None], int] = {}
         self._mean = self._std = np.empty((0, *self.image_shape), np.float32)
         self._finite = np.empty(0, bool)
-        probe(bundle, batch, lambda feed: [*self._step(feed), *self._classify({"mean": feed["mean"]})])
+        self.probed = probe(
+            bundle, batch, lambda feed: [*self._step(feed), *self._classify({"mean": feed["mean"]})], any_batch
+        )
 
     def open_image(self, pixels: NDArray[np.uint8], key: Key, sigma: float, scale: float) -> int:
         handle = next(self._handles)
@@ -63,37 +83,68 @@ class HostDevice:
         self._images.pop(handle, None)
 
     def reserve(self, slots: int) -> None:
+        self._own()  # a loop begins here
         if slots > len(self._mean):
             self._mean = np.zeros((slots, *self.image_shape), np.float32)
             self._std = np.zeros((slots, *self.image_shape), np.float32)
             self._finite = np.zeros(slots, bool)
 
     def submit(self, batch: Batch) -> int:
+        self._own()
         run = {"smooth": self._run_smooth, "step": self._run_step, "classify": self._run_classify}[batch.kind]
         ticket = next(self._tickets)
         self._outstanding[self._pool.submit(run, batch)] = ticket
         return ticket
 
     def collect(self) -> tuple[int, NDArray[np.int64] | None]:
+        self._own()
+        if not self._outstanding:
+            raise EnvironmentFault(
+                "this process was forked in the middle of an iteration, whose batches its parent has: begin a new one"
+            )
         done, _ = wait(self._outstanding, return_when=FIRST_COMPLETED)
         oldest = min(done, key=self._outstanding.__getitem__)
         return self._outstanding.pop(oldest), oldest.result()
 
     def drain(self) -> None:
-        wait(self._outstanding)
+        if self._process == os.getpid():
+            wait(self._outstanding)
         self._outstanding.clear()
 
     def read(self, slots: Sequence[int]) -> tuple[Floats, Floats]:
         return self._mean[list(slots)], self._std[list(slots)]
 
     def describe(self) -> Mapping[str, str | int | bool]:
-        independent = {"independent_of_batch_mates": True}  # or `probe` would have raised
-        return {**self.facts, "batch": self.batch, **independent}
+        return {
+            **self.facts,
+            "batch": self.batch,
+            "independent_of_batch_mates": True,  # or `probe` would have raised
+            "independent_of_batch": self.probed.independent_of_batch,
+            "fingerprint": self.probed.fingerprint,
+        }
 
     def close(self) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        self._closed = True
+        if self._process == os.getpid():
+            self._pool.shutdown(cancel_futures=True)
         self._outstanding.clear()
         self._images.clear()
+
+    def _own(self) -> None:
+        """Take over after a fork, which copies all but the threads.
+
+        Raises:
+            EnvironmentFault: The networks cannot be used here.
+            UsageError: The device is closed.
+        """
+        if self._closed:
+            raise UsageError(CLOSED)
+        if self._process == os.getpid():
+            return
+        if not (self.survives_fork and all(future.done() for future in self._outstanding)):
+            raise forked("while its engines were at work" if self.survives_fork else "and its engines are on a GPU")
+        self._pool, self._process = new_pool(self.in_flight), os.getpid()
+        self._outstanding.clear()
 
     def _run_smooth(self, batch: Batch) -> None:
         for handle, sample, slot in zip(batch.image, batch.sample, batch.target, strict=True):

@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime
 
 from densepure_rt.errors import CheckFailed, EnvironmentFault
+from densepure_rt.runtime import gpu
 from densepure_rt.runtime.bundle import DATA_KEY, Bundle, Sidecar, data_mark, verified_engine
 from densepure_rt.runtime.device import (
     CLASSIFY_INPUTS,
@@ -17,10 +18,10 @@ from densepure_rt.runtime.device import (
     STEP_OUTPUTS,
     Floats,
     Provider,
-    processor,
     refuse_unrunnable,
 )
 from densepure_rt.runtime.host_device import HostDevice
+from densepure_rt.runtime.machine import gpu_libraries, instruction_sets, processor
 
 SILENT = 4  # ONNX Runtime's log level "fatal"; what it raises is reported anyway
 EXECUTION_PROVIDERS: dict[Provider, str] = {
@@ -30,6 +31,9 @@ EXECUTION_PROVIDERS: dict[Provider, str] = {
 }
 PROVIDER_OPTIONS: dict[Provider, dict[str, str]] = {"cpu": {}, "cuda": {"use_tf32": "0"}, "tensorrt": {}}
 GPU, FIRST = "cuda", 0  # where a GPU provider's values live
+# Products of uint8 and int8 overflow int16 on an x86 without VNNI: AVX2 adds two of them there and saturates. ONNX
+# Runtime then computes them in uint8 and uint8, which is exact; with VNNI, and on an Arm, the entry changes nothing.
+EXACT_INT8 = ("session.x64quantprecision", "1")
 
 
 def open_session(
@@ -51,6 +55,7 @@ def open_session(
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = SILENT
+    options.add_session_config_entry(*EXACT_INT8)
     if folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     if not optimised:
@@ -112,6 +117,11 @@ class Network:
                 f"{path.name} names other weights than its sidecar does: copy both again, or export the bundle again"
             )
 
+    @property
+    def any_batch(self) -> bool:
+        """Whether the graph leaves the batch open."""
+        return all(not isinstance(value.shape[0], int) for value in self.session.get_inputs())
+
     def __call__(self, feed: Mapping[str, Floats]) -> list[Floats]:
         if self.provider == "cpu":
             results: list[Floats] = self.session.run(self.outputs, feed)
@@ -139,10 +149,16 @@ class OnnxDevice(HostDevice):
             refuse_unrunnable(path.name, sidecar.precision, provider)
         step = Network(bundle.unet_path, bundle.unet, STEP_INPUTS, STEP_OUTPUTS, provider)
         classify = Network(bundle.classifier_path, bundle.classifier, CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, provider)
-        facts = {
+        facts: dict[str, str | int | bool] = {
             "provider": "onnxruntime CPU" if provider == "cpu" else f"onnxruntime {provider}",
             "onnxruntime": onnxruntime.__version__,
-            "processor": processor(),
             "threads": threads,
         }
-        super().__init__(bundle, step, classify, batch, threads, facts)
+        on_gpu = provider != "cpu"
+        facts |= gpu.find().facts | gpu_libraries() if on_gpu else cpu_facts()
+        any_batch = step.any_batch and classify.any_batch
+        super().__init__(bundle, step, classify, batch, threads, facts, any_batch, survives_fork=not on_gpu)
+
+
+def cpu_facts() -> dict[str, str]:
+    return {"processor": processor(), "instruction_sets": " ".join(instruction_sets())}

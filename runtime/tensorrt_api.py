@@ -32,7 +32,7 @@ def import_flavour(flavour: Flavour) -> Any:
     """The Python module of that flavour. Raises EnvironmentFault with the repair when it cannot be imported."""
     try:
         return importlib.import_module(MODULES[flavour])
-    except (ImportError, OSError) as error:  # OSError: the bindings are here, the libraries are not
+    except Exception as error:  # missing, or the bindings are here and the libraries are not
         extra = "on a Jetson it comes with JetPack: make the virtual environment with --system-site-packages"
         raise EnvironmentFault(
             f"{flavour} cannot be imported ({first_line(error)}): run \"pip install 'densepure-rt[{flavour}]'\""

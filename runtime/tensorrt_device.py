@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import itertools
+import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,10 +41,11 @@ from densepure_rt.runtime.device import (
     Batch,
     Floats,
     Kind,
+    forked,
     installed_versions,
-    probe,
 )
 from densepure_rt.runtime.noise import Key, RoundedNormal, smoothing_law, vote_law
+from densepure_rt.runtime.probe import probe
 from densepure_rt.runtime.tensorrt_api import first_line, import_flavour, new_logger
 
 IN_FLIGHT = 2  # one batch runs while the host prepares the next
@@ -159,7 +161,7 @@ class TensorRTDevice:
     def __init__(self, bundle: Bundle, batch: int | None) -> None:
         plan = bundle.unet.plan
         assert plan is not None
-        self.batch = refuse_misfit(bundle, batch)
+        self.batch, self._process = refuse_misfit(bundle, batch), os.getpid()
         contents = [  # hashed before anything native is loaded
             (path, sidecar, verified_engine(path, sidecar))
             for path, sidecar in ((bundle.unet_path, bundle.unet), (bundle.classifier_path, bundle.classifier))
@@ -206,7 +208,7 @@ class TensorRTDevice:
         self._outstanding: deque[tuple[int, Kind, int, Staging]] = deque()
         self._slots = 0
         self._graphs: dict[Kind, Any] = {}
-        probe(bundle, self.batch, self._run_engines)
+        self.probed = probe(bundle, self.batch, self._run_engines, any_batch=False)
 
     # The contract of Device
 
@@ -232,6 +234,8 @@ class TensorRTDevice:
 
     @said_plainly()
     def reserve(self, slots: int) -> None:
+        if self._process != os.getpid():
+            raise forked("and its engines are on a GPU")
         self._device.set_current()  # a loop begins here, and its thread may be another than the one that opened this
         if slots > self._slots:
             self._graphs.clear()  # they hold the old addresses
@@ -278,11 +282,11 @@ class TensorRTDevice:
         return {
             "provider": self.flavour,
             "tensorrt": self._trt.__version__,
-            "gpu": self.gpu.name,
-            "compute_capability": self.gpu.compute_capability,
-            "driver": self.gpu.driver,
+            **self.gpu.facts,
             "batch": self.batch,
             "independent_of_batch_mates": True,  # or `probe` would have raised
+            "independent_of_batch": self.probed.independent_of_batch,
+            "fingerprint": self.probed.fingerprint,
         } | installed_versions("cuda-core", "cuda-bindings")
 
     def close(self) -> None:
@@ -512,7 +516,7 @@ def import_cuda(here: gpu.Gpu) -> Any:
     try:
         import cuda.core
         from cuda.bindings import runtime
-    except ImportError as error:
+    except Exception as error:  # missing, or it does not find the driver's libraries
         raise EnvironmentFault(
             f"cuda-core, which drives the GPU, cannot be imported ({first_line(error)}): run "
             f"\"pip install 'densepure-rt[tensorrt]'\""

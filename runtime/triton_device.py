@@ -13,8 +13,9 @@ import numpy as np
 
 from densepure_rt.errors import DensePureError, EnvironmentFault
 from densepure_rt.runtime.bundle import Bundle
-from densepure_rt.runtime.device import CLASSIFY_OUTPUTS, STEP_OUTPUTS, Floats, processor
+from densepure_rt.runtime.device import CLASSIFY_OUTPUTS, STEP_OUTPUTS, Floats
 from densepure_rt.runtime.host_device import HostDevice
+from densepure_rt.runtime.machine import processor
 
 STEP_MODEL, CLASSIFY_MODEL = "unet", "classifier"  # their names in the model repository
 VERSION = 1  # of both: what was hashed is what is called

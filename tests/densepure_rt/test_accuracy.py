@@ -12,6 +12,7 @@ from scipy import stats
 from densepure_rt.accuracy import RHO, band_half_width, curve_of, reach, right_of_these
 from densepure_rt.records import RuleIdentity
 from densepure_rt.run_reader import read_run
+from tests.densepure_rt.growth import calls
 from tests.densepure_rt.made_runs import ALPHA, GRID, SEQUENTIAL, SIGMA, Made, N, make_run
 
 IMAGES = (Made(0.1), Made(0.4), Made(0.4, predict=2), Made(None), Made(0.0), Made(0.7), Made(0.7, label=None))
@@ -54,6 +55,13 @@ def test_without_labels_every_certificate_counts(tmp_path: Path) -> None:
     curve = curve_of(read_run(make_run(tmp_path / "a", images)))
     assert [curve.at(radius) for radius in (0.0, 0.2)] == pytest.approx([2 / 3, 1 / 3])
     assert not curve.labelled
+
+
+def test_a_curve_takes_work_in_proportion_to_its_images(tmp_path: Path) -> None:
+    """Each image has a radius of its own, as in runs that measure radii."""
+    few, many = (read_run(make_run(tmp_path / str(n), [Made(0.1 + i / 1e5) for i in range(n)])) for n in (100, 800))
+    assert len(curve_of(many).radii) == 802
+    assert calls(lambda: curve_of(many)) < 12 * calls(lambda: curve_of(few))
 
 
 def test_without_images_there_is_no_curve(tmp_path: Path) -> None:

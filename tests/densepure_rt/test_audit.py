@@ -20,6 +20,7 @@ from densepure_rt.merge import merge
 from densepure_rt.run_folder import reveal
 from densepure_rt.shards import Shard
 from densepure_rt.smoothing import Budget, Settings, load
+from tests.densepure_rt.test_run_folder import OLD_RUN
 
 SHAPE, NAMES = (1, 28, 28), [str(label) for label in range(10)]
 SEQUENTIAL = Settings(sigma=0.1, steps=0, n=200, alpha=0.01, radii=(0.0, 0.05, 0.1, 0.6))
@@ -60,9 +61,24 @@ def failed(findings: list[Finding]) -> list[str]:
 def test_a_run_that_was_left_alone_holds(tmp_path: Path, images: ImageSet, settings: Settings) -> None:
     findings = audit(certified(tmp_path / "run", images, settings), images)
     assert failed(findings) == []
-    assert {"identity", "derived values", "secret", "ledger", "records", "results", "summary", "seal", "images"} == {
-        finding.what for finding in findings
-    }
+    assert {
+        "identity",
+        "derived values",
+        "arithmetic",
+        "secret",
+        "ledger",
+        "records",
+        "results",
+        "summary",
+        "seal",
+        "images",
+    } == {finding.what for finding in findings}
+
+
+def test_a_run_of_before_the_arithmetic_was_recorded_holds_and_that_is_said() -> None:
+    findings = {finding.what: finding for finding in audit(OLD_RUN)}
+    assert all(finding.holds for finding in findings.values())
+    assert findings["arithmetic"].said.startswith("not recorded by this old run")
 
 
 @pytest.mark.parametrize("settings", [SEQUENTIAL, FIXED], ids=lambda settings: settings.method)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from densepure_rt.errors import UsageError
 from densepure_rt.keys import new_secret, store_key
-from densepure_rt.run_folder import RunFolder
-from tests.densepure_rt.test_merge import cli
-from tests.densepure_rt.test_run_folder import SECRET, manifest, result
+from densepure_rt.records import ArithmeticIdentity, page
+from densepure_rt.run_folder import RunFolder, read_manifest
+from densepure_rt.smoothing import load
+from tests.densepure_rt.command_line import densepure_rt as cli
+from tests.densepure_rt.test_run_folder import OLD_RUN, SECRET, manifest, result
 
 
 @pytest.fixture
@@ -49,6 +53,27 @@ def test_a_run_that_is_revealed_by_its_own_key_file_draws_no_more_noise(run: Pat
         assert not key.exists()
     with pytest.raises(UsageError, match="has been revealed"):
         RunFolder(run, manifest(SECRET), SECRET)
+
+
+def told_of(run: Path, fingerprint: str | None) -> str:
+    """What `replay` says on stderr of a run with this fingerprint."""
+    there = read_manifest(run)
+    arithmetic = None if fingerprint is None else ArithmeticIdentity(fingerprint)
+    identity = dataclasses.replace(there.identity, arithmetic=arithmetic)
+    (run / "manifest.json").write_text(page(dataclasses.replace(there, identity=identity)))
+    done = cli("replay", run, "--image", 0)
+    assert done.returncode == 0
+    assert "label     9" in done.stdout
+    return done.stderr
+
+
+def test_replay_warns_and_goes_on_where_the_engines_compute_otherwise_than_in_the_run(tmp_path: Path) -> None:
+    shutil.copytree(OLD_RUN, tmp_path / "run")
+    with load(batch=32, threads=1) as here:
+        fingerprint = str(here.device.describe()["fingerprint"])
+    assert told_of(tmp_path / "run", fingerprint) == ""
+    assert "compute otherwise here than in the run" in told_of(tmp_path / "run", "f" * 64)
+    assert "does not say how its machine computed" in told_of(tmp_path / "run", None)
 
 
 @pytest.mark.parametrize("secret", ["zz", "ab", "00" * 31 + "0", "\n"])

@@ -4,7 +4,6 @@ import csv
 import hashlib
 import json
 import math
-import os
 import random
 import signal
 import stat
@@ -13,18 +12,23 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy import stats
 
-from densepure_rt.certify_run import RADII
+from densepure_rt.certify_run import RADII, manifest_of
+from densepure_rt.cli import notes_on
+from densepure_rt.datasets import open_images
+from densepure_rt.smoothing import UNLIMITED, Settings, load
+from tests.densepure_rt.command_line import code_without, densepure_rt, environment, in_a_process
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINES = ROOT / "engines"
-CODE = "from densepure_rt.cli import main; main()"
 N0, N, ALPHA, SIGMA = 4, 20, 0.001, 0.5
 TINY = f"--method fixed --n {N} --n0 {N0} --batch 4 --threads 1 --steps 1".split()
 
@@ -52,25 +56,18 @@ class Run(NamedTuple):
 
 
 def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-c", CODE, "certify", *map(str, arguments)]
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "300"}
+    return [sys.executable, "-c", code_without(), "certify", *map(str, arguments)]
 
 
 def certify(out: Path, *options: object) -> Run:
-    done = subprocess.run(
-        command(*options, "--out", out), capture_output=True, text=True, env=environment(), timeout=300
-    )
-    assert "Traceback" not in done.stderr, done.stderr
-    return Run(done, out)
+    return Run(densepure_rt("certify", *options, "--out", out), out)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Every third shipped image, four of them, with a new secret."""
-    finished = certify(tmp_path_factory.mktemp("secret") / "run", *TINY, "--skip", 3, "--max", 4)
+    out = tmp_path_factory.mktemp("secret") / "run"
+    finished = Run(in_a_process("certify", *TINY, "--skip", 3, "--max", 4, "--out", out), out)
     assert finished.done.returncode == 0, finished.done.stderr
     return finished
 
@@ -324,8 +321,7 @@ def test_to_resume_what_is_not_there_starts_it_and_without_a_folder_is_refused(t
     started = certify(tmp_path / "new", *TINY, "--max", 1, "--resume").done
     assert started.returncode == 0
     assert (tmp_path / "new" / "seal.json").exists()
-    options = command(*TINY, "--max", 1, "--resume")
-    refused = subprocess.run(options, capture_output=True, text=True, env=environment(), timeout=60)
+    refused = densepure_rt("certify", *TINY, "--max", 1, "--resume")
     assert (refused.returncode, refused.stdout) == (2, "")
     assert "name its folder with --out" in refused.stderr
 
@@ -370,6 +366,34 @@ def test_a_folder_is_named_as_it_was_given(tmp_path: Path, name: str) -> None:
     assert finished.done.returncode == 0
     assert str(tmp_path / name) in finished.done.stdout
     assert len(finished.rows) == 1
+
+
+def test_what_is_left_out_of_a_folder_is_on_screen_and_in_the_manifest(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    for name in ("0", "1", "2"):
+        (folder / name).mkdir(parents=True)
+    for name in ("0/a.tif", "1/b.pgm"):
+        Image.new("L", (28, 28), 90).save(folder / name)
+    (folder / "0" / "c.gif").write_bytes(b"")
+    finished = certify(tmp_path / "run", "--images", folder, "--n", 20, "--steps", 0, "--batch", 4, "--threads", 1)
+    assert finished.done.returncode == 0, finished.done.stderr
+    assert len(finished.rows) == 2
+    said = "left out    no images by their names: 1 (0/c.gif); class folders without an image: 1 (2)"
+    assert said in finished.done.stderr.splitlines()
+    assert finished.manifest["provenance"]["left_out"] == [
+        {"why": "no images by their names", "count": 1, "first": ["0/c.gif"]},
+        {"why": "class folders without an image", "count": 1, "first": ["2"]},
+    ]
+    assert finished.manifest["provenance"]["grey_repeated"] == 0
+
+
+def test_grey_images_that_are_repeated_are_on_screen_and_in_the_manifest() -> None:
+    """Of the images that are taken: one of the two that are grey."""
+    shipped = replace(open_images(None, (1, 28, 28), [str(label) for label in range(10)]), grey=frozenset({0, 7}))
+    chosen = shipped.select(limit=3)
+    assert notes_on(chosen) == {"grey": "1 grey image repeated to three channels"}
+    with load(threads=1, batch=4) as classifier:
+        assert manifest_of(classifier, chosen, Settings(), UNLIMITED, 1).provenance.grey_repeated == 1
 
 
 @contextmanager
@@ -433,27 +457,37 @@ def test_the_manifest_is_there_before_the_first_result(tmp_path: Path) -> None:
     assert (out / "results.jsonl").read_text() == ""
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return certify(tmp_path_factory.mktemp("uninterrupted") / "run", *KILLED)
+# Cheap images, some of which take long: the classifier alone, at little noise.
+KILLED = "--steps 0 --sigma 0.1 --radii 0,0.05,0.1 --n 1500 --seed 3 --batch 8 --threads 1".split()
 
 
-# Many cheap images, some of which take long: the classifier alone, at little noise.
-KILLED = "--steps 0 --sigma 0.1 --radii 0,0.05,0.1 --n 3000 --max 40 --seed 3 --batch 8 --threads 1".split()
+def kill_at_a_random_moment(*options: object, out: Path, chance: random.Random) -> None:
+    """Start a run and kill it: as it starts, or within moments of its next image."""
+
+    def lines() -> int:
+        table = out / "results.tsv"
+        return table.read_text().count("\n") if table.exists() else 1
+
+    before = lines()
+    with started(*options, "--out", out) as running:
+        if chance.random() < 0.3:
+            with suppress(subprocess.TimeoutExpired):
+                running.wait(0.4 + 0.8 * chance.random())  # a start takes about a second
+        else:
+            wait_for(lambda: lines() > before, running)
+            time.sleep(0.3 * chance.random())  # an image takes 0.1 s or more
+        running.kill()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL there")
 @pytest.mark.parametrize("times", [5, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_never_was(
-    uninterrupted: Run, tmp_path: Path, times: int
-) -> None:
-    out, chance = tmp_path / "run", random.Random(times)
+def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_never_was(tmp_path: Path, times: int) -> None:
+    options, chance = (*KILLED, "--max", 4 * times), random.Random(times)
+    uninterrupted = certify(tmp_path / "uninterrupted", *options)
+    out = tmp_path / "run"
     for _ in range(times):
-        with started(*KILLED, "--out", out) as running:
-            with suppress(subprocess.TimeoutExpired):
-                running.wait(0.8 + 1.5 * chance.random())  # a start takes a second
-            running.kill()
-    final = certify(out, *KILLED)
+        kill_at_a_random_moment(*options, out=out, chance=chance)
+    final = certify(out, *options)
     assert final.done.returncode == 0, final.done.stderr
     for name in ("results.jsonl", "summary.json"):
         assert (out / name).read_bytes() == (uninterrupted.out / name).read_bytes()

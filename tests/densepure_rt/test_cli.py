@@ -24,6 +24,8 @@ from typer.core import TyperGroup
 
 from densepure_rt import __version__
 from densepure_rt.cli import SHIPPED_MAX, app, main
+from tests.densepure_rt.command_line import Done as Done
+from tests.densepure_rt.command_line import code_without, densepure_rt, environment, in_a_process
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINES = ROOT / "engines"
@@ -47,23 +49,11 @@ COMMANDS = (
     "inspect",
     "doctor",
 )
-Done = subprocess.CompletedProcess[str]
-
-
-def code_without(*packages: str) -> str:
-    return f"import sys; sys.modules.update(dict.fromkeys({packages!r})); from densepure_rt.cli import main; main()"
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "300"}
 
 
 def cli(*arguments: object, cwd: Path | None = None, without: tuple[str, ...] = ()) -> Done:
-    """`densepure-rt ARGUMENTS` in a fresh interpreter that cannot import the packages `without`."""
-    command = [sys.executable, "-c", code_without(*without), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=cwd, timeout=120)
-    assert "Traceback" not in done.stderr, done.stderr
-    return done
+    """`densepure-rt ARGUMENTS`; in a fresh interpreter only when that cannot import the packages `without`."""
+    return in_a_process(*arguments, cwd=cwd, without=without) if without else densepure_rt(*arguments, cwd=cwd)
 
 
 @pytest.fixture
@@ -156,19 +146,19 @@ def test_help_needs_no_engine_library() -> None:
 
 
 def test_version_prints_the_version_alone() -> None:
-    done = cli("--version")
+    done = in_a_process("--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{__version__}\n", "")
 
 
 def test_without_a_command_the_commands_are_listed() -> None:
-    done = cli()
+    done = in_a_process()
     for name in COMMANDS:
         assert name in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("arguments", [["--nonsense"], ["nonsense"], ["certify", "--nonsense"], ["inspect"]])
 def test_what_is_not_known_exits_2(arguments: list[str]) -> None:
-    done = cli(*arguments)
+    done = in_a_process(*arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert "Usage" in done.stderr
 
@@ -296,11 +286,13 @@ def test_the_right_engine_hash_is_accepted(upper: bool) -> None:
 def test_another_engine_hash_exits_1(command: str) -> None:
     pin = sha256(ENGINES / "classifier.onnx")
     found = sha256(ENGINES / "unet.onnx")
-    refused(cli(command, "--engine-sha256", pin), 1, "--engine-sha256", pin[:16], found[:16], "unet.onnx")
+    refused(in_a_process(command, "--engine-sha256", pin), 1, "--engine-sha256", pin[:16], found[:16], "unet.onnx")
 
 
 def test_a_missing_engine_exits_2(tmp_path: Path) -> None:
-    refused(cli(*DRY, "--engine", tmp_path / "none.onnx"), 2, str(tmp_path / "none.onnx"), "densepure-rt export")
+    refused(
+        in_a_process(*DRY, "--engine", tmp_path / "none.onnx"), 2, str(tmp_path / "none.onnx"), "densepure-rt export"
+    )
 
 
 @pytest.mark.parametrize("name", ["unet.onnx", "classifier.onnx"])
@@ -439,7 +431,7 @@ def test_too_small_an_n_exits_2_and_names_the_n_that_is_enough() -> None:
 
 
 def test_a_batch_beyond_all_memory_is_no_traceback() -> None:
-    done = cli(*DRY, "--batch", 10**9)
+    done = in_a_process(*DRY, "--batch", 10**9)
     assert done.returncode in (2, 3)
     assert "--batch" in done.stderr
 

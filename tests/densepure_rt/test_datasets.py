@@ -3,6 +3,8 @@ from __future__ import annotations
 import gzip
 import io
 import os
+import pickle
+import struct
 import tempfile
 import zlib
 from collections.abc import Callable
@@ -246,7 +248,215 @@ def test_images_are_decoded_only_when_reached(tmp_path: Path) -> None:
         next(images)
 
 
+# Splits
+
+
+CIFAR = (3, 32, 32)
+
+
+def refusal(path: Path, shape: tuple[int, int, int] = GREY, classes: tuple[str, ...] = CLASSES) -> str:
+    with pytest.raises(UsageError) as refused:
+        open_images(path, shape, classes)
+    return str(refused.value)
+
+
+def test_training_and_test_files_of_cifar_are_not_joined(tmp_path: Path) -> None:
+    names = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
+    for label, name in enumerate(names):
+        (tmp_path / name).write_bytes(bytes([label]) + bytes(3072))
+    (tmp_path / "readme.html").write_text("CIFAR-10")
+    said = refusal(tmp_path, CIFAR, TEN)
+    assert "several splits" in said
+    assert f"name one: {', '.join(str(tmp_path / name) for name in names)}" in said
+    assert labels(read_all(tmp_path / "test_batch.bin", CIFAR, TEN)) == [5]
+    (tmp_path / "test_batch.bin").unlink()
+    parts = read_all(tmp_path, CIFAR, TEN)
+    assert labels(parts) == [0, 1, 2, 3, 4]
+    assert "data_batch_1.bin to data_batch_5.bin, 5 files joined" in parts.name
+    assert [(part.why, part.count, part.first) for part in parts.left_out] == [
+        ("no images by their names", 1, ("readme.html",))
+    ]
+
+
+@pytest.mark.parametrize("names", [("train.bin", "test.bin"), ("train_1.bin", "test_1.bin"), ("a.bin", "b.bin")])
+def test_binary_files_of_other_names_are_not_joined_either(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        (tmp_path / name).write_bytes(cifar_bytes())
+    assert all(str(tmp_path / name) in refusal(tmp_path, CIFAR, TEN) for name in names)
+
+
+def test_folders_of_splits_are_named_instead_of_joined(tmp_path: Path) -> None:
+    for split in ("train", "val2017", "Test"):
+        for name in ("trouser", "ankle-boot"):
+            save(tmp_path / "outside" / split / name / "a.png", DRAWING[0])
+            save(tmp_path / "inside" / name / split / "a.png", DRAWING[0])
+    folder = tmp_path / "outside"
+    assert f"name one: {folder / 'Test'}, {folder / 'train'}, {folder / 'val2017'}" in refusal(folder)
+    assert f"name one: {folder / 'Test'}" in refusal(folder, classes=("train", "test", "val2017"))
+    assert labels(read_all(folder / "train")) == [1, 2]
+    assert "several splits, Test, train, val2017" in refusal(tmp_path / "inside")
+    table = folder / "labels.csv"
+    table.write_text("file,label\ntrain/trouser/a.png,1\nTest/trouser/a.png,1\n")
+    assert "several splits, Test, train" in refusal(folder)
+    table.write_text("file,label\nTest/trouser/a.png,1\nTest/ankle-boot/a.png,2\n")
+    assert labels(read_all(folder)) == [1, 2]
+
+
+def test_a_class_may_have_the_name_of_a_split(tmp_path: Path) -> None:
+    classes = ("bullet train", "test tube")
+    for name in ("bullet train", "test tube"):
+        save(tmp_path / name / "a.png", DRAWING[0])
+    assert labels(read_all(tmp_path, classes=classes)) == [0, 1]
+    (tmp_path / "labels.csv").write_text("file,label\nbullet train/a.png,0\ntest tube/a.png,1\n")
+    assert labels(read_all(tmp_path, classes=classes)) == [0, 1]
+
+
+def test_a_folder_of_whole_sets_names_them(tmp_path: Path) -> None:
+    for split in ("train", "t10k"):
+        (tmp_path / f"{split}-images-idx3-ubyte").write_bytes(idx_bytes(DRAWING))
+        (tmp_path / f"{split}-labels-idx1-ubyte").write_bytes(idx_bytes(np.zeros(4, np.uint8)))
+    said = refusal(tmp_path)
+    assert said.endswith(f"name one: {tmp_path / 't10k-images-idx3-ubyte'}, {tmp_path / 'train-images-idx3-ubyte'}")
+    assert labels(read_all(tmp_path / "t10k-images-idx3-ubyte")) == [0] * 4
+    (tmp_path / "sub").mkdir()
+    assert str(npz(tmp_path / "sub", x=DRAWING)) in refusal(tmp_path / "sub")
+
+
+def test_a_pickle_is_never_opened_and_the_binary_version_is_named(tmp_path: Path) -> None:
+    class Opened:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "opened"),)
+
+    for protocol in range(2, pickle.HIGHEST_PROTOCOL + 1):
+        (tmp_path / "py").mkdir(exist_ok=True)
+        (tmp_path / "py" / "test_batch").write_bytes(pickle.dumps(Opened(), protocol))
+        for path in (tmp_path / "py", tmp_path / "py" / "test_batch"):
+            assert "cifar-10-binary.tar.gz" in refusal(path, CIFAR, TEN)
+    assert not (tmp_path / "opened").exists()
+
+
+# What is left out
+
+
+def test_what_is_no_image_of_a_folder_is_counted_with_its_reason_and_first_names(tmp_path: Path) -> None:
+    save(tmp_path / "trouser" / "a.png", DRAWING[0])
+    for name in ("1.gif", "2.gif", "3.gif", "4.gif", ".x.png", ".cache/y.png"):
+        (tmp_path / "trouser" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "trouser" / name).write_bytes(b"")
+    (tmp_path / ".DS_Store").write_bytes(b"")
+    (tmp_path / "README.txt").write_text("")
+    (tmp_path / "ankle-boot").mkdir()
+    (tmp_path / "trouser" / "more").symlink_to(tmp_path / "ankle-boot", target_is_directory=True)
+    images = read_all(tmp_path)
+    assert labels(images) == [1]
+    assert {part.why: (part.count, part.first) for part in images.left_out} == {
+        "no images by their names": (5, ("README.txt", "trouser/1.gif", "trouser/2.gif")),
+        "hidden": (3, (".DS_Store", "trouser/.cache/y.png", "trouser/.x.png")),
+        "links to folders": (1, ("trouser/more",)),
+        "class folders without an image": (1, ("ankle-boot",)),
+    }
+    assert str(images.left_out[0]) == "no images by their names: 5 (README.txt, trouser/1.gif, trouser/2.gif, ...)"
+    assert images.select(limit=1).left_out == images.left_out
+
+
+def test_a_class_of_which_nothing_can_be_read_is_refused(tmp_path: Path) -> None:
+    save(tmp_path / "trouser" / "a.png", DRAWING[0])
+    (tmp_path / "ankle-boot").mkdir()
+    (tmp_path / "ankle-boot" / "a.jp2").write_bytes(b"")
+    assert "1 class folder of" in refusal(tmp_path)
+    assert "ankle-boot/a.jp2" in refusal(tmp_path)
+
+
+def test_images_that_labels_csv_does_not_list_are_counted(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "sub/c.png"):
+        save(tmp_path / name, DRAWING[0])
+    (tmp_path / "sub" / "notes").write_text("")
+    (tmp_path / "labels.csv").write_text("file,label\na.png,1\n")
+    assert {part.why: part.first for part in read_all(tmp_path).left_out} == {
+        "images that labels.csv does not list": ("b.png", "sub/c.png"),
+        "no images by their names": ("sub/notes",),
+    }
+
+
+def test_a_folder_of_images_alone_leaves_nothing_out(tmp_path: Path) -> None:
+    save(tmp_path / "a.png", DRAWING[0])
+    assert read_all(tmp_path).left_out == ()
+
+
 # Image files
+
+
+def test_grey_images_are_repeated_for_an_engine_of_colour_and_counted(tmp_path: Path) -> None:
+    """Equal channels are the same picture; what is counted is of the images that are taken."""
+    for i, picture in enumerate((PHOTO, DRAWING[0], DRAWING[1], DRAWING[2] > 127)):
+        save(tmp_path / f"{i}.png", picture)
+    images = read_all(tmp_path, COLOUR)
+    pixels = stack(images)
+    assert images.repeated == 3
+    for i, expected in ((1, DRAWING[0]), (2, DRAWING[1]), (3, (DRAWING[2] > 127) * 255)):
+        assert (pixels[i] == expected).all()
+    assert (pixels[0] == PHOTO.transpose(2, 0, 1)).all()
+    assert [images.select(2).repeated, images.select(limit=1).repeated] == [1, 0]
+    assert read_all(save(tmp_path / "grey" / "a.png", DRAWING[0])).repeated == 0  # of a grey engine
+
+
+def test_netpbm_and_tiff_are_read_to_the_level(tmp_path: Path) -> None:
+    """PPM is written by hand, with a comment, as the format says; the others by Pillow."""
+    ppm = tmp_path / "a.ppm"
+    ppm.write_bytes(b"P6\n# made\n5 6\n255\n" + PHOTO.tobytes())
+    assert (stack(read_all(ppm, COLOUR))[0] == PHOTO.transpose(2, 0, 1)).all()
+    pgm = tmp_path / "a.pnm"
+    pgm.write_bytes(b"P5 5 6 255\n" + DRAWING[0].tobytes())
+    assert (stack(read_all(pgm))[0, 0] == DRAWING[0]).all()
+    assert (stack(read_all(save(tmp_path / "b.pgm", DRAWING[1])))[0, 0] == DRAWING[1]).all()
+    for compression in (None, "tiff_lzw", "tiff_adobe_deflate", "packbits"):
+        for name, picture, shape in (("c.tif", PHOTO, COLOUR), ("d.TIFF", DRAWING[2], GREY)):
+            Image.fromarray(picture).save(tmp_path / name, "TIFF", compression=compression)
+            expected = picture.reshape(6, 5, -1).transpose(2, 0, 1)
+            assert (stack(read_all(tmp_path / name, shape))[0] == expected).all()
+
+
+def test_what_pillow_would_change_of_netpbm_and_tiff_is_refused(tmp_path: Path) -> None:
+    def written(name: str, content: bytes) -> Path:
+        (tmp_path / name).write_bytes(content)
+        return tmp_path / name
+
+    def tiff(name: str, picture: Image.Image, **options: Any) -> Path:
+        picture.save(tmp_path / name, "TIFF", **options)
+        return tmp_path / name
+
+    photo = Image.fromarray(PHOTO)
+    alpha = Image.fromarray(np.concatenate([PHOTO, PHOTO[..., :1]], axis=2))
+    cases = [
+        (written("few.ppm", b"P6 5 6 15\n" + bytes(90)), COLOUR, "levels up to 255"),
+        (written("deep.ppm", b"P6 5 6 65535\n" + bytes(180)), COLOUR, "levels up to 255"),
+        (written("plain.pgm", b"P2 5 6 255\n" + b"7 " * 30), GREY, "not binary"),
+        (written("two.ppm", b"P6 5 6 255\n" + bytes(180)), COLOUR, "180 bytes of pixels, one image .* has 90"),
+        (written("short.ppm", b"P6 5 6 255\n" + bytes(89)), COLOUR, "89 bytes of pixels"),
+        (written("pixels.ppm", b"P6 6 5 255\n" + bytes(90)), COLOUR, "is 3x5x6, the engine takes 3x6x5"),
+        (tiff("pages.tif", photo, save_all=True, append_images=[photo]), COLOUR, "several pages"),
+        (tiff("wide.tif", Image.fromarray(DRAWING[0].astype(np.uint16))), GREY, "16 bits"),
+        (tiff("real.tif", Image.fromarray(DRAWING[0].astype(np.float32))), GREY, "32 bits, signed or float"),
+        (tiff("alpha.tif", alpha), COLOUR, "channels beside its colours"),
+        (tiff("turned.tif", photo, tiffinfo={274: 6}), COLOUR, "orientation 6"),
+        (tiff("inks.tif", alpha.convert("CMYK")), COLOUR, "mode CMYK"),
+        (written("none.tif", b"II*\0" + bytes(20)), COLOUR, "none.tif"),
+        (written("deep.tif", deep_rgb_tiff()), COLOUR, "16 bits"),
+    ]
+    for path, shape, message in cases:
+        with pytest.raises(UsageError, match=message):
+            open_images(path, shape, CLASSES)
+
+
+def deep_rgb_tiff() -> bytes:
+    """5 x 6 pixels of 3 x 16 bits, by the TIFF 6.0 specification: Pillow writes none, and reads their high bytes."""
+    pixels = 180
+    bits_at, strip_at = 8 + 2 + 9 * 12 + 4, 8 + 2 + 9 * 12 + 4 + 6
+    tags = [(256, 3, 1, 5), (257, 3, 1, 6), (258, 3, 3, bits_at), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, strip_at)]
+    tags += [(277, 3, 1, 3), (278, 3, 1, 6), (279, 4, 1, pixels)]
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0)
+    return head + struct.pack("<3H", 16, 16, 16) + bytes(range(pixels))
 
 
 def test_lossless_conversions_are_made(tmp_path: Path) -> None:
@@ -272,7 +482,6 @@ def test_lossy_conversions_are_refused(tmp_path: Path) -> None:
     Image.fromarray(PHOTO).save(moving, save_all=True, append_images=[Image.fromarray(PHOTO[::-1])])
     cases = [
         (save(tmp_path / "photo.png", PHOTO), GREY, "in colour"),
-        (save(tmp_path / "grey.png", DRAWING[0]), COLOUR, "convert it to 8-bit RGB"),
         (save(tmp_path / "alpha.png", alpha), COLOUR, "mode RGBA"),
         (save(tmp_path / "wide.png", DRAWING[0].astype(np.uint16) * 257), GREY, "mode I;16"),
         (save(tmp_path / "cmyk.jpg", Image.fromarray(alpha, "CMYK")), COLOUR, "mode CMYK"),
@@ -341,7 +550,9 @@ def test_float_images_are_accepted_only_on_the_grid(tmp_path: Path) -> None:
         ({"images": DRAWING}, "holds images; save it with x"),
         ({"x": DRAWING, "labels": [0, 1, 2, 0]}, "holds x, labels; save it with x"),
         ({"x": DRAWING[0]}, "x in .* is 6x5; save it as"),
-        ({"x": DRAWING[:, None]}, r"is 5x1x6, the engine takes 1x6x5"),
+        ({"x": DRAWING[:, None]}, r"is 4x1x6x5, channels first; .*x\.transpose\(0, 2, 3, 1\)"),
+        ({"x": DRAWING[:, :5]}, r"is 1x5x5, the engine takes 1x6x5"),
+        ({"x_train": DRAWING, "y_train": [0], "x_test": DRAWING}, "several splits, x_train, x_test, .*save one"),
         ({"x": DRAWING[:0]}, "holds no image"),
         ({"x": DRAWING.astype(np.int64)}, "is int64; save it as uint8"),
         ({"x": DRAWING.astype(object)}, "cannot be read as an .npz file: Object arrays"),
@@ -449,7 +660,7 @@ def test_cifar_binary_is_read_alone_or_from_a_folder(tmp_path: Path) -> None:
 def test_bad_cifar_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "test_batch.bin"
     for data, shape, message in [
-        (b"", (3, 32, 32), "0 bytes are not a whole number"),
+        (b"", (3, 32, 32), "it is empty: download or copy it again"),
         (cifar_bytes()[:-1], (3, 32, 32), "whole number of 3073-byte records"),
         (b"\x0a" + cifar_bytes()[1:], (3, 32, 32), "label 10"),
         (cifar_bytes(), GREY, r"3x32x32, the engine takes 1x6x5"),

@@ -13,7 +13,13 @@ from densepure_rt.smoothing import shipped_engine
 
 
 def engines(kind: str) -> Engines:
-    return Engines(open_bundle(shipped_engine()), {"processor": kind}, "1", 8, "node", "id", 0)
+    description: dict[str, str | int | bool] = {
+        "processor": kind,
+        "batch": 8,
+        "independent_of_batch": True,
+        "fingerprint": "a" * 64,
+    }
+    return Engines(open_bundle(shipped_engine()), description, "1", 8, "node", "id", 0)
 
 
 def test_what_a_label_cannot_depend_on_makes_no_other_group() -> None:
@@ -24,6 +30,18 @@ def test_what_a_label_cannot_depend_on_makes_no_other_group() -> None:
     assert same.sha256 == one.sha256
     assert replace(one, version="2").sha256 != one.sha256
     assert replace(one, bundle=replace(one.bundle, sidecars=("0" * 64, None))).sha256 != one.sha256
+
+
+@pytest.mark.parametrize("told", [{"fingerprint": "b" * 64}, {"processor": "b"}, {"instruction_sets": "avx2"}])
+def test_a_worker_that_computes_otherwise_is_of_another_group(told: dict[str, str]) -> None:
+    one = engines("a")
+    assert replace(one, description={**one.description, **told}).sha256 != one.sha256
+
+
+def test_a_batch_that_results_may_depend_on_makes_another_group() -> None:
+    one = replace(engines("a"), description={**engines("a").description, "independent_of_batch": False})
+    assert replace(one, description={**one.description, "batch": 64}).sha256 != one.sha256
+    assert replace(one, description={**one.description, "threads": 4}).sha256 == one.sha256
 
 
 def test_a_portion_falls_into_those_of_its_images() -> None:

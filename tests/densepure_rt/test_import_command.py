@@ -63,7 +63,7 @@ def test_a_log_is_shown_as_printed_and_as_sound(call: Call, log: Path) -> None:
     lines = {line.split()[0]: line.split() for line in out.splitlines() if line.strip()}
     assert lines["as"] == "as printed 66.6 % 66.6 % 66.6 % 0.0 % 0.0 %".split()
     assert lines["sound"] == "sound 66.6 % 66.6 % 33.3 % 0.0 % -".split()
-    assert "no radius beyond 0.7996 can be certified" in out
+    assert "no radius beyond 0.7997 can be certified" in out
     assert "note    rounding: 1 image (0): certified at 0.5 only if" in out
 
 

@@ -88,6 +88,38 @@ def test_a_request_in_json_gets_json() -> None:
     assert (found.id, found.deadline_ms) == (None, None)
 
 
+NULLS: list[tuple[dict[str, Any], dict[str, Any]]] = [  # of the request, and of its input
+    ({"id": None}, {}),
+    ({"parameters": None}, {}),
+    ({"outputs": None}, {}),
+    ({"parameters": {"deadline_ms": None, "binary_data_output": None}}, {}),
+    ({}, {"parameters": None}),
+    ({"id": None, "parameters": None, "outputs": None}, {"parameters": None}),
+]
+
+
+@pytest.mark.parametrize(("of_request", "of_input"), NULLS)
+@pytest.mark.parametrize("binary", [False, True])
+def test_null_says_of_an_optional_member_that_it_is_absent(
+    of_request: dict[str, Any], of_input: dict[str, Any], binary: bool
+) -> None:
+    parameters = {"binary_data_size": 30} if binary else None
+    given = {"data": None} if binary else {"parameters": {"binary_data_size": None}}
+    body = request(**{"parameters": parameters} | given | (of_input if not binary else {})) | of_request
+    head = json.dumps(body).encode()
+    assert b"null" in head
+    raw, length = (IMAGES[0].tobytes(), str(len(head))) if binary else (b"", None)
+    found = parse_request(MODEL, head + raw, length)
+    assert (found.id, found.deadline_ms, found.outputs) == (None, None, dict.fromkeys(ALL, False))
+    np.testing.assert_array_equal(found.images[0], IMAGES[0])
+
+
+def test_null_says_of_an_outputs_parameters_that_they_are_absent() -> None:
+    asked = [{"name": "label", "parameters": None}, {"name": "radius", "parameters": {"binary_data": None}}]
+    found = parse_request(MODEL, json.dumps(request() | {"outputs": asked}).encode())
+    assert found.outputs == {"label": False, "radius": False}
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_numbers_come_flat_or_in_lists_as_the_shape_says(nested: bool) -> None:
     data = IMAGES.tolist() if nested else IMAGES.ravel().tolist()

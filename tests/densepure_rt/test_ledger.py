@@ -38,7 +38,7 @@ def test_bytes_of_any_kind_are_labels_or_one_clear_error(blob: bytes) -> None:
 
 
 def test_a_blob_that_unpacks_without_end_is_refused() -> None:
-    bomb = zlib.compress(bytes(10**9), 9)
+    bomb = zlib.compress(bytes(10**9), 1)
     with pytest.raises(CheckFailed, match="damaged"):
         unpacked(bomb)
 

@@ -15,9 +15,10 @@ from scipy import stats
 
 from densepure_rt.certification import FixedRule
 from densepure_rt.errors import UsageError
-from densepure_rt.label_arrays import open_folder
-from densepure_rt.legacy_import import Imported, import_folder, import_log
+from densepure_rt.label_arrays import Retaken, open_folder
+from densepure_rt.legacy_import import Imported, flags_of_merged, import_folder, import_log
 from densepure_rt.legacy_logs import ABSTAIN, Log, Row
+from tests.densepure_rt.growth import calls
 
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0)
 GOOD = (Row(0, 3, 3, "0.497", 1), Row(1, 4, ABSTAIN, "0.0", 0), Row(2, 5, 6, "0.25", 0), Row(3, 7, 7, "0.25", 1))
@@ -43,6 +44,12 @@ def test_a_good_log_keeps_its_claims_rounded_down() -> None:
     assert flags(found) == {"rounding": (False, (3,))}
     assert found.accuracy_as_printed(RADII) == [0.5, 0.5, 0, 0, 0]
     assert found.accuracy(RADII) == [0.5, 0.25, 0, 0, None]  # 1.0 is beyond 3.81 sigma
+
+
+def test_a_log_takes_work_in_proportion_to_its_rows() -> None:
+    few, many = ([Row(idx, 1, 1, f"{0.123 + idx % 700 / 1000:.3}", 1) for idx in range(n)] for n in (100, 800))
+    assert len(read(many).claims) == 800
+    assert calls(lambda: read(many, 0.25, 100_000)) < 12 * calls(lambda: read(few, 0.25, 100_000))
 
 
 @settings(deadline=None, max_examples=200)
@@ -234,3 +241,23 @@ def test_what_too_few_or_equal_labels_cannot_tell_is_said(tmp_path: Path) -> Non
     varied = np.random.default_rng(0).integers(0, 2, 20_000).tolist()
     assert set(flags(folder_of(tmp_path / "twice", [varied, varied]))) == {"equal runs"}
     assert set(flags(folder_of(tmp_path / "one", [varied]))) == set()
+
+
+def test_a_merged_file_takes_work_in_proportion_to_its_rows() -> None:
+    """Every row has another answer than the arrays: each is looked up among those that have."""
+
+    class Counted(int):
+        compared = 0
+        __hash__ = int.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            Counted.compared += 1
+            return int(self) == other
+
+    certificate = FixedRule(4, 20, 0.001).certify(np.array([0, 4]), np.array([0, 20]), 0.25)
+    images: list[int] = [Counted(idx) for idx in range(400)]
+    merged = log_of(Row(idx, 0, 0, "0.1", 1) for idx in images)
+    retaken = dict.fromkeys(images, Retaken(certificate, certificate, 0, False))
+    (flag,) = flags_of_merged(merged, retaken, dict.fromkeys(images, 0))
+    assert (flag.name, len(flag.images)) == ("predict differs", 400)
+    assert Counted.compared < 10 * 400

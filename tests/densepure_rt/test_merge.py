@@ -13,7 +13,6 @@ import stat
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,22 +27,15 @@ from densepure_rt.datasets import open_images
 from densepure_rt.errors import CheckFailed, DensePureError, UsageError
 from densepure_rt.ledger import Ledger
 from densepure_rt.merge import merge
-from densepure_rt.records import AttackRecord, ImagesIdentity, Manifest
+from densepure_rt.records import ArithmeticIdentity, AttackRecord, ImagesIdentity, Manifest
 from densepure_rt.run_folder import RunFolder, reveal, seal
 from densepure_rt.shards import Shard
-from tests.densepure_rt.test_certify_run import certify, environment, started
+from tests.densepure_rt.command_line import densepure_rt as cli
+from tests.densepure_rt.test_certify_run import certify, kill_at_a_random_moment
 from tests.densepure_rt.test_run_folder import SECRET, manifest, result
 
 TINY = "--steps 1 --n 100 --alpha 0.01 --radii 0,0.25 --batch 4 --threads 1 --skip 9 --max 7".split()
 KILLED = "--steps 0 --sigma 0.1 --radii 0,0.05,0.1 --n 1500 --max 14 --seed 3 --batch 8 --threads 1".split()
-CODE = "from densepure_rt.cli import main; main()"
-
-
-def cli(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", CODE, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=120)
-    assert "Traceback" not in done.stderr, done.stderr
-    return done
 
 
 # real shards
@@ -126,10 +118,7 @@ def test_shards_that_are_killed_at_random_moments_merge_to_the_same(tmp_path: Pa
     for number, times in ((1, 0), (2, 3)):
         options = (*KILLED, "--shard", f"{number}/2")
         for _ in range(times):
-            with started(*options, "--out", tmp_path / str(number)) as running:
-                with suppress(subprocess.TimeoutExpired):
-                    running.wait(1 + chance.random())
-                running.kill()
+            kill_at_a_random_moment(*options, out=tmp_path / str(number), chance=chance)
         assert certify(tmp_path / str(number), *options).done.returncode == 0
     merge([tmp_path / "1", tmp_path / "2"], tmp_path / "merged")
     for name in ("results.jsonl", "summary.json"):
@@ -234,6 +223,22 @@ def test_shards_of_another_run_are_refused_with_the_fields_that_differ(tmp_path:
     one, other = make(tmp_path / "1", "1/2"), make(tmp_path / "2", "2/2", processor="two", sigma=0.25)
     words = r"of another run than .*1 \(processor: .one. in .*1, .two. in .*2; sigma: 0.5 in .*1, 0.25 in .*2\)"
     refused(UsageError, words, [one, other], tmp_path / "merged")
+
+
+def test_shards_of_machines_that_compute_otherwise_are_refused(tmp_path: Path) -> None:
+    one = make(tmp_path / "1", "1/2")
+    other = make(tmp_path / "2", "2/2", arithmetic=ArithmeticIdentity("f" * 64, driver="560.28, CUDA 12.6"))
+    refused(
+        UsageError,
+        r"arithmetic.driver: null in .*1, .560.28, CUDA 12.6. in .*2.*compute alike",
+        [one, other],
+        tmp_path / "m",
+    )
+
+
+def test_shards_that_do_not_say_how_their_machine_computed_are_refused(tmp_path: Path) -> None:
+    shards = [make(tmp_path / part, f"{part}/2", arithmetic=None) for part in "12"]
+    refused(UsageError, "1 holds an old run, whose manifest does not say", shards, tmp_path / "merged")
 
 
 def test_a_whole_run_is_no_shard(tmp_path: Path) -> None:

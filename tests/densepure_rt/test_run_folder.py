@@ -5,6 +5,7 @@ import datetime
 import hashlib
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.keys import store_key, stored_key
 from densepure_rt.records import (
     SCHEMA_VERSION,
+    ArithmeticIdentity,
     BudgetIdentity,
     Identity,
     ImageRecord,
@@ -35,7 +37,15 @@ from densepure_rt.records import (
     RuleIdentity,
     Summary,
 )
-from densepure_rt.run_folder import RunFolder, agreed_secret, record_of, reveal, secret_to_go_on, tsv_line
+from densepure_rt.run_folder import (
+    RunFolder,
+    agreed_secret,
+    read_manifest,
+    record_of,
+    reveal,
+    secret_to_go_on,
+    tsv_line,
+)
 from densepure_rt.runtime.reverse import Outcome
 from densepure_rt.runtime.schedule import Schedule
 from densepure_rt.scheduling import Cost
@@ -52,6 +62,9 @@ def result(
 ) -> Certified:
     certificate = Certificate(predict, radius, n0=4, n=20, n_a=19, alpha=0.001, p_lower=0.6)
     return Certified(LabelledImage(idx, np.zeros((1, 2, 2), np.uint8), label), certificate, Cost(0, 7, 5, 0, seconds))
+
+
+OLD_RUN = Path(__file__).resolve().parents[1] / "data" / "run-of-0.1.0"  # certify --max 4 --sigma 0.25 --n 64 --seed 1
 
 
 def manifest(secret: bytes | None = None, **changed: object) -> Manifest:
@@ -86,6 +99,7 @@ def manifest(secret: bytes | None = None, **changed: object) -> Manifest:
         "noise": NoiseIdentity("law", "c" * 64, "d" * 64),
         "secret_commitment": hashlib.sha256(secret or b"").hexdigest(),
         "public_seed": None if secret else 1,
+        "arithmetic": ArithmeticIdentity("f" * 64),
     }
     identity = Identity(**(given | changed))
     provenance = Provenance((), {}, "now", "here", "four", "3", "Linux", {}, {}, None)
@@ -209,6 +223,25 @@ def test_a_run_of_another_identity_is_refused_with_the_fields_that_differ(tmp_pa
     ):
         RunFolder(tmp_path, other, None)
     assert contents(tmp_path) | {"ledger.sqlite": b""} == before
+
+
+def test_a_run_does_not_go_on_where_the_engines_compute_otherwise(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, manifest(), None) as folder:
+        folder.add(result())
+    other = manifest(arithmetic=ArithmeticIdentity("e" * 64, instruction_sets=("avx2",)))
+    with pytest.raises(UsageError, match=r"arithmetic.fingerprint: .f+\.\.\. there, .e+\.\.\. now; arithmetic.instr"):
+        RunFolder(tmp_path, other, None)
+
+
+def test_a_run_that_does_not_say_how_its_machine_computed_is_read_and_not_gone_on_with(tmp_path: Path) -> None:
+    shutil.copytree(OLD_RUN, tmp_path / "run")
+    there = read_manifest(tmp_path / "run")
+    assert there.identity.arithmetic is None
+    assert there.identity.sha256 == there.identity_sha256  # as it was hashed then
+    for now in (there, replace(there, identity=replace(there.identity, arithmetic=ArithmeticIdentity("f" * 64)))):
+        with pytest.raises(UsageError, match="does not say how its machine computed.*new folder with --out"):
+            RunFolder(tmp_path / "run", now, None)
+    assert contents(tmp_path / "run") | {"ledger.sqlite": b""} == contents(OLD_RUN) | {"ledger.sqlite": b""}
 
 
 def test_what_is_no_part_of_the_identity_may_differ(tmp_path: Path) -> None:
@@ -439,22 +472,29 @@ def check_that_a_full_disk_loses_nothing(done: subprocess.CompletedProcess[str],
     assert len(table) - 1 in (len(kept), len(kept) - 1)  # the line that did not fit is at most one behind
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of `certify_into` that was never cut short."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert certify_into(out).returncode == 0
+    return out
+
+
 def check_that_it_goes_on(out: Path, whole: Path) -> None:
     """With space again it ends as a run that was never cut short."""
     assert certify_into(out).returncode == 0
-    assert certify_into(whole).returncode == 0
     assert (out / "results.jsonl").read_bytes() == (whole / "results.jsonl").read_bytes()
 
 
-def test_a_file_that_can_grow_no_further_exits_3_and_keeps_what_was_written(tmp_path: Path) -> None:
+def test_a_file_that_can_grow_no_further_exits_3_and_keeps_what_was_written(whole: Path, tmp_path: Path) -> None:
     """A limit on the size of files stands in for a full disk where none can be mounted."""
     pytest.importorskip("resource", reason="limits on file sizes are a POSIX matter")
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (90_000, 90_000))"
     check_that_a_full_disk_loses_nothing(certify_into(tmp_path / "run", limit), tmp_path / "run")
-    check_that_it_goes_on(tmp_path / "run", tmp_path / "whole")
+    check_that_it_goes_on(tmp_path / "run", whole)
 
 
-def test_a_full_disk_exits_3_and_keeps_what_was_written(tmp_path: Path) -> None:
+def test_a_full_disk_exits_3_and_keeps_what_was_written(whole: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(disk)]
@@ -467,6 +507,6 @@ def test_a_full_disk_exits_3_and_keeps_what_was_written(tmp_path: Path) -> None:
     try:
         check_that_a_full_disk_loses_nothing(certify_into(disk / "run"), disk / "run")
         subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True, timeout=30)
-        check_that_it_goes_on(disk / "run", tmp_path / "whole")
+        check_that_it_goes_on(disk / "run", whole)
     finally:
         subprocess.run(["umount", str(disk)], check=True, timeout=30)

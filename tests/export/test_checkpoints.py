@@ -143,15 +143,25 @@ def test_file_that_may_not_be_read_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html><html>not found</html>", b"\x00" * 4096])
-def test_what_is_no_checkpoint_is_said_to_be_none_with_its_first_bytes(
-    tmp_path: Path, kind: str, content: bytes
-) -> None:
-    path = tmp_path / f"weights{kind}"
+def test_what_is_no_checkpoint_is_said_to_be_none_with_its_first_bytes(tmp_path: Path, kind: str) -> None:
+    path, content = tmp_path / f"weights{kind}", b"\x00" * 4096
     path.write_bytes(content)
     with pytest.raises(CheckFailed, match="is damaged or not a checkpoint .*download or copy it again") as caught:
         read_state_dict(path)
     assert repr(content[:16]) in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize(
+    ("content", "said"), [(b"", "it is empty"), (b"<!DOCTYPE html><html>not found</html>", "it is a web page")]
+)
+def test_what_a_transfer_left_in_place_of_a_checkpoint_is_told(
+    tmp_path: Path, kind: str, content: bytes, said: str
+) -> None:
+    path = tmp_path / f"weights{kind}"
+    path.write_bytes(content)
+    with pytest.raises(CheckFailed, match=f"is no checkpoint: {said}.*download"):
+        read_state_dict(path)
 
 
 @pytest.mark.parametrize("kind", FORMATS)

@@ -12,7 +12,7 @@ import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -26,20 +26,21 @@ from torch import Tensor, nn
 
 from densepure_rt.datasets import open_images
 from densepure_rt.errors import CheckFailed, DensePureError, EnvironmentFault, UsageError
-from densepure_rt.export import onnx_classifiers
+from densepure_rt.export import onnx_files
 from densepure_rt.export.classifiers import (
     PROCESSORS,
     ClassifierModel,
     Declared,
     Preprocessed,
     declare,
-    logits_of,
     open_classifier,
+    outputs_of,
     timm_preprocessing,
     transformers_preprocessing,
     zoo_classifier,
 )
-from densepure_rt.export.onnx_classifiers import OnnxNetwork, merged_onnx, onnx_sha256, tensors_of
+from densepure_rt.export.onnx_classifiers import OnnxNetwork, merged_onnx
+from densepure_rt.export.onnx_files import onnx_sha256, tensors_of
 from densepure_rt.export.preprocessing import Preprocess, Preprocessing
 from densepure_rt.export.step_graph import ClassifyGraph
 from densepure_rt.export.to_onnx import classifier_onnx, to_onnx
@@ -81,6 +82,17 @@ class Toy(nn.Module):
         return logits
 
 
+@dataclasses.dataclass
+class Record:
+    features: Tensor
+    scores: Tensor
+
+
+class Named(NamedTuple):
+    features: Tensor
+    logits: Tensor
+
+
 @pytest.fixture
 def toys(monkeypatch: pytest.MonkeyPatch) -> str:
     """A module `toys` with networks to name."""
@@ -98,7 +110,15 @@ def toys(monkeypatch: pytest.MonkeyPatch) -> str:
     module.half = lambda: Toy().half()
     module.large = lambda: Toy(48)
     for name, wrap in {
-        "tuple_": lambda y: (None, y, y * 2),
+        "tuple_": lambda y: (None, y, y[:, :, None, None].expand(-1, -1, 2, 2)),
+        "features": lambda y: (y.repeat(1, 2), y),
+        "features_in_a_map": lambda y: (y[:, :, None, None], y),
+        "features_in_a_dict": lambda y: {"features": y.repeat(1, 2), "prediction": y},
+        "features_and_labels": lambda y: (y.repeat(1, 2), y.argmax(1)),
+        "two_heads": lambda y: {"first": {"logits": y}, "second": {"logits": y * 2}},
+        "record": lambda y: Record(y.repeat(1, 2), y),
+        "named": lambda y: Named(y.repeat(1, 2), y),
+        "within": lambda y: (y.repeat(1, 2), {"logits": y}),
         "dict_": lambda y: {"aux": y * 2, "logits": y},
         "output": lambda y: types.SimpleNamespace(logits=y),
         "nothing": lambda y: {"loss": None},
@@ -214,7 +234,7 @@ def test_packaged_weights_are_those_that_were_measured() -> None:
     assert hashlib.sha256(CIFAR_10_MODEL.read_bytes()).hexdigest().startswith("0eddc60b9fcbcab4")
 
 
-@pytest.mark.parametrize("name", ["Toy", "tuple_", "dict_", "output", "half"])
+@pytest.mark.parametrize("name", ["Toy", "tuple_", "dict_", "output", "named", "within", "half"])
 def test_logits_are_found_in_what_the_network_gives(toys: str, name: str) -> None:
     model = open_classifier(toys + name, RGB, declared=AS_IT_IS)
     x = torch.rand(2, *RGB)
@@ -228,7 +248,13 @@ def test_logits_are_found_in_what_the_network_gives(toys: str, name: str) -> Non
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("nothing", "gives a dict without a tensor"),
+        ("nothing", "gives nothing with a tensor in it: it should return logits"),
+        ("features", r"gives 2 tensors, 0 \['B', 10\], 1 \['B', 5\], and 0 and 1 may all be logits: wrap it"),
+        ("features_in_a_map", "0 and 1 may all be logits"),
+        ("features_in_a_dict", "features and prediction may all be logits.*name them 'logits' in a dictionary"),
+        ("features_and_labels", r"1 \['B'\], and 0 and 1 may all be logits"),
+        ("two_heads", r"first\.logits and second\.logits may all be logits"),
+        ("record", "features and scores may all be logits"),
         ("flat", r"gives \[10\] for a batch of 2"),
         ("one_class", r"gives \[2, 1\] for a batch of 2: a classifier gives logits \[2, K\] of two classes or more"),
         ("map_", r"gives \[2, 5, 1\]"),
@@ -524,7 +550,7 @@ def test_onnx_classifier_is_exported_as_it_was_when_it_was_checked(tmp_path: Pat
 def test_onnx_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved_onnx(Toy(), tmp_path / "toy.onnx", (1, *RGB))
     digests = iter(["a" * 64, "b" * 64])
-    monkeypatch.setattr(onnx_classifiers, "onnx_sha256", lambda path: next(digests))
+    monkeypatch.setattr(onnx_files, "onnx_sha256", lambda path: next(digests))
     with pytest.raises(CheckFailed, match="toy.onnx or its weights changed while they were read"):
         open_classifier(str(path), RGB, declared=AS_IT_IS)
 
@@ -559,7 +585,7 @@ def test_onnx_weights_elsewhere_are_refused(tmp_path: Path) -> None:
         for entry in tensor.external_data:
             entry.value = "../toy.data" if entry.key == "location" else entry.value
     out.write_bytes(model.SerializeToString())
-    with pytest.raises(CheckFailed, match="not a sound ONNX file"):
+    with pytest.raises(CheckFailed, match=r"keeps weights in '\.\./toy\.data', outside its folder, which is not read"):
         open_classifier(str(out), RGB, declared=AS_IT_IS)
 
 
@@ -595,9 +621,29 @@ def test_preprocessing_is_raised_to_a_later_opset() -> None:
     torch.testing.assert_close(OnnxNetwork(merged)(x), preprocess(x).mean((2, 3)), atol=1e-5, rtol=1e-5)
 
 
-def test_logits_of_nothing_known_is_refused() -> None:
-    with pytest.raises(UsageError, match="gives a int without a tensor"):
-        logits_of(3)
+def test_outputs_have_names_at_any_depth() -> None:
+    y = torch.zeros(2, 5)
+    assert outputs_of(y) == {"": y}
+    assert list(outputs_of((None, {"a": [y, 3]}, Record(y, y)))) == ["1.a.0", "2.features", "2.scores"]
+    assert outputs_of(3) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "note"),
+    [
+        ("tuple_", "taking 1 [B, 5] of toys:tuple_'s outputs (1 ['B', 5], 2 ['B', 5, 2, 2]) as logits of 5 classes"),
+        (
+            "dict_",
+            "taking logits [B, 5] of toys:dict_'s outputs (aux ['B', 5], logits ['B', 5]) as logits of 5 classes",
+        ),
+        ("Toy", None),
+        ("output", None),
+    ],
+)
+def test_choice_among_outputs_is_told(toys: str, name: str, note: str | None) -> None:
+    model = open_classifier(toys + name, RGB, declared=AS_IT_IS)
+    assert model.notes == ((note,) if note else ())
+    assert OnnxNetwork(onnx.load_model_from_string(classifier_onnx(model)))(torch.zeros(3, *RGB)).shape == (3, 5)
 
 
 VIT = {

@@ -141,4 +141,10 @@ def test_networks_that_mix_the_items_of_a_batch_are_refused(bundle: Bundle) -> N
 
 def test_it_describes_itself_by_the_facts_it_was_given(bundle: Bundle) -> None:
     with closing(device_of(bundle)) as device:
-        assert device.describe() == {"provider": "numpy", "batch": BATCH, "independent_of_batch_mates": True}
+        assert device.describe() == {
+            "provider": "numpy",
+            "batch": BATCH,
+            "independent_of_batch_mates": True,
+            "independent_of_batch": device.probed.independent_of_batch,
+            "fingerprint": device.probed.fingerprint,
+        }

@@ -384,6 +384,9 @@ class Networks:
     def get_modelmeta(self) -> SimpleNamespace:
         return SimpleNamespace(custom_metadata_map={})
 
+    def get_inputs(self) -> list[SimpleNamespace]:
+        return [SimpleNamespace(shape=["batch"])]
+
     def run(self, _: Sequence[str], feed: Mapping[str, Floats]) -> list[Floats]:
         return self.step(**feed) if "std" in feed else self.classify(**feed)
 

@@ -1,0 +1,104 @@
+"""Optional packages: whatever goes wrong when one is imported is one error that names it and the cure."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+
+from densepure_rt.errors import DensePureError, EnvironmentFault
+
+SITE = ("site-packages", "dist-packages")
+OURS = "densepure_rt"
+
+
+@contextmanager
+def optional(what: str, packages: str, cure: str) -> Iterator[None]:
+    """Imports below `with` that fail become one EnvironmentFault.
+
+    Args:
+        what: What needs them, such as "export".
+        packages: What is needed, such as "PyTorch".
+        cure: The command or step that mends it, where nothing better is known from the failure.
+
+    Raises:
+        EnvironmentFault: For any exception of an import; an error of this package itself passes unchanged.
+    """
+    try:
+        yield
+    except DensePureError:
+        raise
+    except ImportError as error:
+        if (cause := torchvision_at_fault(error)) is not None:
+            raise EnvironmentFault(f"{what}: {torchvision_cure(cause)}") from error
+        raise EnvironmentFault(f"{what} needs {packages} ({import_cause(error)}): {cure}") from error
+    except Exception as error:  # a package may fail with anything: a library that does not load, an operator not there
+        if (cause := torchvision_at_fault(error)) is not None:
+            raise EnvironmentFault(f"{what}: {torchvision_cure(cause)}") from error
+        raise EnvironmentFault(
+            f"{what} needs {packages}, and {failing_package(error) or packages} fails when it is imported "
+            f"({import_cause(error)}): install it anew, in versions that fit each other: {cure}"
+        ) from error
+
+
+def chain_of(error: BaseException) -> Iterator[BaseException]:
+    """The error, then what caused it, the first cause last."""
+    seen: set[int] = set()
+    found: BaseException | None = error
+    while found is not None and id(found) not in seen:
+        seen.add(id(found))
+        yield found
+        found = found.__cause__ or (None if found.__suppress_context__ else found.__context__)
+
+
+def import_cause(error: BaseException) -> str:
+    """The first cause in one line, with its type unless it is an ImportError."""
+    *_, first = chain_of(error)
+    line = next((line.strip() for line in str(first).splitlines() if line.strip()), "")
+    if isinstance(first, ImportError) and line:
+        return line
+    return f"{type(first).__name__}: {line}" if line else type(first).__name__
+
+
+def packages_in(error: BaseException) -> list[str]:
+    """The installed packages whose files the first cause came through, the outermost first."""
+    *_, first = chain_of(error)
+    found: list[str] = []
+    for frame in traceback.extract_tb(first.__traceback__):
+        parts = Path(frame.filename).parts
+        for site in SITE:
+            if site in parts:
+                found.append(Path(parts[parts.index(site) + 1]).stem)
+    return found
+
+
+def failing_package(error: BaseException) -> str | None:
+    """The innermost installed package in the first cause's traceback."""
+    found = [name for name in packages_in(error) if name != OURS]
+    return found[-1] if found else None
+
+
+def torchvision_at_fault(error: BaseException) -> str | None:
+    """What torchvision, whose builds fit one torch each, failed with when it was imported; None when it did not."""
+    *_, first = chain_of(error)
+    if isinstance(first, ModuleNotFoundError) and (first.name or "").partition(".")[0] == "torchvision":
+        return None  # it is missing, which is another matter
+    through = any("torchvision" in Path(frame.filename).parts for frame in traceback.extract_tb(first.__traceback__))
+    return import_cause(error) if through or "torchvision" in str(first) else None
+
+
+def torchvision_cure(cause: str) -> str:
+    """The versions that are here, and the way out."""
+    versions = {}
+    for name in ("torch", "torchvision"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "(unknown version)"
+    return (
+        f"torchvision {versions['torchvision']} cannot be imported beside torch {versions['torch']} ({cause}): install "
+        f"the torchvision that was built for this torch, from the index that torch came from, or run "
+        f'"pip uninstall torchvision"'
+    )

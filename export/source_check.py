@@ -1,0 +1,199 @@
+"""Whether a source is a function that can be exported, before an export of it is blamed.
+
+A certificate is about one function of one image. So a source must give finite values, the same ones again, and to an
+image in a batch the same ones as alone. What fails is named as near to its cause as can be: a module or a node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from densepure_rt.errors import CheckFailed
+from densepure_rt.runtime.device import Floats
+
+SAME = 1e-4  # relative L2. Other batch sizes alone move float32 networks by some 1e-7, the faults by 1e-3 and more
+TORCH_MOVES = {
+    "finite": "look for a division by 0 or a logarithm there, and check that pixels are prepared as it was trained",
+    "repeatable": "switch it off in evaluation: F.dropout(x, p, self.training), and no randn in forward",
+    "batch": "give norms running statistics (BatchNorm with track_running_stats=True), and take no mean over a batch",
+}
+ONNX_MOVES = {
+    "finite": "look for a division by 0 or a logarithm there, and check --pixel-range, --mean and --std",
+    "repeatable": "export it again in evaluation mode (model.eval()), without operators that draw random numbers",
+    "batch": "export it again in evaluation mode, without operators that mix the images of a batch",
+}
+DYNAMIC_QUANTIZATION = (
+    "its scales are taken from the whole batch: give the file from before quantize_dynamic (--precision int8 quantizes "
+    "it here), or one of quantize_static"
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one module or node was given and gave, float arrays. name: of it, for a message."""
+
+    name: str
+    given: Sequence[Floats]
+    gave: Floats
+
+
+@dataclass(frozen=True)
+class Source:
+    """A network as a function of arrays whose first dimension is the batch.
+
+    name: in a message. trace: the same run with what is within, inner parts before those that hold them.
+    moves: what to do about each fault.
+    """
+
+    name: str
+    call: Callable[[Floats], Floats]
+    trace: Callable[[Floats], Iterable[Part]]
+    moves: Mapping[str, str]
+
+
+def torch_source(name: str, call: Callable[[Floats], Floats], module: nn.Module) -> Source:
+    """A source in PyTorch. call: runs `module`, with whatever else it takes."""
+    return Source(name, call, lambda x: torch_trace(lambda: call(x), module), TORCH_MOVES)
+
+
+def torch_trace(run: Callable[[], object], module: nn.Module) -> list[Part]:
+    """What every module within `module` is given and gives while `run` runs it, in the order in which they end."""
+    parts: list[Part] = []
+
+    def record(name: str) -> Callable[..., None]:
+        def hook(inner: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            gave = next(_floats(output), None)
+            if gave is not None:
+                parts.append(Part(f"module {name} ({type(inner).__name__})", list(_floats((args, kwargs))), gave))
+
+        return hook
+
+    hooks = [
+        inner.register_forward_hook(record(name), with_kwargs=True) for name, inner in module.named_modules() if name
+    ]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return parts
+
+
+def _floats(value: Any) -> Iterator[Floats]:
+    """Copies of the floating tensors within arguments or results, float32."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value.detach().float().numpy(force=True).copy()
+    elif isinstance(value, Mapping):
+        yield from _floats(list(value.values()))
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _floats(item)
+
+
+def check_source(source: Source, x: Floats) -> None:
+    """Raise CheckFailed unless `source` is finite, repeatable and independent of its batch on the inputs `x`."""
+    refuse_not_finite(source, x)
+    together, alone = source.call(x), np.concatenate([source.call(x[i : i + 1]) for i in range(len(x))])
+    if distance(together, alone) > SAME:
+        refuse_unrepeatable(source, x)
+        _refuse_batch_dependent(source, x, distance(together, alone))
+
+
+def refuse_not_finite(source: Source, x: Floats) -> None:
+    output = source.call(x)
+    if np.isfinite(output).all():
+        return
+    place = first_overflow(source.trace(x))
+    raise CheckFailed(
+        f"{source.name} itself gives NaN or Inf{_in(place)}, before any export: {source.moves['finite']}. Nothing was "
+        f"published"
+    )
+
+
+def refuse_unrepeatable(source: Source, x: Floats) -> None:
+    gap = distance(source.call(x), source.call(x))
+    if gap <= SAME:
+        return
+    place = first_difference(source.trace(x), source.trace(x))
+    raise CheckFailed(
+        f"{source.name} gives other values when it is run again on the same input (relative L2 {gap:.2g}){_in(place)}: "
+        f"a certificate is about one function; {source.moves['repeatable']}. Nothing was published"
+    )
+
+
+def _refuse_batch_dependent(source: Source, x: Floats, gap: float) -> None:
+    parts = list(source.trace(x))
+    place = first_difference(parts, source.trace(x[:1]))
+    dynamic = any("DynamicQuantize" in part.name for part in parts)  # its own scales may differ by less than SAME
+    move = DYNAMIC_QUANTIZATION if dynamic else source.moves["batch"]
+    raise CheckFailed(
+        f"{source.name} gives an image other values in a batch of {len(x)} than alone (relative L2 {gap:.2g})"
+        f"{_in(place)}: the votes of one image would depend on the others; {move}. Nothing was published"
+    )
+
+
+def first_overflow(trace: Iterable[Part]) -> str | None:
+    """The first part that was given finite values and gave others."""
+    for part in trace:
+        if not np.isfinite(part.gave).all() and all(np.isfinite(value).all() for value in part.given):
+            return part.name
+    return None
+
+
+def first_difference(trace: Iterable[Part], other: Iterable[Part]) -> str | None:
+    """The first part of two runs that was given the same in both and gave another value in the second.
+
+    other: the same run, or that of the first images alone. Parts are matched by name, the first of a name with the
+    first; those whose arrays do not begin with the images are passed over.
+    """
+    matches: dict[str, list[Part]] = {}
+    for part in other:
+        matches.setdefault(part.name, []).append(part)
+    for part in trace:
+        if not (found := matches.get(part.name)):
+            continue
+        twin = found.pop(0)
+        (gave, *given) = (
+            (one[: len(two)] if two.ndim else one, two)
+            for one, two in zip((part.gave, *part.given), (twin.gave, *twin.given), strict=False)
+        )
+        if gave[0].shape == gave[1].shape and distance(*gave) > SAME and all(distance(*pair) <= SAME for pair in given):
+            return part.name
+    return None
+
+
+def distance(one: Floats, two: Floats) -> float:
+    """The relative L2 distance; infinite between shapes, and between values of which some are not finite."""
+    if one.shape != two.shape:
+        return np.inf
+    gap = float(np.linalg.norm(one.astype(np.float64) - two))
+    size = max(float(np.linalg.norm(one.astype(np.float64))), float(np.linalg.norm(two.astype(np.float64))))
+    if not np.isfinite(gap + size):
+        return 0.0 if np.array_equal(one, two, equal_nan=True) else np.inf
+    return gap / size if size else 0.0
+
+
+def _in(place: str | None) -> str:
+    return f", first in {place}" if place is not None else ""
+
+
+def array_of(tensor: Tensor) -> Floats:
+    found: Floats = tensor.detach().float().numpy(force=True)
+    return found
+
+
+def as_function(module: nn.Module) -> Callable[[Floats], Floats]:
+    """A module of one input as a function of arrays."""
+
+    @torch.inference_mode()
+    def call(x: Floats) -> Floats:
+        return array_of(module(torch.from_numpy(np.ascontiguousarray(x))))
+
+    return call

@@ -1,0 +1,92 @@
+"""What every test can rely on, and what makes none of them wait for the same thing twice."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import os
+import signal
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+ASKED_TO_END = [getattr(signal, name) for name in ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM") if hasattr(signal, name)]
+
+# Before torch is imported: on a machine that runs several test files, threads that wait for each other burn processors.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+hypothesis.settings.register_profile("no clock", deadline=None)  # a machine under load is no failure
+hypothesis.settings.load_profile("no clock")
+
+
+def pytest_configure() -> None:
+    """Let the processes that tests start hear signals that pytest ignores, as it does under nohup or `make test &`.
+
+    An ignored signal is ignored in every child, a handled one is not: exec resets handlers alone. pytest stays deaf.
+    """
+    for number in ASKED_TO_END:
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector the millions of objects of torch and of other modules, which stay anyway."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_table_of_operators() -> None:
+    """torch's ONNX exporter makes the same table of operators for every export, half a second each time: keep it."""
+    if "torch" not in sys.modules:
+        return
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+    except ImportError:  # another version of torch: it is slower without, no more
+        return
+    ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))  # type: ignore[method-assign]
+
+
+# `--light`: where heavy packages are not installed, the test files that import them are skipped instead of failing.
+HEAVY = {
+    "aiohttp",
+    "cuda",
+    "diffusers",
+    "ml_dtypes",
+    "onnx",
+    "polygraphy",
+    "ray",
+    "safetensors",
+    "tensorrt_rtx",
+    "torch",
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--light", action="store_true", help="skip test files whose heavy packages are not installed")
+
+
+class LightModule(pytest.Module):
+    """A test file that is skipped as a whole when a heavy package that it imports is not there."""
+
+    def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
+        try:
+            return super().collect()
+        except self.CollectError as error:
+            cause = error.__cause__
+            while cause is not None and not isinstance(cause, ModuleNotFoundError):
+                cause = cause.__cause__
+            name = (cause.name or "").partition(".")[0] if cause is not None else ""
+            if name in HEAVY:
+                pytest.skip(f"needs {name}", allow_module_level=True)
+            raise
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    if not parent.config.getoption("--light"):
+        return None
+    module: pytest.Module = LightModule.from_parent(parent, path=module_path)
+    return module

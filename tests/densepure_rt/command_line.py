@@ -1,0 +1,53 @@
+"""`densepure-rt` in this process, for tests of what a command says and leaves: a process of its own costs a second.
+
+Where the process is what is tested (exit codes, pipes, packages that are missing), `in_a_process` starts one.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+
+from densepure_rt.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+Done = subprocess.CompletedProcess[str]
+
+
+def densepure_rt(*arguments: object, cwd: Path | None = None) -> Done:
+    """What `densepure-rt ARGUMENTS` does. Raises what it would show a traceback of."""
+    out, err = io.StringIO(), io.StringIO()
+    code: str | int | None = 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["densepure-rt", *map(str, arguments)])
+        patch.setenv("COLUMNS", "300")
+        if cwd is not None:
+            patch.chdir(cwd)
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code
+    assert "Traceback" not in err.getvalue(), err.getvalue()
+    return Done(list(map(str, arguments)), int(code or 0), out.getvalue(), err.getvalue())
+
+
+def in_a_process(*arguments: object, cwd: Path | None = None, without: tuple[str, ...] = ()) -> Done:
+    """The same in a fresh interpreter that cannot import the packages `without`."""
+    command = [sys.executable, "-c", code_without(*without), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=cwd, timeout=300)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def code_without(*packages: str) -> str:
+    return f"import sys; sys.modules.update(dict.fromkeys({packages!r})); from densepure_rt.cli import main; main()"
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "300"}
