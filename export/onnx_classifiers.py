@@ -19,6 +19,7 @@ from densepure_rt.export.onnx_files import prepared, raise_ir_version, tensors_o
 from densepure_rt.export.onnx_graph import nodes_of
 from densepure_rt.export.programs import first_line
 from densepure_rt.export.source_check import (
+    DYNAMIC_QUANTIZATION,
     ONNX_MOVES,
     SAME,
     Part,
@@ -61,21 +62,20 @@ class OnnxNetwork(nn.Module):
 
     def source(self) -> Source:
         """The network for `source_check`."""
-        return Source(self.name, as_function(self), self.trace, ONNX_MOVES)
+        dynamic = any(node.op_type == "DynamicQuantizeLinear" for node in nodes_of(self.model.graph))
+        moves = ONNX_MOVES | ({"batch": DYNAMIC_QUANTIZATION} if dynamic else {})
+        return Source(self.name, as_function(self), self.trace, moves)
 
     def trace(self, x: Floats) -> Iterator[Part]:
         """What every node of the graph gives, in order; nothing is fused, so digits may differ from `forward`'s."""
-        session, places = self._within
+        session, places = self._tracing
         found = session.run(list(places), {session.get_inputs()[0].name: x})
         for place, value in zip(places.values(), found, strict=True):
-            yield Part(place, [], np.asarray(value))
+            yield Part(place, [], np.asarray(value, np.float32))
 
     @cached_property
-    def _within(self) -> tuple[onnxruntime.InferenceSession, dict[str, str]]:
-        """A session that gives every float value of the graph, and the node behind each.
-
-        One for all runs: another session draws its random numbers from their beginning again.
-        """
+    def _tracing(self) -> tuple[onnxruntime.InferenceSession, dict[str, str]]:
+        """A session that gives every numeric tensor, and the node that each comes from. A new one would draw anew."""
         every = onnx.shape_inference.infer_shapes(self.model)
         kinds = {
             value.name: value.type.tensor_type.elem_type for value in (*every.graph.value_info, *every.graph.output)
@@ -84,7 +84,7 @@ class OnnxNetwork(nn.Module):
             name: f"node {node.name or name} ({node.op_type})"
             for node in every.graph.node
             for name in node.output
-            if kinds.get(name) == onnx.TensorProto.FLOAT
+            if kinds.get(name) in (onnx.TensorProto.FLOAT, onnx.TensorProto.UINT8, onnx.TensorProto.INT8)
         }
         del every.graph.output[:]
         every.graph.output.extend(onnx.ValueInfoProto(name=name) for name in places)

@@ -87,7 +87,7 @@ def classify_runner(engine: Path, precision: str) -> Run:
 
 
 class NotFinite(CheckFailed):
-    """A file gives NaN or Inf where it was compared. inputs: what its network was given there."""
+    """A file gives NaN or Inf where it was compared. inputs: what its network was given there, x and t or pixels."""
 
     def __init__(self, message: str, inputs: tuple[torch.Tensor, ...]) -> None:
         super().__init__(message)
@@ -170,19 +170,13 @@ def network_inputs(
     return x, torch.full((len(x),), float(t))
 
 
-def network_call(
+def first_inputs(
     model: DiffusionModel, pixels: NDArray[np.uint8], sigma: float = 0.5
-) -> tuple[Callable[[Floats], Floats], Floats]:
-    """The network as a function of noisy states at one timestep, and such states of images [n, C, H, W]."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the network is given first on a chain of one step from images [n, C, H, W] under noise sigma."""
     chain = make_chain(model.schedule, model.variance, sigma, 1, model.timestep_rule)
-    step, t = Coefficients(*chain.coef[0].tolist()), float(chain.t[0])
-
-    @torch.inference_mode()
-    def call(x: Floats) -> Floats:
-        output: Floats = model.network(*network_inputs(model, torch.from_numpy(x.copy()), t, step)).float().numpy()
-        return output
-
-    return call, noisy_states(pixels, sigma, chain.scale)
+    x = torch.from_numpy(noisy_states(pixels, sigma, chain.scale))
+    return network_inputs(model, x, float(chain.t[0]), Coefficients(*chain.coef[0].tolist()))
 
 
 def eps_of(run: Run, x: Floats, t: np.float32) -> Floats:
@@ -337,8 +331,8 @@ def check(differences: list[Difference], precision: str, against: str = "PyTorch
         raise CheckFailed(
             f"the engine is not what {against} computes: {worst.what} at batch {worst.batch} differs by "
             f"{raised(worst.relative_l2, figures=2)} relative L2 ({raised(worst.max_abs, figures=2)} at most); "
-            f"{precision} allows {exact(limit)}. The source is repeatable and finite, so its export is at fault: try other "
-            f"versions than {onnxruntime.__name__} {onnxruntime.__version__} and torch {torch.__version__}. Nothing was "
-            f"published"
+            f"{precision} allows {exact(limit)}. The source is repeatable and finite, so its export is at fault: try "
+            f"other versions than {onnxruntime.__name__} {onnxruntime.__version__} and torch {torch.__version__}. "
+            f"Nothing was published"
         )
     return worst

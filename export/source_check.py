@@ -129,13 +129,11 @@ def refuse_unrepeatable(source: Source, x: Floats) -> None:
 
 
 def _refuse_batch_dependent(source: Source, x: Floats, gap: float) -> None:
-    parts = list(source.trace(x))
-    place = first_difference(parts, source.trace(x[:1]))
-    dynamic = any("DynamicQuantize" in part.name for part in parts)  # its own scales may differ by less than SAME
-    move = DYNAMIC_QUANTIZATION if dynamic else source.moves["batch"]
+    place = first_difference(source.trace(x), source.trace(x[:1]))
     raise CheckFailed(
         f"{source.name} gives an image other values in a batch of {len(x)} than alone (relative L2 {gap:.2g})"
-        f"{_in(place)}: the votes of one image would depend on the others; {move}. Nothing was published"
+        f"{_in(place)}: the votes of one image would depend on the others; {source.moves['batch']}. Nothing was "
+        f"published"
     )
 
 
@@ -184,16 +182,14 @@ def _in(place: str | None) -> str:
     return f", first in {place}" if place is not None else ""
 
 
-def array_of(tensor: Tensor) -> Floats:
-    found: Floats = tensor.detach().float().numpy(force=True)
-    return found
-
-
-def as_function(module: nn.Module) -> Callable[[Floats], Floats]:
-    """A module of one input as a function of arrays."""
+def as_function(module: nn.Module, t: float | None = None) -> Callable[[Floats], Floats]:
+    """A module as a function of arrays. t: what a diffusion network is told beside x, for every image."""
 
     @torch.inference_mode()
     def call(x: Floats) -> Floats:
-        return array_of(module(torch.from_numpy(np.ascontiguousarray(x))))
+        images = torch.from_numpy(np.ascontiguousarray(x))
+        told = () if t is None else (torch.full((len(x),), t),)
+        found: Floats = module(images, *told).detach().float().numpy(force=True)
+        return found
 
     return call

@@ -263,16 +263,17 @@ def check_sources(unet: DiffusionModel, classifier: ClassifierModel, pixels: NDA
     """
     pixels = np.concatenate((pixels, pixels[..., ::-1])) if len(pixels) == 1 else pixels
     if unet.prediction != "none":
-        call, x = parity.network_call(unet, pixels)
-        source_check.check_source(source_check.torch_source("the UNet in PyTorch", call, unet.network), x)
-    x = first_state(pixels.astype(np.int32), 1.0)
+        x, t = parity.first_inputs(unet, pixels)
+        call = source_check.as_function(unet.network, float(t[0]))
+        source_check.check_source(source_check.torch_source("the UNet in PyTorch", call, unet.network), x.numpy())
+    seen = first_state(pixels.astype(np.int32), 1.0)
     network = classifier.network
     if isinstance(network, Preprocessed) and isinstance(network.classifier, OnnxNetwork):
         with torch.inference_mode():
-            source_check.check_source(network.classifier.source(), network.preprocess(torch.from_numpy(x)).numpy())
+            source_check.check_source(network.classifier.source(), network.preprocess(torch.from_numpy(seen)).numpy())
         return
     call = source_check.as_function(network)
-    source_check.check_source(source_check.torch_source("the classifier in PyTorch", call, network), x)
+    source_check.check_source(source_check.torch_source("the classifier in PyTorch", call, network), seen)
 
 
 def compared_with(unet: DiffusionModel, classifier: ClassifierModel) -> tuple[str, str]:
@@ -282,27 +283,31 @@ def compared_with(unet: DiffusionModel, classifier: ClassifierModel) -> tuple[st
     return " and ".join(dict.fromkeys((of_unet, of_classifier))), of_classifier
 
 
-def explained(error: parity.NotFinite, lowered: nn.Module, precise: nn.Module, kind: str) -> CheckFailed:
-    """What made a file give NaN or Inf. lowered, precise: its network as it was exported, and in float32."""
+def overflow(
+    error: CheckFailed, precise: nn.Module, lowered: nn.Module, kind: str, inputs: tuple[torch.Tensor, ...]
+) -> CheckFailed | None:
+    """What gives NaN or Inf within a network, where that is why its file differs; else None.
+
+    error: how the file differs. precise, lowered: the network in float32, and as it was exported. inputs: of both.
+    """
 
     def run(module: nn.Module) -> bool:
         with torch.inference_mode():
-            return bool(module(*error.inputs).isfinite().all())
+            return bool(module(*inputs).isfinite().all())
 
     if not run(precise):
         place = source_check.first_overflow(source_check.torch_trace(lambda: run(precise), precise))
         where = f", first in {place}" if place else ""
-        return CheckFailed(f"{error}, as the network itself does in float32{where}: nothing was published")
-    if kind not in DTYPES:
-        return CheckFailed(f"{error}, and the network in float32 does not: export another --precision")
+        return CheckFailed(f"{error}, as the network itself does in float32{where}. Nothing was published")
+    if kind not in DTYPES or run(lowered):
+        return None
     inner = lowered.network if isinstance(lowered, precision.Lowered) else lowered
     found = source_check.first_overflow(source_check.torch_trace(lambda: run(lowered), inner))
     name = found.split()[1] if found else "MODULE"
-    largest = torch.finfo(DTYPES[kind]).max
     return CheckFailed(
-        f"{error}, and the network in float32 does not: it overflows in {kind}, which ends at {largest:,.0f}"
-        f"{f', first in {found}' if found else ''}. Keep that part in float32 with --keep-fp32 '{name}' (again, if "
-        f"another is named then), or export bf16, which reaches as far as float32. Nothing was published"
+        f"the network overflows in {kind}, which ends at {torch.finfo(DTYPES[kind]).max:,.0f}"
+        f"{f', first in {found}' if found else ''}, and not in float32: keep that part in float32 with --keep-fp32 "
+        f"'{name}' (again, if another is named then), or export bf16, which reaches as far. Nothing was published"
     )
 
 
@@ -361,14 +366,21 @@ def export_bundle(
             publication.write(name, content) for name, content in ((classifier_file, classify), (unet_file, step))
         )
         say(f"comparing numbers with {against}")
+        fed = parity.first_inputs(unet, pixels), (torch.from_numpy(first_state(pixels.astype(np.int32), 1.0)),)
         part = 0
         try:
             steps = list(parity.step_differences(files[0], unet, pixels, kind, counts))
+            worst_step = parity.check(steps, kind)
             part = 1
             logits = list(parity.classifier_differences(files[1], classifier, pixels, kind))
-        except parity.NotFinite as error:
-            raise explained(error, smaller[part].network, (unet, classifier)[part].network, kind) from error
-        worst_step, worst_logits = parity.check(steps, kind), parity.check(logits, kind, of_classifier)
+            worst_logits = parity.check(logits, kind, of_classifier)
+        except CheckFailed as error:
+            networks = (unet, classifier)[part].network, smaller[part].network
+            inputs = error.inputs if isinstance(error, parity.NotFinite) else fed[part]
+            cause = overflow(error, *networks, kind, inputs)
+            if cause is None:
+                raise
+            raise cause from error
         if kind != "fp32":
             say(f"comparing labels with {against}")
         labels = _compared_labels((unet, classifier), smaller, files, kind, images)
