@@ -460,6 +460,7 @@ def print_agreement(found: Agreement) -> None:
         radii = ("abstains" if r is None else floored(r) for r in (row.torch, row.engine, row.transferred))
         table.add_row(str(row.idx), str(row.predict), *radii, raised(row.eta, figures=2))
     stdout.print(table)
+    stdout.print("The noise is keyed by a public, constant secret: radii hold for images chosen without regard to it.")
 
 
 @with_models

@@ -86,7 +86,11 @@ def compare(
         float | None, typer.Option(help="Compare at this l2 radius; default: at all that both were asked.")
     ] = None,
     level: Annotated[
-        float, typer.Option(help="B is worse where the exact McNemar test says so at this level, at each radius alone.")
+        float,
+        typer.Option(
+            help="B is worse where the exact McNemar test says so at this level, at each radius alone: with k radii, a "
+            "false alarm has probability k * level / 2 at most."
+        ),
     ] = 0.05,
     max_lost: Annotated[
         int | None,
