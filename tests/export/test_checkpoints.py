@@ -143,25 +143,15 @@ def test_file_that_may_not_be_read_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_what_is_no_checkpoint_is_said_to_be_none_with_its_first_bytes(tmp_path: Path, kind: str) -> None:
-    path, content = tmp_path / f"weights{kind}", b"\x00" * 4096
+@pytest.mark.parametrize("content", [b"not found", b"\x00" * 4096])
+def test_what_is_no_checkpoint_is_said_to_be_none_with_its_first_bytes(
+    tmp_path: Path, kind: str, content: bytes
+) -> None:
+    path = tmp_path / f"weights{kind}"
     path.write_bytes(content)
     with pytest.raises(CheckFailed, match="is damaged or not a checkpoint .*download or copy it again") as caught:
         read_state_dict(path)
     assert repr(content[:16]) in str(caught.value)
-
-
-@pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize(
-    ("content", "said"), [(b"", "it is empty"), (b"<!DOCTYPE html><html>not found</html>", "it is a web page")]
-)
-def test_what_a_transfer_left_in_place_of_a_checkpoint_is_told(
-    tmp_path: Path, kind: str, content: bytes, said: str
-) -> None:
-    path = tmp_path / f"weights{kind}"
-    path.write_bytes(content)
-    with pytest.raises(CheckFailed, match=f"is no checkpoint: {said}.*download"):
-        read_state_dict(path)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -434,3 +424,32 @@ def test_module_is_left_as_it_was_by_an_error() -> None:
     with pytest.raises(UsageError):
         load_into(module, plain(network(9)) | {"more": torch.zeros(1)}, "weights.pt")
     assert same(plain(module), before)
+
+
+def test_checkpoint_named_pth_tar_is_one(tmp_path: Path) -> None:
+    """As PyTorch's own ImageNet example names what torch.save writes."""
+    torch.save({"a": torch.ones(2)}, tmp_path / "checkpoint.pth.tar")
+    assert read_state_dict(tmp_path / "checkpoint.pth.tar")["a"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "no checkpoint: it is empty: download or copy it again"),
+        (b"<!DOCTYPE html><html>not found</html>", "no checkpoint: it is a web page.*: download the file itself"),
+    ],
+)
+def test_download_that_brought_nothing_is_told(tmp_path: Path, kind: str, content: bytes, said: str) -> None:
+    path = tmp_path / f"weights{kind}"
+    path.write_bytes(content)
+    with pytest.raises(CheckFailed, match=said):
+        read_state_dict(path)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".bin", ".pth.tar"])
+def test_pointer_of_git_lfs_is_no_damaged_checkpoint(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"weights{suffix}"
+    path.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'4' * 64}\nsize 12345678\n")
+    with pytest.raises(CheckFailed, match="is a pointer of Git LFS to 12,345,678 bytes.*git lfs pull"):
+        read_state_dict(path)

@@ -370,13 +370,27 @@ def test_weights_without_a_file_are_told_apart_by_their_values(toys: str) -> Non
         ("resnet50", "--classifier resnet50 is none of timm:NAME"),
         ("nowhere.onnx", "no classifier at nowhere.onnx"),
         ("nowhere.pt2", "no classifier at nowhere.pt2"),
-        ("nowhere/at/all", "is none of"),
+        ("nowhere/at/all", "is none of .*check its spelling$"),
+        ("org/name", "is none of .*no such folder is here.*hf download org/name --local-dir name.*--classifier name$"),
+        ("https://huggingface.co/org/name-1", "hf download org/name-1 --local-dir name-1"),
         ("no_such_module:make", "no module 'no_such_module'"),
     ],
 )
 def test_classifier_that_is_nowhere_is_refused(spec: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         open_classifier(spec, RGB, declared=AS_IT_IS)
+
+
+def test_checkpoint_alone_is_no_classifier(tmp_path: Path) -> None:
+    (tmp_path / "best.pth.tar").write_bytes(b"1")
+    with pytest.raises(UsageError, match=r"holds weights and no network: give .*--classifier-weights .*best\.pth\.tar"):
+        open_classifier(str(tmp_path / "best.pth.tar"), RGB, declared=AS_IT_IS)
+
+
+def test_file_of_an_unknown_suffix_is_not_called_misspelt(tmp_path: Path) -> None:
+    (tmp_path / "model.weights").write_bytes(b"1")
+    with pytest.raises(UsageError, match=r"none of timm:NAME.*the file is there, but not its suffix among these"):
+        open_classifier(str(tmp_path / "model.weights"), RGB, declared=AS_IT_IS)
 
 
 def test_options_that_do_nothing_are_refused(toys: str, tmp_path: Path) -> None:
@@ -446,7 +460,19 @@ ONNX_REFUSED = {
     "channels last": (
         graph(POOL, {"x": ["N", 32, 32, 3]}, {"y": ["N", 32]}),
         UsageError,
-        r"takes \['any', 32, 32, 3\] as 'x', preprocessing makes \['any', 3, 32, 32\].*channels come first",
+        r"takes \['any', 32, 32, 3\] as 'x', preprocessing makes \['any', 3, 32, 32\].*channels come first.*-nchw x",
+    ),
+    "vectors": (
+        graph([helper.make_node("Relu", ["x"], ["y"])], {"x": ["N", 768]}, {"y": ["N", 768]}),
+        UsageError,
+        r"takes \['any', 768\] as 'x'.*is no image classifier by itself; export the whole model",
+    ),
+    "one image": (graph(POOL, {"x": [*RGB]}, {"y": ["N", 3]}), CheckFailed, "not a sound ONNX file"),
+    "other size": (graph(POOL, {"x": ["N", 3, 64, 48]}, {"y": ["N", 3]}), UsageError, "declare --resize 64x48$"),
+    "grey": (
+        graph(POOL, {"x": ["N", 1, 32, 32]}, {"y": ["N", 1]}),
+        UsageError,
+        "declare the channels .*--channel-order",
     ),
     "custom": (
         graph(CUSTOM, {"x": ["N", 3]}, {"y": ["N", 3]}, opsets={"": 17, "mine": 1}),

@@ -298,6 +298,7 @@ SCHEDULER, CONFIG = "scheduler_config.json", "config.json"
             ),
             "CMStochasticIterativeScheduler, which has no beta_schedule",
         ),
+        (lambda home: (home / WEIGHTS).unlink(), "holds no diffusion_pytorch_model.safetensors or .*download or copy"),
         (lambda home: (home / "vqvae").mkdir(), "has a vqvae: its UNet works on latents"),
     ],
 )
@@ -339,7 +340,7 @@ def rewritten(home: Path, edit: Callable[[dict[str, Tensor]], object]) -> None:
         (lambda home: change(home / CONFIG, block_out_channels=[8, 32]), "do not fit its config|cannot load"),
         (lambda home: change(home / CONFIG, layers_per_block=2), "size mismatch for up_blocks|missing keys"),
         (lambda home: os.truncate(home / WEIGHTS, 5000), "diffusers cannot load"),
-        (lambda home: (home / WEIGHTS).write_bytes(b""), "holds no weights: it is empty"),
+        (lambda home: (home / WEIGHTS).write_bytes(b""), "holds no weights: it is empty: download"),
         (lambda home: rewritten(home, lambda state: state.pop("conv_in.weight")), "missing keys, first conv_in.weight"),
         (lambda home: rewritten(home, lambda state: state.update(more=torch.ones(1))), "unexpected keys, first more"),
         (
@@ -378,12 +379,6 @@ class Runs:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Path.touch, (self.mark,)
-
-
-def test_a_folder_without_weights_says_what_they_are_called(folder: Path) -> None:
-    (folder / WEIGHTS).unlink()
-    with pytest.raises(UsageError, match=r"holds no diffusion_pytorch_model\.safetensors or .*save_pretrained"):
-        diffusers_unet(folder)
 
 
 def test_pickled_weights_run_no_code(folder: Path, tmp_path: Path) -> None:
