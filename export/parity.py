@@ -337,8 +337,8 @@ def check(differences: list[Difference], precision: str, against: str = "PyTorch
         raise CheckFailed(
             f"the engine is not what {against} computes: {worst.what} at batch {worst.batch} differs by "
             f"{raised(worst.relative_l2, figures=2)} relative L2 ({raised(worst.max_abs, figures=2)} at most); "
-            f"{precision} allows {exact(limit)}. The source is repeatable and finite, so its export is at fault: try other "
-            f"versions than {onnxruntime.__name__} {onnxruntime.__version__} and torch {torch.__version__}. Nothing was "
-            f"published"
+            f"{precision} allows {exact(limit)}. The source is repeatable and finite, so its export is at fault: try "
+            f"other versions than {onnxruntime.__name__} {onnxruntime.__version__} and torch {torch.__version__}. "
+            f"Nothing was published"
         )
     return worst
