@@ -563,10 +563,9 @@ def load(
     """
     threads = available_cores() if threads is None else threads
     known = provider_of(provider)
-    if not ((batch is None or 1 <= batch <= MAX_BATCH) and 1 <= threads <= MAX_THREADS):
-        raise UsageError(
-            f"batch and threads are counts from 1 up to {MAX_BATCH} and {MAX_THREADS}, got {batch} and {threads}"
-        )
+    for name, count, most in (("batch", 1 if batch is None else batch, MAX_BATCH), ("threads", threads, MAX_THREADS)):
+        if not 1 <= count <= most:
+            raise UsageError(f"{name} is a count from 1 up to {most}, got {count}", name)
     bundle = open_bundle(
         shipped_engine() if engine is None else Path(engine),
         None if classifier is None else Path(classifier),

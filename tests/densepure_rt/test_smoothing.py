@@ -422,7 +422,7 @@ def test_prediction_that_can_mean_nothing_is_refused(
 
 @pytest.mark.parametrize(("batch", "threads"), [(0, 1), (-1, 1), (8, 0)])
 def test_batch_and_threads_below_one_are_refused(batch: int, threads: int) -> None:
-    with pytest.raises(UsageError, match="batch and threads"):
+    with pytest.raises(UsageError, match="^(batch|threads) is a count from 1 up"):
         load(batch=batch, threads=threads)
 
 
