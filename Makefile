@@ -15,7 +15,8 @@ DEV := .venv-dev/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo accuracy table paired load test test-fast test-slow test-gpu lint zoo engines schemas clean distclean python
+.PHONY: help demo accuracy table paired load test test-fast test-slow test-gpu lint zoo engines schemas clean distclean \
+  python
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
