@@ -10,7 +10,6 @@ ROOT = Path(__file__).resolve().parent.parent
 ENDED_BY_EACH_SIGNAL = """
 import signal
 import subprocess
-import sys
 
 import pytest
 

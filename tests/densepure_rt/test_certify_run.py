@@ -474,8 +474,8 @@ def kill_at_a_random_moment(*options: object, out: Path, chance: random.Random) 
             with suppress(subprocess.TimeoutExpired):
                 running.wait(0.4 + 0.8 * chance.random())  # a start takes about a second
         else:
-            wait_for(lambda: lines() > before, running)
-            time.sleep(0.3 * chance.random())  # an image takes 0.1 s or more
+            wait_for(lambda: lines() > before or running.poll() is not None, running)  # a fast machine may be done
+            time.sleep(0.15 * chance.random())  # an image takes about 0.1 s
         running.kill()
 
 
