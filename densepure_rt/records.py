@@ -225,7 +225,7 @@ class LeftOut:
 
     def __str__(self) -> str:
         more = ", ..." if self.count > len(self.first) else ""
-        return f"{self.count:,} {self.why} ({', '.join(self.first)}{more})"
+        return f"{self.why}: {self.count:,} ({', '.join(self.first)}{more})"
 
 
 @dataclass(frozen=True)

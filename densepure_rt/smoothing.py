@@ -22,6 +22,7 @@ from densepure_rt import logs
 from densepure_rt.certification import Certificate, FixedRule, check_sampling
 from densepure_rt.datasets import LabelledImage
 from densepure_rt.errors import EnvironmentFault, UsageError
+from densepure_rt.image_files import require_pixels
 from densepure_rt.keys import SECRET_BYTES, new_secret
 from densepure_rt.runtime.bundle import Bundle, open_bundle
 from densepure_rt.runtime.device import (
@@ -328,7 +329,7 @@ class SmoothedClassifier:
         Each label is right, or None, with probability at least 1 - alpha for images chosen without knowing the secret.
         """
         settings = Settings(sigma, steps, votes, n=n, alpha=alpha)
-        labelled = (self._checked(image, idx) for idx, image in enumerate(images))
+        labelled = (self._checked(image, idx) for idx, image in enumerate(self._several(images)))
         return [found.label for found in self.predict_each(labelled, settings)]
 
     def certify_each(
@@ -395,12 +396,15 @@ class SmoothedClassifier:
             yield prediction_of(image.image, found, rule.charge, len(self.class_names), image.cost, image.stopped)
 
     def _checked(self, image: NDArray[np.uint8], idx: int) -> LabelledImage:
-        if image.dtype != np.uint8 or image.shape != self.bundle.unet.image:
-            raise UsageError(
-                f"an image must be uint8 {list(self.bundle.unet.image)} (channels, height, width), "
-                f"got {image.dtype} {list(image.shape)}"
-            )
-        return LabelledImage(idx, image, None)
+        return LabelledImage(idx, require_pixels(image, self.bundle.unet.image), None)
+
+    def _several(self, images: Iterable[NDArray[np.uint8]]) -> Iterable[NDArray[np.uint8]]:
+        """Raise UsageError for one image, or for what holds none, in place of several."""
+        if isinstance(images, np.ndarray) and images.shape == self.bundle.unet.image:
+            raise UsageError("images are several, and one was given: give [image], and take the one label that comes")
+        if isinstance(images, str | bytes) or not isinstance(images, Iterable) or getattr(images, "ndim", 1) == 0:
+            require_pixels(images, self.bundle.unet.image)
+        return images
 
     def _judged(
         self,

@@ -1,8 +1,8 @@
 """An uploaded picture as the pixels that an engine takes, and in words what was done to get there.
 
 For looking at one picture, not for measuring on a data set: `image_files` resizes nothing, and refuses what this
-crops, scales and turns. A picture that it would take has the same pixels here. What comes in is untrusted: its header
-is read, and its size judged, before any pixel is decoded.
+crops, scales and turns. A picture of these formats that it would take has the same pixels here. What comes in is
+untrusted: its header is read, and its size judged, before any pixel is decoded.
 """
 
 from __future__ import annotations

@@ -13,14 +13,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from PIL import Image
 from scipy import stats
 
-from densepure_rt.certify_run import RADII
+from densepure_rt.certify_run import RADII, manifest_of
+from densepure_rt.cli import notes_on
+from densepure_rt.datasets import open_images
+from densepure_rt.smoothing import UNLIMITED, Settings, load
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINES = ROOT / "engines"
@@ -370,6 +375,34 @@ def test_a_folder_is_named_as_it_was_given(tmp_path: Path, name: str) -> None:
     assert finished.done.returncode == 0
     assert str(tmp_path / name) in finished.done.stdout
     assert len(finished.rows) == 1
+
+
+def test_what_is_left_out_of_a_folder_is_on_screen_and_in_the_manifest(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    for name in ("0", "1", "2"):
+        (folder / name).mkdir(parents=True)
+    for name in ("0/a.tif", "1/b.pgm"):
+        Image.new("L", (28, 28), 90).save(folder / name)
+    (folder / "0" / "c.gif").write_bytes(b"")
+    finished = certify(tmp_path / "run", "--images", folder, "--n", 20, "--steps", 0, "--batch", 4, "--threads", 1)
+    assert finished.done.returncode == 0, finished.done.stderr
+    assert len(finished.rows) == 2
+    said = "left out    no images by their names: 1 (0/c.gif); class folders without an image: 1 (2)"
+    assert said in finished.done.stderr.splitlines()
+    assert finished.manifest["provenance"]["left_out"] == [
+        {"why": "no images by their names", "count": 1, "first": ["0/c.gif"]},
+        {"why": "class folders without an image", "count": 1, "first": ["2"]},
+    ]
+    assert finished.manifest["provenance"]["grey_repeated"] == 0
+
+
+def test_grey_images_that_are_repeated_are_on_screen_and_in_the_manifest() -> None:
+    """Of the images that are taken: one of the two that are grey."""
+    shipped = replace(open_images(None, (1, 28, 28), [str(label) for label in range(10)]), grey=frozenset({0, 7}))
+    chosen = shipped.select(limit=3)
+    assert notes_on(chosen) == {"grey": "1 grey image repeated to three channels"}
+    with load(threads=1, batch=4) as classifier:
+        assert manifest_of(classifier, chosen, Settings(), UNLIMITED, 1).provenance.grey_repeated == 1
 
 
 @contextmanager

@@ -355,7 +355,7 @@ def test_what_is_no_image_of_a_folder_is_counted_with_its_reason_and_first_names
         "links to folders": (1, ("trouser/more",)),
         "class folders without an image": (1, ("ankle-boot",)),
     }
-    assert str(images.left_out[0]) == "5 no images by their names (README.txt, trouser/1.gif, trouser/2.gif, ...)"
+    assert str(images.left_out[0]) == "no images by their names: 5 (README.txt, trouser/1.gif, trouser/2.gif, ...)"
     assert images.select(limit=1).left_out == images.left_out
 
 

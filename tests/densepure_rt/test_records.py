@@ -10,7 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from densepure_rt.errors import CheckFailed
-from densepure_rt.records import SCHEMAS, ImageRecord, OutcomeRecord, canonical, json_schema, line, parsed
+from densepure_rt.records import (
+    SCHEMAS,
+    ImageRecord,
+    Manifest,
+    OutcomeRecord,
+    canonical,
+    json_schema,
+    line,
+    page,
+    parsed,
+)
+from tests.densepure_rt.test_run_folder import manifest
 
 SCHEMA_FOLDER = Path(__file__).resolve().parents[2] / "docs" / "schemas"
 RECORDS = st.builds(
@@ -81,6 +92,15 @@ def test_the_schemas_in_the_documentation_are_those_of_the_code(name: str) -> No
     """`make schemas` writes them."""
     assert json.loads((SCHEMA_FOLDER / f"{name}.json").read_text()) == json_schema(name)
     jsonschema.Draft202012Validator.check_schema(json_schema(name))
+
+
+def test_a_manifest_from_before_what_is_left_out_was_counted_is_read() -> None:
+    document = json.loads(page(manifest()))
+    for name in ("left_out", "grey_repeated"):
+        del document["provenance"][name]
+    found = parsed(Manifest, json.dumps(document), "a manifest")
+    assert (found.provenance.left_out, found.provenance.grey_repeated) == (None, None)
+    assert found == manifest()
 
 
 def test_equal_values_have_one_canonical_form() -> None:

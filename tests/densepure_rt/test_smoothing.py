@@ -20,6 +20,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 import densepure_rt
 from densepure_rt.certification import Certificate
@@ -90,6 +91,60 @@ def at_most(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+GREY = np.zeros(SHAPE, np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (Image.new("L", (28, 28)), ["a Pillow image of mode L", "np.asarray(image)[None]"]),
+        (Image.new("RGB", (28, 28)), ["a Pillow image of mode RGB", "of one of mode L"]),
+        (GREY.tolist(), ["type list", "np.array(image, dtype=np.uint8)"]),
+        (None, ["type NoneType"]),
+        ("a.png", ["the name 'a.png'", "open_images"]),
+        (Path("a.png"), ["the name 'a.png'", "open_images"]),
+        (GREY[0], ["uint8 [28, 28]", "image[None]"]),
+        (GREY.transpose(1, 2, 0), ["uint8 [28, 28, 1]", "image.transpose(2, 0, 1)"]),
+        (GREY[None], ["uint8 [1, 1, 28, 28]", "image[0]"]),
+        (GREY / 255, ["float64", "from 0 to 255", "np.rint(255 * image)"]),
+        (GREY.astype(np.int64), ["int64", "image.astype(np.uint8)"]),
+        (np.zeros((3, 32, 32), np.uint8), ["[3, 32, 32]", "nothing is resized"]),
+        (np.array(7, np.uint8), ["uint8 []", "[1, 28, 28]"]),
+    ],
+)
+def test_what_is_no_image_is_refused_with_what_it_is_and_how_it_becomes_one(
+    shipped: SmoothedClassifier, given: Any, words: list[str]
+) -> None:
+    for ask in (lambda: shipped.certify(given, sigma=0.25), lambda: shipped.predict([given], sigma=0.25)):
+        with pytest.raises(UsageError) as refused:
+            ask()
+        assert all(word in str(refused.value) for word in ["uint8 [1, 28, 28] (channels, height, width)", *words])
+    assert not shipped.busy
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (GREY, "give [image]"),
+        ("a.png", "the name 'a.png'"),
+        (Image.new("L", (28, 28)), "Pillow"),
+        (5, "type int"),
+        (np.array(5), "[]"),
+    ],
+)
+def test_one_image_in_place_of_several_is_refused(shipped: SmoothedClassifier, given: Any, words: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        shipped.predict(given, sigma=0.25)
+    assert words in str(refused.value)
+
+
+def test_what_the_refusal_of_another_form_says_to_give_is_taken(shipped: SmoothedClassifier) -> None:
+    picture = Image.fromarray(next(iter(open_images(None, SHAPE, NAMES))).pixels[0])
+    asked = [np.asarray(picture)[None], np.array([np.asarray(picture).tolist()], dtype=np.uint8)]
+    first, second = (shipped.certify(image, sigma=0.25, steps=0, n=20, alpha=0.3) for image in asked)
+    assert first == second
 
 
 class PlainPipeline:
