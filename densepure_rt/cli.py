@@ -81,8 +81,8 @@ app = typer.Typer(
 Images = Annotated[
     Path | None,
     typer.Option(
-        help="Folder of class folders, folder with labels.csv (file,label), images, .npz (x, y), IDX or CIFAR-10 .bin; "
-        "one split of a data set; default: the shipped Fashion-MNIST test images."
+        help="One split: folder of class folders, folder with labels.csv (file,label), images, .npz (x, y), IDX or "
+        "CIFAR-10 .bin; default: the shipped Fashion-MNIST test images."
     ),
 ]
 Skip = Annotated[int, typer.Option(help="Take every SKIP-th image.")]

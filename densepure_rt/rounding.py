@@ -10,7 +10,7 @@
 | what was asked for: radii of a grid, alpha, a level | not at all | it can be typed again as it stands |
 
 Times, speeds, counts, sizes and sigma claim nothing: they are rounded to the nearest where they are printed. JSON and
-JSONL hold full precision. `tests/test_claims.py` holds the source and made results against this table.
+JSONL hold full precision.
 
 A float stands for its exact binary value, a share of images for its ratio of counts (`ratio`), and a number that was
 asked for for the decimal that was typed (`typed`): 0.29 of 100 images is 29 %, and not 28.9 %.
