@@ -41,3 +41,12 @@ class EnvironmentFault(DensePureError, RuntimeError):
     """This machine cannot do it."""
 
     exit_code = 3
+
+
+def raise_interrupt(error: BaseException) -> None:
+    """Raise KeyboardInterrupt where an error came of one: a compiled module makes an ImportError of it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, KeyboardInterrupt) or "KeyboardInterrupt" in str(cause):
+            raise KeyboardInterrupt from error
+        cause = cause.__cause__ or cause.__context__

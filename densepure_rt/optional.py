@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
-from densepure_rt.errors import DensePureError, EnvironmentFault
+from densepure_rt.errors import DensePureError, EnvironmentFault, raise_interrupt
 
 SITE = ("site-packages", "dist-packages")
 OURS = "densepure_rt"
@@ -31,6 +31,7 @@ def optional(what: str, packages: str, cure: str) -> Iterator[None]:
     except DensePureError:
         raise
     except ImportError as error:
+        raise_interrupt(error)
         if (cause := torchvision_at_fault(error)) is not None:
             raise EnvironmentFault(f"{what}: {torchvision_cure(cause)}") from error
         raise EnvironmentFault(f"{what} needs {packages} ({import_cause(error)}): {cure}") from error

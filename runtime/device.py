@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from densepure_rt.errors import EnvironmentFault, UsageError
+from densepure_rt.errors import EnvironmentFault, UsageError, raise_interrupt
 from densepure_rt.runtime.bundle import Bundle
 from densepure_rt.runtime.noise import Key
 
@@ -141,6 +141,7 @@ def onnxruntime_version() -> str:
 
         return str(onnxruntime.__version__)
     except Exception as error:  # missing, a half-removed wheel without a version, a NumPy that it was not built for
+        raise_interrupt(error)
         raise EnvironmentFault(
             f"ONNX Runtime, which runs .onnx engines, cannot be imported ({error}): "
             "run \"pip install 'densepure-rt[cpu]'\""

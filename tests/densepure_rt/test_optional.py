@@ -104,3 +104,11 @@ def test_doctor_outlives_a_package_that_crashes_or_hangs(packages: Path) -> None
     assert import_fault("import crashes") == "Python ends with signal 6"
     assert import_fault("import hangs", seconds=1.0) == "it takes more than 1 s"
     assert import_fault("import json") is None
+
+
+def test_ctrl_c_during_an_import_is_no_missing_package() -> None:
+    """pybind11 turns what ends the initialisation of a module into an ImportError with it as the cause."""
+    failed = ImportError("initialization failed")
+    failed.__cause__ = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt), optional("export", "PyTorch", "install it"):
+        raise failed

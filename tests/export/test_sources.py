@@ -421,6 +421,7 @@ VALUES: dict[str, Any] = {
     "beta_start": 0.001,
     "beta_end": 0.02,
     "crop": "224",
+    "attention_order": "new",
 }
 MEANINGLESS = {
     "zoo": (*TRAINING, *LAYOUT, "image_size", "unet_weights"),
@@ -428,7 +429,7 @@ MEANINGLESS = {
     "diffusers": (*TRAINING, *LAYOUT, "unet_weights"),
     "checkpoint": ("prediction", "variance", "unet_weights"),
     "program": (*LAYOUT, "unet_weights"),
-    "callable": ("num_heads", "num_head_channels"),
+    "callable": ("num_heads", "num_head_channels", "attention_order"),
 }
 SPECS = {
     "zoo": None,
