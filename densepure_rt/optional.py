@@ -30,18 +30,27 @@ def optional(what: str, packages: str, cure: str) -> Iterator[None]:
         yield
     except DensePureError:
         raise
-    except ImportError as error:
-        raise_interrupt(error)
-        if (cause := torchvision_at_fault(error)) is not None:
-            raise EnvironmentFault(f"{what}: {torchvision_cure(cause)}") from error
-        raise EnvironmentFault(f"{what} needs {packages} ({import_cause(error)}): {cure}") from error
     except Exception as error:  # a package may fail with anything: a library that does not load, an operator not there
-        if (cause := torchvision_at_fault(error)) is not None:
-            raise EnvironmentFault(f"{what}: {torchvision_cure(cause)}") from error
-        raise EnvironmentFault(
-            f"{what} needs {packages}, and {failing_package(error) or packages} fails when it is imported "
-            f"({import_cause(error)}): install it anew, in versions that fit each other: {cure}"
-        ) from error
+        raise_interrupt(error)
+        raise EnvironmentFault(explained(error, what, packages, cure)) from error
+
+
+def explained(error: Exception, what: str, packages: str, cure: str) -> str:
+    """The words for a failed import: what needs what, the first cause in a line, and the cure."""
+    *_, first = chain_of(error)
+    if isinstance(first, ModuleNotFoundError) and first.name == "torchvision":
+        return (
+            f"{what} needs torchvision, which is not installed: install the build for the torch that is here, "
+            f"from the same index"
+        )
+    if (cause := torchvision_at_fault(error)) is not None:
+        return f"{what}: {torchvision_cure(cause)}"
+    if isinstance(first, ImportError):
+        return f"{what} needs {packages} ({import_cause(error)}): {cure}"
+    return (
+        f"{what} needs {packages}, and {failing_package(error) or packages} fails when it is imported "
+        f"({import_cause(error)}): install it anew, in versions that fit each other: {cure}"
+    )
 
 
 def chain_of(error: BaseException) -> Iterator[BaseException]:

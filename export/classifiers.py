@@ -18,7 +18,6 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
@@ -378,15 +377,7 @@ def _program(spec: str, image: tuple[int, int, int], weights: Path | None, prefi
 
 
 def _needs(package: str, spec: str) -> AbstractContextManager[None]:
-    return optional(spec, package, _cure(package))
-
-
-def _cure(package: str) -> str:
-    """What to install: the package, or torchvision where it is what the installed package lacks."""
-    lacks = find_spec(package) is not None and find_spec("torchvision") is None
-    return "run \"pip install 'densepure-rt[classifiers]'\"" + (
-        f": {package} is here, but it needs torchvision, in the build for this torch" if lacks else ""
-    )
+    return optional(spec, package, "run \"pip install 'densepure-rt[classifiers]'\"")
 
 
 def _timm(spec: str, image: tuple[int, int, int], weights: Path | None, prefix: str, declared: Declared) -> _Loaded:

@@ -28,7 +28,7 @@ TOOLS = (
     "setuptools",
     "tomli; python_version < '3.11'",
 )
-FLOOR = 2000  # tests that ran on each
+FLOOR = 1800  # tests that pass on each, of the 2,100 that are collected
 
 
 def interpreters() -> dict[str, Path]:

@@ -96,6 +96,7 @@ def test_without_onnxruntime_the_next_command_installs_it() -> None:
 
 def test_a_gpu_that_runs_plans_needs_no_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
     """There is no GPU here, so its answer is put in; tensorrt-rtx is the real one."""
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
     absent = Finding("ONNX Runtime", "missing", "not installed", needed=True)
     monkeypatch.setattr("densepure_rt.doctor.onnxruntime_finding", lambda: absent)
     assert not diagnose().healthy

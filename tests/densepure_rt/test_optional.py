@@ -70,6 +70,13 @@ def test_a_torchvision_of_another_torch_is_named_under_what_imports_it(packages:
     assert "PreTrainedModel" not in found
 
 
+def test_a_torchvision_that_is_missing_is_what_is_asked_for_and_not_the_package_that_is_there(packages: Path) -> None:
+    (packages / "needs_vision.py").write_text("raise ModuleNotFoundError('No module', name='torchvision')")
+    found = fault_of("needs_vision")
+    assert found.startswith("export needs torchvision, which is not installed")
+    assert "pip install" not in found
+
+
 def test_an_error_of_our_own_passes_unchanged() -> None:
     with pytest.raises(UsageError, match="asked for nothing"), optional("export", "PyTorch", CURE):
         raise UsageError("asked for nothing")
