@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 from scipy import special
@@ -13,7 +14,7 @@ from densepure_rt.accuracy import Curve, curve_of, holds
 from densepure_rt.certify_run import RADII
 from densepure_rt.errors import UsageError
 from densepure_rt.records import ImageRecord
-from densepure_rt.rounding import exact
+from densepure_rt.rounding import exact, typed
 from densepure_rt.run_folder import differing
 from densepure_rt.run_reader import Run
 
@@ -85,6 +86,14 @@ class Comparison:
 
     def worse_at(self, level: float) -> tuple[AtRadius, ...]:
         return tuple(found for found in self.radii if found.b_is_worse(level))
+
+    def false_alarm(self, level: float) -> Fraction:
+        """The probability at most that some radius is in `worse_at` though neither run is better at any.
+
+        Each radius has half the level, as the p-value is two-sided and only one side counts, and the sum holds however
+        the radii depend on each other (Bonferroni).
+        """
+        return min(Fraction(1), len(self.radii) * typed(level) / 2)
 
 
 def mcnemar(only_a: int, only_b: int) -> float:

@@ -43,7 +43,11 @@ def import_(
         typer.Option(help="Samples an image that the log was made with; with --sigma, its reach is checked."),
     ] = None,
     alpha: Annotated[
-        float, typer.Option(help="Probability that a certificate is wrong; 0.001 is what the older tools start from.")
+        float,
+        typer.Option(
+            help="Probability, at most, that an image gets a wrong certificate; 0.001 is what the older tools start "
+            "from."
+        ),
     ] = 0.001,
     merged: Annotated[
         Path | None, typer.Option(help="Folders: the file that DensePure's merge_results.py made of it, to compare.")

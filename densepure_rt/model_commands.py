@@ -373,7 +373,7 @@ def parity(
     steps: Annotated[int, typer.Option(help="Reverse steps (b).")] = 2,
     votes: Annotated[int, typer.Option(help="Votes a noise sample (K).")] = 5,
     n: Annotated[int, typer.Option(help="Samples of each image.")] = 50,
-    alpha: Annotated[float, typer.Option(help="Probability that a certificate is wrong.")] = 0.001,
+    alpha: Annotated[float, typer.Option(help="Probability, at most, that an image gets a wrong certificate.")] = 0.001,
     batch: Annotated[int | None, typer.Option(help="Items a call of the engine.")] = None,
     threads: Annotated[int | None, typer.Option(help="Callers of the engine; default: one for each core.")] = None,
     provider: ProviderName = "cpu",
@@ -383,7 +383,8 @@ def parity(
 ) -> None:
     """Compare an engine with PyTorch on the same noise: steps, chains, labels, votes and certificates.
 
-    Exit code 1 when they differ by more than the engine's precision may lose. The picture needs densepure-rt\\[report].
+    Exit code 1 when they differ by more than the engine's precision may lose. The noise is public, so the radii are
+    valid only for images chosen without regard to it. The picture needs densepure-rt\\[report].
     """
     with needs_pytorch("parity"):
         from densepure_rt.export.agreement import agree, draw, failures
@@ -460,7 +461,7 @@ def print_agreement(found: Agreement) -> None:
         radii = ("abstains" if r is None else floored(r) for r in (row.torch, row.engine, row.transferred))
         table.add_row(str(row.idx), str(row.predict), *radii, raised(row.eta, figures=2))
     stdout.print(table)
-    stdout.print("The noise is keyed by a public, constant secret: radii hold for images chosen without regard to it.")
+    stdout.print("the noise is public: a transferred radius is valid only for images chosen without regard to it")
 
 
 @with_models

@@ -31,7 +31,7 @@ Rule = Annotated[
         help="Which timestep belongs to sigma: nearest, or as published: densepure, carlini; default: the engine's.",
     ),
 ]
-Alpha = Annotated[float, typer.Option(help="Probability that an answer is wrong, over the sampling.")]
+Alpha = Annotated[float, typer.Option(help="Probability, at most, that an image gets a wrong answer.")]
 BatchSize = Annotated[
     int | None,
     typer.Option(

@@ -63,8 +63,8 @@ def heading(reports: Sequence[RunReport]) -> Html:
         element(
             "p",
             "Randomized smoothing with purification by diffusion and voting (DensePure). A certificate says that the "
-            "smoothed classifier answers the same for every change of the image within the radius; it is wrong with "
-            "probability alpha at most.",
+            "smoothed classifier answers the same for every change of the image within the radius; an image gets a "
+            "wrong one with probability alpha at most.",
             class_="soft",
         ),
         element("div", *(card(report, i) for i, report in enumerate(reports)), class_="runs"),
@@ -396,9 +396,11 @@ def meaning_section() -> Html:
         "Another precision or runtime is another classifier.",
         "It says that the answer does not change within the radius, in l2 and in [0, 1] pixel units. It does not say "
         "that the answer is right: spoofed certificates at wrong labels exist (GhostCert, arXiv 2511.14003).",
-        "Each holds but for probability alpha over the noise. Trying r secrets and keeping the best costs a factor r "
-        "in alpha. With a public seed it is valid only for images fixed before the seed was chosen.",
+        "An image that is asked about gets a wrong one with probability alpha at most over the noise. Keeping the best "
+        "of r runs costs a factor r in alpha, whether they differ in secret or, under one secret, in n, method, "
+        "options or engine. With a public seed it is valid only for images fixed before the seed was chosen.",
         "It says nothing of changes that are not small in l2: rotation, weather, another camera.",
-        "Radii and bounds are rounded down.",
+        "Every figure that claims something is rounded to the weaker claim: radii, lower bounds and accuracies down, "
+        "upper bounds up.",
     )
     return section("What a certificate says, and what it does not", element("ul", *(element("li", p) for p in points)))

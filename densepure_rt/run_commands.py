@@ -88,8 +88,8 @@ def compare(
     level: Annotated[
         float,
         typer.Option(
-            help="B is worse where the exact McNemar test says so at this level, at each radius alone: with k radii, a "
-            "false alarm has probability k * level / 2 at most."
+            help="B is worse at a radius where the exact McNemar test says so at this level. Over k radii a false "
+            "alarm has probability k * level / 2 at most."
         ),
     ] = 0.05,
     max_lost: Annotated[
@@ -113,7 +113,11 @@ def compare(
         print_comparison(found)
     if worse:
         where = ", ".join(f"{exact(each.radius)} (p = {raised(each.p_value, figures=2)})" for each in worse)
-        raise CheckFailed(f"{b} certifies significantly fewer images than {a} at radius {where}, level {exact(level)}")
+        alarm = raised(found.false_alarm(level), figures=2)
+        raise CheckFailed(
+            f"{b} certifies significantly fewer images than {a} at radius {where}, level {exact(level)}; over "
+            f"{plural(len(found.radii), 'comparison')} a false alarm has probability {alarm} at most"
+        )
     if too_many:
         raise CheckFailed(f"{plural(len(found.lost), 'image')} lost radius from {a} to {b}, more than {max_lost}")
 

@@ -82,7 +82,10 @@ def values_of(answers: Sequence[Predicted | Certified]) -> Values:
 
 
 def prediction(found: Predicted) -> dict[str, Any]:
-    """confidence: 1 - error_bound of `Predicted`, rounded down; 0.0 when it abstains."""
+    """confidence: 1 - error_bound, rounded down; 0.0 when it abstains.
+
+    A label other than the smoothed classifier's comes with a confidence of c or more with probability at most 1 - c.
+    """
     return {
         "label": label_of(found.label),
         "abstain": found.label is None,

@@ -248,8 +248,8 @@ class Certified(NamedTuple):
 class Predicted(NamedTuple):
     """label: None where n samples leave it open. votes: how many of the n samples taken chose each class.
 
-    error_bound: P(the label is not the smoothed classifier's and error_bound <= b) <= b over the sampling, for every b.
-    It is not the probability that this label is wrong, and says nothing of the true class. None without a label.
+    error_bound: over the sampling, a label other than the smoothed classifier's comes with a bound of b or less with
+    probability at most b, for every b. It is not the probability that this label is wrong. None without a label.
     stopped: time was up before it was decided.
     """
 

@@ -223,7 +223,7 @@ def model_config(model: ModelName, bundle: Bundle, shared: Sequence[str]) -> str
         parameter("steps", f"{settings.steps}", "reverse steps"),
         parameter("votes", f"{settings.votes}", "votes a sample"),
         parameter("n", f"{PREDICT_N if model == 'predict' else settings.n}", "samples an image, at most"),
-        parameter("alpha", exact(settings.alpha), "probability that an answer is wrong"),
+        parameter("alpha", exact(settings.alpha), "probability, at most, that an image gets a wrong answer"),
     ]
     if model == "certify":
         own += [

@@ -5,13 +5,14 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from densepure_rt.compare import Comparison, compare, mcnemar
+from densepure_rt.compare import AtRadius, Comparison, compare, mcnemar
 from densepure_rt.records import NamedFile
 from densepure_rt.run_reader import read_run
 from tests.densepure_rt.made_runs import SEQUENTIAL, Made, make_run
@@ -40,6 +41,19 @@ def test_mcnemar_is_the_share_of_coin_tosses_that_are_no_less_uneven(discordant:
 def test_mcnemar_is_twice_the_smaller_tail(a: int, b: int) -> None:
     tail = sum(math.comb(a + b, k) for k in range(min(a, b) + 1)) / 2 ** (a + b)
     assert mcnemar(a, b) == pytest.approx(min(1.0, 2 * tail), rel=1e-9)
+
+
+@pytest.mark.parametrize("level", [0.05, 0.01])
+@pytest.mark.parametrize("discordant", [0, 1, 5, 6, 11, 60])
+def test_a_run_that_is_no_worse_is_called_worse_at_one_radius_in_half_the_level_at_most(
+    discordant: int, level: float
+) -> None:
+    chance = Fraction(0)
+    for only_a in range(discordant + 1):
+        only_b = discordant - only_a
+        found = AtRadius(0.5, 0.0, 0.0, only_a, only_b, mcnemar(only_a, only_b))
+        chance += Fraction(found.b_is_worse(level) * math.comb(discordant, only_a), 2**discordant)
+    assert chance <= Fraction(level) / 2
 
 
 # pairing
@@ -136,7 +150,7 @@ def test_b_that_is_significantly_worse_fails(here: Callable[..., Done], tmp_path
     assert done.returncode == 1
     assert (
         done.stderr == f"error: {b} certifies significantly fewer images than {a} at radius 0 (p = 0.032), 0.25 "
-        "(p = 0.032), level 0.05\n"
+        "(p = 0.032), level 0.05; over 3 comparisons a false alarm has probability 0.075 at most\n"
     )
     assert "images that lost radius" in done.stdout
     assert here("compare", a, b, "--level", 0.03).returncode == 0

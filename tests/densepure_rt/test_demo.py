@@ -8,6 +8,7 @@ import dataclasses
 import http.client
 import io
 import json
+import math
 import re
 import threading
 import time
@@ -17,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +38,7 @@ from densepure_rt.cross_site import LOOPBACK
 from densepure_rt.datasets import LabelledImage, open_images
 from densepure_rt.demo import MOST_READING, MOST_WAITING, Busy, Demo, Turns, answered, body, facts, smallest_batch
 from densepure_rt.errors import EnvironmentFault
-from densepure_rt.rounding import floored
+from densepure_rt.rounding import floored, raised
 from densepure_rt.runtime.bundle import Plan
 from densepure_rt.runtime.noise import image_key, smoothing_law, smoothing_noise
 from densepure_rt.server import Deadlines, make_app
@@ -623,6 +625,10 @@ def test_radii_are_rounded_down_as_everywhere(tab: Tab, site: Site) -> None:
     draw = np.random.default_rng(0)
     radii = [0.29, 0.57, 0.5, 1.005, 1e-7, 0.1 + 0.2, *draw.uniform(0, 4, 200), *draw.integers(0, 4000, 200) / 1000]
     assert tab.value(f"{json.dumps(radii)}.map(radius => floored(radius, 3))") == [floored(radius) for radius in radii]
+    shares = [0.0, 0.00005, 0.29, 0.999, 0.99959, 0.9999999, math.nextafter(1, 0), 1.0]
+    assert tab.value(f"{json.dumps(shares)}.map(percent)") == [floored(share, 2, percent=True) for share in shares]
+    left = [raised(1 - Fraction(share), 2, percent=True) for share in shares]
+    assert tab.value(f"{json.dumps(shares)}.map(rest)") == left
 
 
 @BROWSER

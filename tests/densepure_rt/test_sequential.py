@@ -25,6 +25,7 @@ from densepure_rt.sequential import (
     anytime_lower,
     anytime_radius,
     certify_at,
+    error_at_most,
     give_up_at,
     log_e,
     prediction_rule,
@@ -589,7 +590,47 @@ def test_a_prediction_is_wrong_no_more_often_than_alpha() -> None:
     assert two_class_error(prediction_rule(1000, 0.05), 0.5, 0.5) > 0.035
 
 
+@pytest.mark.parametrize("p", [0.5, 0.49, 0.48])
+def test_a_wrong_answer_with_a_bound_of_b_comes_with_probability_b_at_most(p: float) -> None:
+    """Of two classes with p <= 1/2 and 1 - p, exactly, for every b at once."""
+    rule, rates = prediction_rule(600, 0.05, look=8), (p, 1 - p)
+    (test,) = rule.tests
+    wrong, chances, before = dict[float, float](), np.ones(1), 0
+    for n in rule.looks():
+        chances = np.convolve(chances, stats.binom.pmf(np.arange(n - before + 1), n - before, rates[0]))
+        for successes in range(n + 1):
+            for count, rate in zip((successes, n - successes), rates, strict=True):
+                if chances[successes] and test.certifies(count, n):
+                    bound = error_at_most(count, n)
+                    wrong[bound] = wrong.get(bound, 0.0) + chances[successes] * (rate <= 0.5)
+                    chances[successes] = 0
+        before = n
+    assert len(wrong) > 20
+    for b in wrong:
+        assert 0 < sum(chance for bound, chance in wrong.items() if bound <= b) <= b
+
+
+def test_of_the_answers_to_a_tie_all_are_wrong_whatever_their_bound() -> None:
+    """Why the bound is no probability that the label is wrong: each of these labels is."""
+    rule = prediction_rule(600, 0.05, look=8)
+    found = decided(rule, [1] * 24)
+    assert found.predict == 1
+    assert error_at_most(found.n_a, found.n) <= 0.05
+    assert two_class_error(rule, 0.5, 0.5) > 0.02
+
+
 # What must not be done, shown to break the level, and shown not to happen
+
+
+def test_keeping_the_best_of_several_n_under_one_key_costs_more_than_one_alpha_and_no_more_than_one_each() -> None:
+    p0, several = phi(1.0), (1000, 2000, 5000, 10_000)
+
+    def enough(n: int) -> int:
+        return int(stats.binom.isf(0.001, n, p0)) + 1
+
+    kept, _ = fates(p0, several, enough, lambda n: -1)
+    assert kept == pytest.approx(0.0032, abs=5e-5)
+    assert 0.001 < kept <= len(several) * 0.001
 
 
 def test_peeking_at_clopper_pearson_breaks_the_level_twelvefold() -> None:
