@@ -150,7 +150,7 @@ def test_b_that_is_significantly_worse_fails(here: Callable[..., Done], tmp_path
     assert done.returncode == 1
     assert (
         done.stderr == f"error: {b} certifies significantly fewer images than {a} at radius 0 (p = 0.032), 0.25 "
-        "(p = 0.032), level 0.05; over 3 comparisons a false alarm has probability 0.075 at most\n"
+        "(p = 0.032), level 0.05; over 4 comparisons a false alarm has probability 0.1 at most\n"
     )
     assert "images that lost radius" in done.stdout
     assert here("compare", a, b, "--level", 0.03).returncode == 0
