@@ -10,6 +10,7 @@ their numbers, and one that was not finite is a vote against every class. Everyt
 from __future__ import annotations
 
 import math
+import sys
 from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
@@ -52,7 +53,7 @@ def log_e(successes: int, n: int, p0: float) -> float:
     """
     a, b, m, q0 = successes + 0.5, n - successes + 0.5, n + 1.0, 1.0 - p0
     tail = float(special.betaincc(a, b, p0))
-    if tail == 0.0:
+    if tail < sys.float_info.min:  # what is left of it has lost its digits
         return -math.inf
     prior_tail = 2 / math.pi * math.asin(math.sqrt(q0))
     fit = _deviance(a, m * p0) + _deviance(b, m * q0) + _stirling_rest(a) + _stirling_rest(b) - _stirling_rest(m)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import mpmath
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -226,6 +226,8 @@ def evidence(draw: st.DrawFn) -> tuple[int, int, float]:
 
 @settings(deadline=None, max_examples=80, derandomize=True)
 @given(evidence())
+@example((117, 246, 0.9991262116501473))  # where the tail is a subnormal number
+@example((126, 253, 0.9991262116501473))
 def test_evidence_equals_its_integral_to_nine_digits(given: tuple[int, int, float]) -> None:
     successes, n, p0 = given
     found, exact = log_e(successes, n, p0), exact_log_e(successes, n, mpmath.mpf(p0))
