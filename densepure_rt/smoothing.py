@@ -92,7 +92,7 @@ class Settings:
         if self.method not in get_args(Method):
             raise UsageError(f"method {self.method} is not known: {', '.join(get_args(Method))}", "method")
         if self.radii is not None and self.method != "sequential":
-            raise UsageError(f"radii are what the method sequential decides, and {self.method} was asked for")
+            raise UsageError(f"radii are what the method sequential decides, and {self.method} was asked for", "radii")
         if self.radius_loss is not None and self.method != "radius":
             raise UsageError(f"a radius loss is what the method radius accepts, and {self.method} was asked for")
         if self.timestep_rule not in (None, *get_args(TimestepRule)):

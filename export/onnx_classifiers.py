@@ -30,6 +30,7 @@ from densepure_rt.export.source_check import (
     refuse_not_finite,
     refuse_unrepeatable,
 )
+from densepure_rt.rounding import raised
 from densepure_rt.runtime.device import CLASSIFY_OUTPUTS, Floats
 
 ONNX_ROUNDING = 1e-4  # of the largest logit, between batch sizes of one file in float32
@@ -283,6 +284,6 @@ def refuse_converted(original: onnx.ModelProto, converted: onnx.ModelProto, x: F
     old, new = (model.opset_import[0].version for model in (original, converted))
     raise CheckFailed(
         f"onnx {onnx.__version__} changes what {name} computes when it brings it from opset {old} to {new} (relative "
-        f"L2 {gap:.2g}){f', first in {place}' if place else ''}: export it with opset_version={new} from where it was "
-        f"made. Nothing was published"
+        f"L2 {raised(gap, figures=2)}){f', first in {place}' if place else ''}: export it with opset_version={new} "
+        f"from where it was made. Nothing was published"
     )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from densepure_rt.errors import CheckFailed
+from densepure_rt.rounding import raised
 from densepure_rt.runtime.device import Floats
 
 SAME = 1e-4  # relative L2. Other batch sizes alone move float32 networks by some 1e-7, the faults by 1e-3 and more
@@ -123,7 +124,8 @@ def refuse_unrepeatable(source: Source, x: Floats) -> None:
         return
     place = first_difference(source.trace(x), source.trace(x))
     raise CheckFailed(
-        f"{source.name} gives other values when it is run again on the same input (relative L2 {gap:.2g}){_in(place)}: "
+        f"{source.name} gives other values when it is run again on the same input (relative L2 "
+        f"{raised(gap, figures=2)}){_in(place)}: "
         f"a certificate is about one function; {source.moves['repeatable']}. Nothing was published"
     )
 
@@ -131,7 +133,8 @@ def refuse_unrepeatable(source: Source, x: Floats) -> None:
 def _refuse_batch_dependent(source: Source, x: Floats, gap: float) -> None:
     place = first_difference(source.trace(x), source.trace(x[:1]))
     raise CheckFailed(
-        f"{source.name} gives an image other values in a batch of {len(x)} than alone (relative L2 {gap:.2g})"
+        f"{source.name} gives an image other values in a batch of {len(x)} than alone (relative L2 "
+        f"{raised(gap, figures=2)})"
         f"{_in(place)}: the votes of one image would depend on the others; {source.moves['batch']}. Nothing was "
         f"published"
     )

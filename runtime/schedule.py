@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from densepure_rt.errors import UsageError
+from densepure_rt.rounding import floored
 
 ScheduleName = Literal["linear", "scaled_linear", "cosine", "continuous"]
 Variance = Literal["fixed_small", "fixed_large", "learned_range", "learned", "renoised"]
@@ -107,9 +108,9 @@ def nearest_timestep(alpha_bar: NDArray[np.float64], sigma: float) -> int:
     """
     target = signal_variance(sigma)
     if not target >= alpha_bar[-1]:
-        largest = math.floor(500 * math.sqrt(1 / alpha_bar[-1] - 1)) / 1000
+        largest = math.sqrt(1 / alpha_bar[-1] - 1) / 2
         raise UsageError(
-            f"sigma {sigma:g} is beyond this network's schedule, which reaches sigma {largest:.3f}: "
+            f"sigma {sigma:g} is beyond this network's schedule, which reaches sigma {floored(largest)}: "
             f"ask for a smaller sigma",
             "sigma",
         )

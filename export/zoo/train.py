@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from densepure_rt.export.zoo.models import Classifier, load_weights, new_unet
+from densepure_rt.rounding import floored_share
 
 IDX_IMAGE_HEADER, IDX_LABEL_HEADER = 16, 8  # bytes; the IDX format of MNIST
 T_MAX = 420  # sigma <= 1.0 starts at timestep 396 of the linear 1000-step schedule
@@ -261,7 +262,7 @@ def main(
         blend(clean, purified, BLEND, out / "classifier.safetensors")
         for kind in ("clean-classifier", "purified-classifier", "classifier"):
             share = accuracy(out / f"{kind}.safetensors", data)
-            progress.console.print(f"{kind}: {100 * share:.2f} % of 10,000 test images")
+            progress.console.print(f"{kind}: {floored_share(share, 2)} of 10,000 test images")
 
 
 if __name__ == "__main__":

@@ -400,7 +400,10 @@ def test_an_engine_is_named_as_its_path_is(bundle: Path, folder: str) -> None:
         (["--run-budget", "s"], ["--run-budget s"]),
         (["--run-budget", "nan"], ["--run-budget nan"]),
         (["--preset", "other"], ["--preset other", "paper"]),
-        (["--method", "fixed", "--radii", "0,0.25"], ["--method sequential", "fixed was asked for"]),
+        (
+            ["--method", "fixed", "--radii", "0,0.25"],
+            ["--radii are what the method sequential decides", "fixed was asked for"],
+        ),
         (["--radii", "0,x"], ["radii are numbers", "0,x"]),
         (["--radii", "0.5,0"], ["from 0 up and ascending"]),
         (["--radii", "0", "--radii-sigma", "0"], ["--radii and --radii-sigma", "give one"]),
@@ -426,7 +429,7 @@ def test_an_impossible_option_of_predict_exits_2(here: Callable[..., Done], opti
 
 
 def test_too_small_an_n_exits_2_and_names_the_n_that_is_enough() -> None:
-    refused(cli(*DRY, *FIXED, "--n", 9), 2, "n = 9", "alpha = 0.001", "--n 10")
+    refused(cli(*DRY, *FIXED, "--n", 9), 2, "--n 9 cannot", "alpha = 0.001", "ask for 10 at least")
     assert stats.beta.ppf(0.001, 9, 1) <= 0.5 < stats.beta.ppf(0.001, 10, 1)
 
 
