@@ -89,7 +89,7 @@ def counted_of(records: Sequence[A]) -> tuple[Sequence[A], bool]:
 
 
 def shares_certified(records: Sequence[Answer], radii: Sequence[float]) -> tuple[float, ...]:
-    """The share of the records that `holds` at each radius, 0 or more, in the order of `radii`.
+    """Return the share of the records that `holds` at each radius, 0 or more, in the order of `radii`.
 
     The certified radii are sorted once: a run has as many different radii as images, and a scan of all for each of
     them takes minutes at 50,000.

@@ -154,7 +154,7 @@ def check_derived(identity: Identity) -> Finding:
 
 
 def check_arithmetic(manifest: Manifest) -> Finding:
-    """Whether the identity and the device that is described beside it compute alike."""
+    """Check that the identity and the device described beside it have one fingerprint."""
     arithmetic, device = manifest.identity.arithmetic, manifest.provenance.device
     if arithmetic is None:
         return Finding("arithmetic", "not recorded by this old run: nothing shows that one kind of machine drew it all")

@@ -467,7 +467,7 @@ def counted(value: float) -> str:
 
 
 def notes_on(images: ImageSet) -> dict[str, str]:
-    """What was done to images, and what of their source is none of them, by name; nothing where nothing was."""
+    """Name what was left out of the images' source, and how many grey images were repeated to colour."""
     repeated = f"{plural(images.repeated, 'grey image')} repeated to three channels" if images.repeated else ""
     notes = {"grey": repeated, "left out": "; ".join(map(str, images.left_out))}
     return {name: note for name, note in notes.items() if note}
@@ -486,7 +486,11 @@ def print_forecast(
             f"{device[name]}" if name == "provider" else f"{name} {device[name]}" for name in SHOWN if name in device
         ),
         "arithmetic": f"fingerprint {str(device['fingerprint'])[:16]}, "
-        + ("the same in batches of any size" if device["independent_of_batch"] else f"of batches of {device['batch']}"),
+        + (
+            "another batch gave the same"
+            if device["independent_of_batch"]
+            else f"of batches of {device['batch']} alone"
+        ),
         "engine": f"{smoothed.bundle.unet_path}, {unet.precision}, sha256 {unet.file.sha256[:16]}",
         "images": f"{expected.images} of {images.name}" + (f", shard {shard} of {len(images)}" if shard else ""),
         **notes_on(images),
@@ -567,7 +571,7 @@ def flattened(report: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]
 
 
 def in_options(error: DensePureError) -> str:
-    """An error's message; the parameter that it begins with as the option of that name."""
+    """Return an error's message, with the parameter that it begins with as the option of that name."""
     parameter, message = getattr(error, "parameter", None), str(error)
     if parameter is None or not message.startswith(f"{parameter} "):
         return message

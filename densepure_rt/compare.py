@@ -88,7 +88,7 @@ class Comparison:
         return tuple(found for found in self.radii if found.b_is_worse(level))
 
     def false_alarm(self, level: float) -> Fraction:
-        """The probability at most that some radius is in `worse_at` though neither run is better at any.
+        """Bound the probability that some radius is in `worse_at` though neither run is better at any.
 
         Each radius has half the level, as the p-value is two-sided and only one side counts, and the sum holds however
         the radii depend on each other (Bonferroni).

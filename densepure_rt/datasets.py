@@ -96,7 +96,7 @@ class ImageSet:
 
     @property
     def repeated(self) -> int:
-        """How many images of this set are grey and repeated to three channels."""
+        """Count the grey images of this set that are repeated to three channels."""
         return sum(i in self.grey for i in self.positions) if self.grey else 0
 
     @property
@@ -209,7 +209,7 @@ def _from_folder(folder: Path, shape: Shape, class_names: Sequence[str]) -> Imag
 
 
 def _from_cifar_folder(folder: Path, files: Sequence[Path], shape: Shape, class_names: Sequence[str]) -> ImageSet:
-    """The parts of one split, such as data_batch_1.bin to data_batch_5.bin; never one split after another."""
+    """Join the parts of one split, such as data_batch_1.bin to data_batch_5.bin; refuse several splits."""
     if len({re.sub(r"[-_.]?[0-9]+$", "", file.stem.lower()) for file in files}) > 1:
         raise UsageError(f"{folder} holds .bin files of several splits, which are not joined; {_name_one(files)}")
     joined = "" if len(files) == 1 else f" to {files[-1].name}, {len(files)} files joined"
@@ -246,7 +246,7 @@ def _left_out(names: Mapping[str, Sequence[str]]) -> tuple[LeftOut, ...]:
 
 
 def _split_of(name: str) -> str | None:
-    """The split that a folder's name stands for: test for test, Testing or test2017; None for none."""
+    """Return the split that a folder's name stands for: test for test, Testing or test2017; None for none."""
     return next((SPLITS[word] for word in re.findall("[a-z]+", name.lower()) if word in SPLITS), None)
 
 
@@ -342,7 +342,7 @@ def _from_labels_csv(folder: Path, shape: Shape, class_names: Sequence[str]) -> 
 
 
 def _unlisted(folder: Path, listed: set[Path]) -> dict[str, list[str]]:
-    """The files of a folder that its labels.csv does not name, by the reason."""
+    """List the files of a folder that its labels.csv does not name, by the reason."""
     others = defaultdict[str, list[str]](list)
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder)
@@ -369,7 +369,7 @@ def _labels_of(found: Sequence[str], class_names: Sequence[str], where: str) -> 
 
 
 def _known_labels(found: Sequence[str], class_names: Sequence[str]) -> list[int | None]:
-    """The label of each name; None where the model does not know it."""
+    """Return the label of each name; None where the model does not know it."""
     exact, by_slug = _unambiguous(class_names), _unambiguous([_slug(name) for name in class_names])
     labels = [exact.get(name, by_slug.get(_slug(name))) for name in found]
     if None in labels and all(re.fullmatch(r"[0-9]{1,9}", name) for name in found):

@@ -188,7 +188,7 @@ def export_finding() -> Finding:
 
 
 def extra_finding(extra: str, statements: Mapping[str, str]) -> Finding:
-    """What an extra brings besides the exporter."""
+    """Report on the packages of an extra: missing, broken or ok."""
     found = installed_versions(*statements)
     if missing := [name for name in statements if name not in found]:
         return Finding(extra, "missing", f"no {', '.join(missing)}: densepure-rt[{extra}]")
@@ -196,7 +196,7 @@ def extra_finding(extra: str, statements: Mapping[str, str]) -> Finding:
 
 
 def imported(what: str, statements: Mapping[str, str]) -> Finding:
-    """Whether these statements, by distribution, run in a Python of their own."""
+    """Run import statements, by distribution, in a Python of their own and report on them."""
     faults = import_faults(statements.values())
     versions = installed_versions(*statements)
     named = {name: f"{name} {versions.get(name, '')}".rstrip() for name in statements}
@@ -209,14 +209,19 @@ def imported(what: str, statements: Mapping[str, str]) -> Finding:
 
 
 def import_faults(statements: Iterable[str]) -> dict[str, str | None]:
-    """Why each statement fails, or None; each runs in a Python of its own, so that a crash or a hang is its own."""
+    """Return why each statement fails, or None.
+
+    All run in one Python first. Where that fails each runs in its own, so that a crash or a hang is its own.
+    """
     lines = list(statements)
+    if import_fault("\n".join(lines)) is None:
+        return dict.fromkeys(lines)
     with ThreadPoolExecutor(available_cores()) as pool:
         return dict(zip(lines, pool.map(import_fault, lines), strict=True))
 
 
 def import_fault(statement: str, seconds: float = IMPORT_SECONDS) -> str | None:
-    """Why a statement fails in a new Python, in one line, or None."""
+    """Run a statement in a new Python; return why it fails, in one line, or None."""
     command = [sys.executable, "-c", IMPORT_CODE, statement]
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=seconds)

@@ -10,6 +10,8 @@ A message says what was asked, what was found and the next move. The command lin
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 
 class DensePureError(Exception):
     """The root of this package's errors; `exit_code` is what the command line ends with."""
@@ -24,10 +26,11 @@ class CheckFailed(DensePureError):
 
 
 class UsageError(DensePureError, ValueError):
-    """What was asked cannot be done.
+    """Refuse what was asked for.
 
-    parameter: of a function, such as "sigma", where one is to blame and the message begins with its name; the command
-    line then says --sigma in its place.
+    Attributes:
+        parameter: The function's parameter that is to blame, such as "sigma"; the message begins with its name, and the
+            command line says --sigma in its place. None where no single one is.
     """
 
     exit_code = 2
@@ -43,10 +46,17 @@ class EnvironmentFault(DensePureError, RuntimeError):
     exit_code = 3
 
 
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error, then what caused it, the first cause last."""
+    seen: set[int] = set()
+    found: BaseException | None = error
+    while found is not None and id(found) not in seen:
+        seen.add(id(found))
+        yield found
+        found = found.__cause__ or (None if found.__suppress_context__ else found.__context__)
+
+
 def raise_interrupt(error: BaseException) -> None:
     """Raise KeyboardInterrupt where an error came of one: a compiled module makes an ImportError of it."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, KeyboardInterrupt) or "KeyboardInterrupt" in str(cause):
-            raise KeyboardInterrupt from error
-        cause = cause.__cause__ or cause.__context__
+    if any(isinstance(cause, KeyboardInterrupt) or "KeyboardInterrupt" in str(cause) for cause in causes(error)):
+        raise KeyboardInterrupt from error

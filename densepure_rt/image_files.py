@@ -88,7 +88,7 @@ def size_text(shape: tuple[int, ...]) -> str:
 
 
 def require_pixels(given: object, shape: Shape) -> Pixels:
-    """`given`, which must be a uint8 array [C, H, W] of this shape already: nothing is converted.
+    """Return `given` if it is a uint8 array [C, H, W] of this shape already: nothing is converted.
 
     Raises UsageError that says what was given, and how that becomes one.
     """

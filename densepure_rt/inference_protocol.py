@@ -136,7 +136,7 @@ def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def an_object(value: Any, what: str, known: set[str]) -> dict[str, Any]:
-    """The members of an object that are there: null means absent, as clients write an option that was not set."""
+    """Return an object's members without the nulls: clients write null for an option that was not set."""
     if not isinstance(value, dict):
         raise ProtocolError(f"{what} is a JSON object, got {kind_of(value)}")
     members = {name: member for name, member in value.items() if member is not None}

@@ -274,7 +274,8 @@ def export_onnx(
             raise UsageError(
                 f"--precision {kind} is calibrated on training images: give them with --calibration-images"
             )
-    say("denoising noisy images")
+    if unet.prediction != "none":
+        say("denoising noisy images")
     denoising = judge(unet, checks.parity if checks.denoising is None else checks.denoising, checks.made_up)
     doubted = doubt(denoising) if denoising is not None and denoising.verdict == "doubted" else None
     if doubted and strict:
@@ -293,7 +294,7 @@ def export_onnx(
 
 
 def doubt(found: Denoising) -> str:
-    """Which declarations of a UNet to doubt, and why, at the sigma where another is better by most."""
+    """Say which declarations of a UNet to doubt, with the errors at the sigma where they differ most."""
     sigma = max(found.other_error, key=lambda at: found.error[at] / max(found.other_error[at], SMALLEST))
     options = ", ".join(word for word in found.other.split() if word.startswith("--"))
     return (

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
-from densepure_rt.errors import DensePureError, EnvironmentFault, raise_interrupt
+from densepure_rt.errors import DensePureError, EnvironmentFault, causes, raise_interrupt
 
 SITE = ("site-packages", "dist-packages")
 OURS = "densepure_rt"
@@ -36,8 +36,8 @@ def optional(what: str, packages: str, cure: str) -> Iterator[None]:
 
 
 def explained(error: Exception, what: str, packages: str, cure: str) -> str:
-    """The words for a failed import: what needs what, the first cause in a line, and the cure."""
-    *_, first = chain_of(error)
+    """Put a failed import into words: what needs what, the first cause in a line, and the cure."""
+    *_, first = causes(error)
     if isinstance(first, ModuleNotFoundError) and first.name == "torchvision":
         return (
             f"{what} needs torchvision, which is not installed: install the build for the torch that is here, "
@@ -53,19 +53,9 @@ def explained(error: Exception, what: str, packages: str, cure: str) -> str:
     )
 
 
-def chain_of(error: BaseException) -> Iterator[BaseException]:
-    """The error, then what caused it, the first cause last."""
-    seen: set[int] = set()
-    found: BaseException | None = error
-    while found is not None and id(found) not in seen:
-        seen.add(id(found))
-        yield found
-        found = found.__cause__ or (None if found.__suppress_context__ else found.__context__)
-
-
 def import_cause(error: BaseException) -> str:
-    """The first cause in one line, with its type unless it is an ImportError."""
-    *_, first = chain_of(error)
+    """Return the first cause in one line, with its type unless it is an ImportError."""
+    *_, first = causes(error)
     line = next((line.strip() for line in str(first).splitlines() if line.strip()), "")
     if isinstance(first, ImportError) and line:
         return line
@@ -73,8 +63,8 @@ def import_cause(error: BaseException) -> str:
 
 
 def packages_in(error: BaseException) -> list[str]:
-    """The installed packages whose files the first cause came through, the outermost first."""
-    *_, first = chain_of(error)
+    """List the installed packages whose files the first cause came through, the outermost first."""
+    *_, first = causes(error)
     found: list[str] = []
     for frame in traceback.extract_tb(first.__traceback__):
         parts = Path(frame.filename).parts
@@ -85,14 +75,14 @@ def packages_in(error: BaseException) -> list[str]:
 
 
 def failing_package(error: BaseException) -> str | None:
-    """The innermost installed package in the first cause's traceback."""
+    """Return the innermost installed package in the first cause's traceback."""
     found = [name for name in packages_in(error) if name != OURS]
     return found[-1] if found else None
 
 
 def torchvision_at_fault(error: BaseException) -> str | None:
-    """What torchvision, whose builds fit one torch each, failed with when it was imported; None when it did not."""
-    *_, first = chain_of(error)
+    """Return why torchvision failed when it was imported, or None when it did not: its builds fit one torch each."""
+    *_, first = causes(error)
     if isinstance(first, ModuleNotFoundError) and (first.name or "").partition(".")[0] == "torchvision":
         return None  # it is missing, which is another matter
     through = any("torchvision" in Path(frame.filename).parts for frame in traceback.extract_tb(first.__traceback__))
@@ -100,7 +90,7 @@ def torchvision_at_fault(error: BaseException) -> str | None:
 
 
 def torchvision_cure(cause: str) -> str:
-    """The versions that are here, and the way out."""
+    """Name the versions that are here, and say what to do."""
     versions = {}
     for name in ("torch", "torchvision"):
         try:

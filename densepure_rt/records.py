@@ -164,7 +164,7 @@ class ArithmeticIdentity:
 
     Attributes:
         fingerprint: SHA-256 of what fixed items give at the batch that runs; see `densepure_rt.runtime.probe`.
-        batch: Items of one call; None where a result was found not to depend on it.
+        batch: Items of one call; None where another batch gave the same bits.
         instruction_sets: Of the CPU, where it runs the engines.
         driver: The GPU's driver, and the newest CUDA that it runs.
         cuda: The CUDA runtime, as it reports itself.

@@ -183,7 +183,7 @@ def table_radii(reports: Sequence[RunReport]) -> tuple[float, ...]:
 
 
 def percent(share: float | None) -> str:
-    """A certified accuracy in a table."""
+    """Show a certified accuracy in a table."""
     return "-" if share is None else floored_share(share)
 
 

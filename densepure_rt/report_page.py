@@ -260,7 +260,7 @@ def abstention_section(reports: Sequence[RunReport]) -> Html:
 
 
 def shown_share(kind: str, share: float) -> str:
-    """Of the images with one outcome: what is certified rounded down, the others up."""
+    """Show the share of images with one outcome: certified ones rounded down, the others up."""
     return floored_share(share) if kind == "good" else raised_share(share)
 
 

@@ -26,37 +26,37 @@ MOST_COUNTED = 10**7  # images; two ratios of such counts are 1e-14 apart, a flo
 
 
 def floored(value: float | Fraction, decimals: int = 3, figures: int | None = None, percent: bool = False) -> str:
-    """`value` with so many decimals, never above it. figures: instead, so many significant ones. percent: 12.3 %."""
+    """Show `value` with so many decimals, never above it. figures: significant digits instead. percent: 12.3 %."""
     return _shown(value, ROUND_FLOOR, decimals, figures, percent)
 
 
 def raised(value: float | Fraction, decimals: int = 3, figures: int | None = None, percent: bool = False) -> str:
-    """As `floored`, but never below the value."""
+    """Show `value` as `floored` does, but never below it."""
     return _shown(value, ROUND_CEILING, decimals, figures, percent)
 
 
 def floored_share(share: float, decimals: int = 1) -> str:
-    """The share of images of which something is claimed, such as a certified accuracy, in percent: 99.9 % of 0.9995."""
+    """Show the share of images of which something is claimed, such as an accuracy: 99.9 % of 0.9995."""
     return floored(ratio(share), decimals, percent=True)
 
 
 def raised_share(share: float, decimals: int = 1) -> str:
-    """The share of images of which nothing is claimed, such as those that abstain, in percent."""
+    """Show the share of images of which nothing is claimed, such as those that abstain, in percent."""
     return raised(ratio(share), decimals, percent=True)
 
 
 def exact(value: float) -> str:
-    """A number that was asked for, in the fewest digits that read back as the same float: 0.25, 1, 1e-06."""
+    """Show a number that was asked for in the fewest digits that read back as the same float: 0.25, 1, 1e-06."""
     return repr(float(value)).removesuffix(".0")
 
 
 def ratio(share: float) -> Fraction:
-    """The ratio of counts that a share stands for: exact for up to MOST_COUNTED images."""
+    """Return the ratio of counts that a share stands for: exact for up to MOST_COUNTED images."""
     return Fraction(share).limit_denominator(MOST_COUNTED)
 
 
 def typed(value: float) -> Fraction:
-    """The decimal that a number was asked for as: 1/1000 for 0.001."""
+    """Return the decimal that a number was asked for as: 1/1000 for 0.001."""
     return Fraction(repr(float(value)))
 
 
@@ -71,5 +71,5 @@ def _shown(value: float | Fraction, rounding: str, decimals: int, figures: int |
     else:
         context = Context(prec=figures, rounding=rounding)
         found = context.divide(Decimal(number.numerator), Decimal(number.denominator))
-    text = str(found) if abs(found) < 1 else f"{found:f}"
+    text = str(found).lower() if abs(found) < 1 else f"{found:f}"
     return f"{text} %" if percent else text

@@ -166,7 +166,7 @@ class Settings:
         )
 
     def _enough(self, pixels: int, labelled: bool) -> int | None:
-        """The least n, above the present one, whose samples certify the smallest radius when all agree."""
+        """Find the least n, above the present one, whose samples certify the smallest radius when all agree."""
 
         def reaches(n: int) -> bool:
             rule = replace(self, n=n).anytime_rule(pixels, labelled)
@@ -336,7 +336,7 @@ class SmoothedClassifier:
 
     @property
     def busy(self) -> bool:
-        """Whether an iteration is under way in this process."""
+        """Say whether an iteration is under way in this process."""
         return self._busy_in == os.getpid()
 
     @property

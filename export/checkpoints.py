@@ -37,12 +37,12 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def is_checkpoint(name: Path | str) -> bool:
-    """Whether a file is named like a checkpoint."""
+    """Say whether a file is named like a checkpoint."""
     return str(name).endswith(CHECKPOINTS)
 
 
 def spec_hint(spec: str, option: str) -> str:
-    """What to do about a model that is named in no known way, as the end of a message. option: that names it."""
+    """Say what to do about a model named in no known way, as the end of a message. option: that names it."""
     if os.path.isfile(spec):
         return "the file is there, but not its suffix among these; rename it to what it is"
     if hub := HUB_ID.fullmatch(spec):

@@ -179,7 +179,7 @@ class Preprocessed(nn.Module):
 
 
 def outputs_of(output: Any, name: str = "") -> dict[str, Tensor]:
-    """The tensors that a network gives by name: "" for a tensor alone, "1" and "logits" within what holds them."""
+    """Name the tensors that a network gives: "" for a tensor alone, "1" and "logits" within what holds them."""
     if isinstance(output, Tensor):
         return {name: output}
     if isinstance(output, Mapping):
@@ -199,7 +199,7 @@ def outputs_of(output: Any, name: str = "") -> dict[str, Tensor]:
 
 
 def logits_among(outputs: Mapping[str, Tensor], spec: str) -> str:
-    """The name of the logits among what a classifier gives: what is named so, else the only one of their shape.
+    """Return the name of the logits among a classifier's outputs: what is named so, else the only one so shaped.
 
     Raises UsageError where none is, or several may be: features [B, K] are no logits, and nothing else would tell.
     """
@@ -220,7 +220,7 @@ def logits_among(outputs: Mapping[str, Tensor], spec: str) -> str:
 
 
 def _one_number_a_class(found: Tensor) -> bool:
-    """Whether a tensor has the shape of logits, or might be squeezed to it: [B], [B, K] or [B, K, 1, 1]."""
+    """Say whether a tensor has the shape of logits, or may be squeezed to it: [B], [B, K] or [B, K, 1, 1]."""
     return found.ndim > 0 and sum(size > 1 for size in found.shape[1:]) <= 1
 
 

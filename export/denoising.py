@@ -82,7 +82,7 @@ class Remembered(nn.Module):
 
 
 def shrinkage_error(variance: float, noise: float) -> float:
-    """The mean squared error of the best affine estimate of x from x + n, by their variances.
+    """Return the mean squared error of the best affine estimate of x from x + n, by their variances.
 
     The estimate is E x + w (x + n - E x) with w = Var x / (Var x + Var n), the scalar Wiener filter; its error is
     w Var n (Kay 1993, Fundamentals of Statistical Signal Processing: Estimation Theory, section 12.3).
@@ -91,7 +91,7 @@ def shrinkage_error(variance: float, noise: float) -> float:
 
 
 def relative(errors: Errors, base: Errors) -> float:
-    """The geometric mean of errors / base over the sigmas of both; infinite where there are none."""
+    """Return the geometric mean of errors / base over the sigmas of both; infinite where there are none."""
     ratios = [math.log(max(errors[s], FLOOR) / max(base[s], FLOOR)) for s in errors if s in base]
     return math.exp(sum(ratios) / len(ratios)) if ratios else math.inf
 
@@ -99,7 +99,7 @@ def relative(errors: Errors, base: Errors) -> float:
 def verdict(
     declared: Errors, others: Sequence[Errors], shrinkage: Errors, margin: float = MARGIN
 ) -> tuple[Verdict, int | None]:
-    """Whether the declared combination is the best one, and the place of the best of the others.
+    """Judge whether the declared combination is the best one, and find the place of the best of the others.
 
     Of others that are as good but for the margin, the first is taken: give those with fewer changes first.
     "doubted": one of the others is better than the declared and than shrinkage, each by more than the margin. "not
@@ -118,7 +118,7 @@ def verdict(
 
 
 def denoised_errors(model: DiffusionModel, pixels: Pixels, sigmas: Iterable[float]) -> dict[Prediction, Errors]:
-    """The errors of one step, by what the network is taken to predict; one call of it a sigma serves all.
+    """Measure one step by what the network is taken to predict; one call of it a sigma serves all.
 
     pixels: uint8 [n, C, H, W]. Sigmas beyond the schedule are left out.
     """
@@ -139,14 +139,14 @@ def denoised_errors(model: DiffusionModel, pixels: Pixels, sigmas: Iterable[floa
 
 
 def predictions(model: DiffusionModel) -> tuple[Prediction, ...]:
-    """What the output may be taken for, the declared first."""
+    """List what the output may be taken for, the declared first."""
     if model.prediction not in PREDICTIONS:
         return (model.prediction,)
     return (model.prediction, *(prediction for prediction in PREDICTIONS if prediction != model.prediction))
 
 
 def other_schedules(model: DiffusionModel) -> Iterator[tuple[Change, Schedule]]:
-    """The schedules that a network may have been trained with, of as many steps, and the other way to tell timesteps.
+    """List the other usual schedules of as many steps, and the other way to tell timesteps.
 
     A checkpoint in OpenAI's layout has one of two; others may have any, with the betas that are usual.
     """
@@ -177,7 +177,7 @@ def other_schedules(model: DiffusionModel) -> Iterator[tuple[Change, Schedule]]:
 
 
 def other_splits(network: nn.Module, orders_alone: bool) -> Iterator[tuple[Change, nn.Module]]:
-    """A network in OpenAI's layout with its attention in the other order, and with other usual numbers of heads."""
+    """Split a network in OpenAI's layout otherwise: in the other order, and into other usual numbers of heads."""
     if not isinstance(network, OpenAIUNet):
         return
     declared, widths = network.heads, network.architecture.attended_widths
@@ -199,7 +199,7 @@ def other_splits(network: nn.Module, orders_alone: bool) -> Iterator[tuple[Chang
 
 
 def alternatives(model: DiffusionModel, orders_alone: bool) -> Iterator[tuple[Change, DiffusionModel]]:
-    """The model with one declaration changed that takes other calls of its network; see `predictions` for the rest."""
+    """Change one declaration that takes other calls of the network; see `predictions` for the rest."""
     for change, schedule in other_schedules(model):
         yield change, dataclasses.replace(model, schedule=schedule)
     for change, network in other_splits(model.network, orders_alone):
@@ -209,7 +209,7 @@ def alternatives(model: DiffusionModel, orders_alone: bool) -> Iterator[tuple[Ch
 def trials(
     model: DiffusionModel, pixels: Pixels, sigmas: Iterable[float], changes: tuple[Change, ...] = ()
 ) -> list[Trial]:
-    """A model read as it is declared, and as predicting otherwise."""
+    """Read a model as it is declared, and as predicting otherwise."""
     return [
         Trial(changes if prediction == model.prediction else (reread(model, prediction), *changes), errors)
         for prediction, errors in denoised_errors(model, pixels, sigmas).items()
@@ -254,13 +254,13 @@ def judge(model: DiffusionModel, pixels: Pixels, made_up: bool) -> Denoising | N
 
 
 def spread(pixels: Pixels, count: int) -> Pixels:
-    """`count` of the images, evenly spread, or all where there are fewer."""
+    """Take `count` of the images, evenly spread, or all where there are fewer."""
     count = min(count, len(pixels))
     return pixels[[i * len(pixels) // count for i in range(count)]]
 
 
 def within_reach(schedule: Schedule) -> tuple[float, ...]:
-    """The sigmas of the paper, scaled down where the noise of a schedule ends before the largest of them.
+    """Return the paper's sigmas, scaled down where the noise of a schedule ends before the largest of them.
 
     Empty where it reaches hardly any noise at all.
     """
@@ -272,5 +272,5 @@ def within_reach(schedule: Schedule) -> tuple[float, ...]:
 
 
 def named(errors: Errors) -> dict[str, float]:
-    """As a sidecar holds them."""
+    """Key errors by sigma as text, as a sidecar holds them."""
     return {f"{sigma:g}": error for sigma, error in errors.items()}

@@ -62,13 +62,13 @@ class OnnxNetwork(nn.Module):
         return torch.from_numpy(logits)
 
     def source(self) -> Source:
-        """The network for `source_check`."""
+        """Present the network to `source_check`."""
         dynamic = any(node.op_type == "DynamicQuantizeLinear" for node in nodes_of(self.model.graph))
         moves = ONNX_MOVES | ({"batch": DYNAMIC_QUANTIZATION} if dynamic else {})
         return Source(self.name, as_function(self), self.trace, moves)
 
     def trace(self, x: Floats) -> Iterator[Part]:
-        """What every node of the graph gives, in order; nothing is fused, so digits may differ from `forward`'s."""
+        """Yield what every node gives, in order; nothing is fused, so digits may differ from `forward`'s."""
         session, places = self._tracing
         found = session.run(list(places), {session.get_inputs()[0].name: x})
         for place, value in zip(places.values(), found, strict=True):
@@ -76,7 +76,7 @@ class OnnxNetwork(nn.Module):
 
     @cached_property
     def _tracing(self) -> tuple[onnxruntime.InferenceSession, dict[str, str]]:
-        """A session that gives every numeric tensor, and the node that each comes from. A new one would draw anew."""
+        """Open a session that gives every float and 8-bit tensor, with the node of each. A new one would draw anew."""
         every = onnx.shape_inference.infer_shapes(self.model)
         kinds = {
             value.name: value.type.tensor_type.elem_type for value in (*every.graph.value_info, *every.graph.output)
@@ -102,7 +102,7 @@ def _session(model: onnx.ModelProto, optimised: bool = True) -> onnxruntime.Infe
 
 
 def _runnable(model: onnx.ModelProto, error: str) -> str:
-    """What to do about a model that ONNX Runtime does not take, by what it says of it."""
+    """Say what to do about a model that ONNX Runtime does not take, by its error."""
     opset = model.opset_import[0].version
     if opset < OLDEST_OPSET:
         return f"it is of opset {opset}, and {OLDEST_OPSET} is the oldest that is run; export it again for opset 17"
@@ -233,7 +233,7 @@ def merged_onnx(
 
 
 def at_opset(model: onnx.ModelProto, opset: int, name: str) -> onnx.ModelProto:
-    """The model in a later opset, by onnx's own converter; itself where it is of that one. Raises CheckFailed."""
+    """Bring a model to a later opset by onnx's own converter, or return it as it is. Raises CheckFailed."""
     found = model.opset_import[0].version
     if found == opset:
         return model

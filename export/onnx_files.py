@@ -22,7 +22,7 @@ OWN_DOMAINS = ("", "ai.onnx")  # one and the same (ONNX, docs/IR.md)
 
 
 def read_onnx(path: Path) -> tuple[onnx.ModelProto, str]:
-    """A classifier as an ONNX model of standard operators, external weights in it, and its `onnx_sha256`.
+    """Read a classifier as an ONNX model of standard operators, with external weights in it and `onnx_sha256`.
 
     Raises UsageError or CheckFailed; what came of a transfer is told from a model that is unsound.
     """
@@ -59,7 +59,7 @@ def _parsed(path: Path) -> onnx.ModelProto:
 
 
 def tensors_of(message: Any) -> Iterator[onnx.TensorProto]:
-    """Every tensor within a message of ONNX: weights, those of graphs within, and attributes of nodes."""
+    """Yield every tensor within a message of ONNX: weights, those of graphs within, and attributes of nodes."""
     if isinstance(message, onnx.TensorProto):
         yield message
         return
@@ -70,14 +70,14 @@ def tensors_of(message: Any) -> Iterator[onnx.TensorProto]:
 
 
 def outside(model: onnx.ModelProto) -> Iterator[tuple[onnx.TensorProto, dict[str, str]]]:
-    """The tensors that lie in other files, and where: their location, offset and length."""
+    """Yield the tensors that lie in other files, and where: their location, offset and length."""
     for tensor in tensors_of(model):
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             yield tensor, {entry.key: entry.value for entry in tensor.external_data}
 
 
 def data_file(path: Path, name: str) -> Path:
-    """The file beside the graph at `path` that it calls `name`, behind any links.
+    """Find the file beside the graph at `path` that it calls `name`, behind any links.
 
     A graph may come from a stranger, and must not make its reader open files elsewhere. So the file must lie in the
     folder of the graph, or beside the graph itself where both are links, as in the cache of a model hub. A hard link is
@@ -142,7 +142,7 @@ def load_weights(model: onnx.ModelProto, path: Path) -> None:
 
 
 def onnx_sha256(path: Path) -> str:
-    """The SHA-256 of an ONNX file, or of it and the files of its external weights, wherever in it they are named."""
+    """Hash an ONNX file, or it and the files of its external weights, wherever in it they are named."""
     model = onnx.load(path, load_external_data=False)
     names = sorted({where.get("location", "") for _, where in outside(model)})
     if not names:
@@ -152,7 +152,7 @@ def onnx_sha256(path: Path) -> str:
 
 
 def prepared(model: onnx.ModelProto, name: str) -> onnx.ModelProto:
-    """A copy whose local functions are inlined, whose weights are no inputs and whose nodes have names of their own.
+    """Copy a model: local functions inlined, weights no inputs, node names of their own.
 
     Raises CheckFailed for custom operators.
     """

@@ -291,7 +291,7 @@ def unloaded(architecture: Architecture, heads: Heads) -> OpenAIUNet:
 
 
 def resplit(network: OpenAIUNet, heads: Heads) -> OpenAIUNet:
-    """The same weights, shared and not copied, with their attention split in another way."""
+    """Share the weights of a network with one whose attention is split in another way."""
     other = unloaded(network.architecture, heads)
     other.load_state_dict(network.state_dict(), assign=True)
     return other.eval()

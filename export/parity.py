@@ -164,7 +164,7 @@ def step_differences(
 def network_inputs(
     model: DiffusionModel, x: torch.Tensor, t: float, step: Coefficients
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the network is given for states x [n, C, H, W] at t: a denoiser is told sigma in place of t."""
+    """Return what the network is given for states x [n, C, H, W] at t: a denoiser is told sigma in place of t."""
     if model.prediction == "denoiser":
         return x / step.signal, torch.full((len(x),), step.sigma / step.signal)
     return x, torch.full((len(x),), float(t))
@@ -173,7 +173,7 @@ def network_inputs(
 def first_inputs(
     model: DiffusionModel, pixels: NDArray[np.uint8], sigma: float = 0.5
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the network is given first on a chain of one step from images [n, C, H, W] under noise sigma."""
+    """Return what a network is given first on a chain of one step from images [n, C, H, W] under noise sigma."""
     chain = make_chain(model.schedule, model.variance, sigma, 1, model.timestep_rule)
     x = torch.from_numpy(noisy_states(pixels, sigma, chain.scale))
     return network_inputs(model, x, float(chain.t[0]), Coefficients(*chain.coef[0].tolist()))
@@ -321,7 +321,7 @@ def check_labels(found: LabelParity, precision: str) -> None:
 
 
 def check(differences: list[Difference], precision: str, against: str = "PyTorch") -> Difference:
-    """The worst of them, which are from `against`. Raises CheckFailed when it is more than this precision may lose.
+    """Return the worst difference from `against`. Raises CheckFailed when it is more than this precision may lose.
 
     A quantized precision may lose anything finite here: it is judged by its labels.
     """

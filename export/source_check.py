@@ -59,12 +59,12 @@ class Source:
 
 
 def torch_source(name: str, call: Callable[[Floats], Floats], module: nn.Module) -> Source:
-    """A source in PyTorch. call: runs `module`, with whatever else it takes."""
+    """Present a network in PyTorch to the checks. call: runs `module`, with whatever else it takes."""
     return Source(name, call, lambda x: torch_trace(lambda: call(x), module), TORCH_MOVES)
 
 
 def torch_trace(run: Callable[[], object], module: nn.Module) -> list[Part]:
-    """What every module within `module` is given and gives while `run` runs it, in the order in which they end."""
+    """Record what every module within `module` is given and gives while `run` runs, in the order they end."""
     parts: list[Part] = []
 
     def record(name: str) -> Callable[..., None]:
@@ -141,7 +141,7 @@ def _refuse_batch_dependent(source: Source, x: Floats, gap: float) -> None:
 
 
 def first_overflow(trace: Iterable[Part]) -> str | None:
-    """The first part that was given finite values and gave others."""
+    """Find the first part that was given finite values and gave others."""
     for part in trace:
         if not np.isfinite(part.gave).all() and all(np.isfinite(value).all() for value in part.given):
             return part.name
@@ -149,7 +149,7 @@ def first_overflow(trace: Iterable[Part]) -> str | None:
 
 
 def first_difference(trace: Iterable[Part], other: Iterable[Part]) -> str | None:
-    """The first part of two runs that was given the same in both and gave another value in the second.
+    """Find the first part that was given the same in two runs and gave another value in the second.
 
     other: the same run, or that of the first images alone. Parts are matched by name, the first of a name with the
     first; those whose arrays do not begin with the images are passed over.
@@ -171,7 +171,7 @@ def first_difference(trace: Iterable[Part], other: Iterable[Part]) -> str | None
 
 
 def distance(one: Floats, two: Floats) -> float:
-    """The relative L2 distance; infinite between shapes, and between values of which some are not finite."""
+    """Return the relative L2 distance; infinite between shapes, and where some values are not finite."""
     if one.shape != two.shape:
         return np.inf
     gap = float(np.linalg.norm(one.astype(np.float64) - two))
@@ -186,7 +186,7 @@ def _in(place: str | None) -> str:
 
 
 def as_function(module: nn.Module, t: float | None = None) -> Callable[[Floats], Floats]:
-    """A module as a function of arrays. t: what a diffusion network is told beside x, for every image."""
+    """Wrap a module as a function of arrays. t: what a diffusion network is told beside x, for every image."""
 
     @torch.inference_mode()
     def call(x: Floats) -> Floats:

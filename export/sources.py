@@ -356,7 +356,7 @@ def check_images(
 
 
 def shipped_images(count: int) -> ImageSet:
-    """`count` of the shipped images, evenly spread: all that a denoiser of their size needs, whatever its classes."""
+    """Take `count` of the shipped images, evenly spread: a denoiser needs no classes."""
     found = open_images(None, SHIPPED_SHAPE, CLASS_NAMES)
     return dataclasses.replace(found, positions=[i * len(found) // count for i in range(count)])
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -277,7 +278,7 @@ def check_sources(unet: DiffusionModel, classifier: ClassifierModel, pixels: NDA
 
 
 def compared_with(unet: DiffusionModel, classifier: ClassifierModel) -> tuple[str, str]:
-    """What the files of a bundle are compared with, in words: both, and the classifier's alone."""
+    """Name what the files of a bundle are compared with: both, and the classifier's alone."""
     of_classifier = "PyTorch" if classifier.onnx is None else classifier.onnx.name
     of_unet = "PyTorch" if unet.prediction != "none" else of_classifier
     return " and ".join(dict.fromkeys((of_unet, of_classifier))), of_classifier
@@ -286,7 +287,7 @@ def compared_with(unet: DiffusionModel, classifier: ClassifierModel) -> tuple[st
 def overflow(
     error: CheckFailed, precise: nn.Module, lowered: nn.Module, kind: str, inputs: tuple[torch.Tensor, ...]
 ) -> CheckFailed | None:
-    """What gives NaN or Inf within a network, where that is why its file differs; else None.
+    """Find what gives NaN or Inf within a network, where that is why its file differs; else None.
 
     error: how the file differs. precise, lowered: the network in float32, and as it was exported. inputs: of both.
     """
@@ -309,6 +310,20 @@ def overflow(
         f"{f', first in {found}' if found else ''}, and not in float32: keep that part in float32 with --keep-fp32 "
         f"'{name}' (again, if another is named then), or export bf16, which reaches as far. Nothing was published"
     )
+
+
+@contextmanager
+def naming_overflow(
+    precise: nn.Module, lowered: nn.Module, kind: str, inputs: tuple[torch.Tensor, ...]
+) -> Iterator[None]:
+    """Let a comparison that fails since a type is too small name the module; see `overflow` for the arguments."""
+    try:
+        yield
+    except CheckFailed as error:
+        seen = error.inputs if isinstance(error, parity.NotFinite) else inputs
+        if (cause := overflow(error, precise, lowered, kind, seen)) is None:
+            raise
+        raise cause from error
 
 
 def export_bundle(
@@ -367,20 +382,12 @@ def export_bundle(
         )
         say(f"comparing numbers with {against}")
         fed = parity.first_inputs(unet, pixels), (torch.from_numpy(first_state(pixels.astype(np.int32), 1.0)),)
-        part = 0
-        try:
+        with naming_overflow(unet.network, smaller[0].network, kind, fed[0]):
             steps = list(parity.step_differences(files[0], unet, pixels, kind, counts))
             worst_step = parity.check(steps, kind)
-            part = 1
+        with naming_overflow(classifier.network, smaller[1].network, kind, fed[1]):
             logits = list(parity.classifier_differences(files[1], classifier, pixels, kind))
             worst_logits = parity.check(logits, kind, of_classifier)
-        except CheckFailed as error:
-            networks = (unet, classifier)[part].network, smaller[part].network
-            inputs = error.inputs if isinstance(error, parity.NotFinite) else fed[part]
-            cause = overflow(error, *networks, kind, inputs)
-            if cause is None:
-                raise
-            raise cause from error
         if kind != "fp32":
             say(f"comparing labels with {against}")
         labels = _compared_labels((unet, classifier), smaller, files, kind, images)

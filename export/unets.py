@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from densepure_rt.errors import CheckFailed, UsageError
 from densepure_rt.export.programs import first_line
 from densepure_rt.export.step_graph import LEARNED
-from densepure_rt.export.weight_files import variant_note, weight_file
+from densepure_rt.export.weight_files import WeightFile, variant_note, weight_file
 from densepure_rt.export.zoo.models import ZOO, load_weights, new_unet
 from densepure_rt.runtime.bundle import MAX_STEPS, Prediction, sha256_of
 from densepure_rt.runtime.schedule import Schedule, ScheduleName, TimestepRule, Variance
@@ -183,7 +183,8 @@ def diffusers_unet(
         if (folder / name).is_dir():
             raise UsageError(f"{folder} has a {name}: its UNet works on latents, and only one of pixels is supported")
     image = _image(config, home / "config.json", image)
-    network = _diffusers_network(home)
+    weights = weight_file(home, DIFFUSERS_WEIGHTS)
+    network = _diffusers_network(home, weights)
     refuse_odd(image, len(list(network.get_submodule("down_blocks").children())) - 1)
     places = (folder / "scheduler" / "scheduler_config.json", home / "scheduler_config.json")
     scheduler_path = next((path for path in places if path.is_file()), None)
@@ -196,7 +197,7 @@ def diffusers_unet(
         network=DiffusersNetwork(network).eval(),
         image=image,
         weights_sha256=state_sha256(network),
-        notes=variant_note(weight_file(home, DIFFUSERS_WEIGHTS)),
+        notes=variant_note(weights),
         **diffusers_training(read_config(scheduler_path, "a diffusers scheduler"), scheduler_path, clip_given),
     )
     try:
@@ -318,12 +319,11 @@ def _called(network: nn.Module, x: Tensor, t: Tensor) -> Any:
     return network(x, t)
 
 
-def _diffusers_network(home: Path) -> nn.Module:
+def _diffusers_network(home: Path, weights: WeightFile) -> nn.Module:
     from diffusers import UNet2DModel
     from diffusers.utils import logging as diffusers_logging
 
     diffusers_logging.set_verbosity(logging.CRITICAL)  # it warns of what is raised below
-    weights = weight_file(home, DIFFUSERS_WEIGHTS)
     try:
         network, loading = UNet2DModel.from_pretrained(
             str(home),

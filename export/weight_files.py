@@ -30,7 +30,7 @@ class WeightFile:
 
     @property
     def parts(self) -> list[Path]:
-        """The file itself, or the index and every file that it names. Raises CheckFailed for a damaged index."""
+        """List the file itself, or the index and every file that it names. Raises CheckFailed for a damaged index."""
         if not self.path.name.endswith(".json"):
             return [self.path]
         try:
@@ -42,13 +42,13 @@ class WeightFile:
         return [self.path, *(self.path.with_name(name) for name in sorted(names))]
 
     def sha256(self) -> str:
-        """The hash of the file, or of the hashes of all that an index names."""
+        """Hash the file, or the hashes of all that an index names."""
         digests = [sha256_of(path) for path in self.parts]
         return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def weight_file(folder: Path, stems: dict[str, str]) -> WeightFile:
-    """The weights that a loader would take: safetensors before pickles, and a variant where there is nothing else.
+    """Find the weights a loader would take: safetensors before pickles, a variant where there is nothing else.
 
     stems: of the names, by kind: {"safetensors": "model"}. Raises UsageError where there are none, or several variants,
     CheckFailed where a transfer left something else.
@@ -82,7 +82,7 @@ def weight_file(folder: Path, stems: dict[str, str]) -> WeightFile:
 
 
 def variant_note(file: WeightFile) -> tuple[str, ...]:
-    """What to say of a variant that was taken, if it was one."""
+    """Say that a variant was taken, if it was one."""
     if not file.variant:
         return ()
     return (f"{file.path.name} is the only one there: its {file.variant} weights are computed with in float32",)

@@ -35,14 +35,8 @@ PLAN_SUFFIXES: dict[Flavour, str] = {"tensorrt-rtx": ".rtx.plan", "tensorrt": ".
 DATA_KEY = "densepure_rt.data"  # under which a graph's own metadata says which weights it reads: `data_mark`
 RTX_MAGIC = b"vtrt"  # the first bytes of every plan of tensorrt-rtx 1.7
 UNKNOWN = "unknown"  # the version of a plan that has no sidecar
-OPTIONAL = (
-    "plan",
-    "data",
-    "accuracy",
-    "preprocessing",
-    "attention",
-    "denoising",
-)  # fields of a sidecar that may be absent
+# Fields of a sidecar that may be absent.
+OPTIONAL = ("plan", "data", "accuracy", "preprocessing", "attention", "denoising")
 T = TypeVar("T")
 
 

@@ -169,7 +169,7 @@ def refuse_unrunnable(name: str, precision: str, provider: Provider) -> None:
 
 
 def open_device(bundle: Bundle, batch: int | None, threads: int, provider: Provider = "cpu") -> Device:
-    """The device that runs this bundle's engines, its results fingerprinted and checked; see `runtime.probe`.
+    """Open the device that runs this bundle's engines; its results are probed, see `runtime.probe`.
 
     batch: None for what suits the device: `default_batch`, or the largest that a plan was built for. threads, provider:
     of ONNX Runtime; a plan needs neither. Nothing falls back to the CPU: what was asked for and cannot be had raises
@@ -190,7 +190,7 @@ def open_device(bundle: Bundle, batch: int | None, threads: int, provider: Provi
 
 
 def forked(why: str) -> EnvironmentFault:
-    """Return the error of a classifier that a child process cannot go on with. why: continues "was loaded, "."""
+    """Return the error of a classifier that a forked child cannot use. why: the reason, such as "and is on a GPU"."""
     return EnvironmentFault(
         f"this process was forked after the classifier was loaded, {why}: load it in the child process, or start the "
         f'child with multiprocessing.get_context("spawn")'

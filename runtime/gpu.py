@@ -31,7 +31,7 @@ class Gpu:
 
     @property
     def facts(self) -> dict[str, str]:
-        """What a record says of the GPU, by name."""
+        """Return what a record says of the GPU, by name."""
         return {
             "gpu": self.name,
             "compute_capability": self.compute_capability,

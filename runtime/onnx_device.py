@@ -119,7 +119,7 @@ class Network:
 
     @property
     def any_batch(self) -> bool:
-        """Whether the graph leaves the batch open."""
+        """Say whether the graph leaves the batch open."""
         return all(not isinstance(value.shape[0], int) for value in self.session.get_inputs())
 
     def __call__(self, feed: Mapping[str, Floats]) -> list[Floats]:

@@ -121,7 +121,7 @@ def in_batches(run: Run, feed: Feed, batch: int) -> list[Floats]:
 
 
 def same(one: Floats, other: Floats) -> bool:
-    """Whether two arrays hold the same bits: NaN equals itself, and 0 is not -0."""
+    """Compare two arrays bit by bit: NaN equals itself, and 0 is not -0."""
     return one.shape == other.shape and one.tobytes() == other.tobytes()
 
 

@@ -10,7 +10,7 @@ HEAD = 1024  # bytes; a pointer is shorter
 
 
 def transfer_fault(path: Path) -> str | None:
-    """What a transfer left at `path` instead of the file, with the next move, as the end of a message.
+    """Say what a transfer left at `path` instead of the file, with the next move, as the end of a message.
 
     None for a file that looks like any other, and for one that cannot be read.
     """

@@ -65,7 +65,7 @@ def test_what_was_run_on_what_stands_above() -> None:
     assert "1 x 32 images [1, 28, 28] a call, sigma 0.5" in text
     assert "UNet 0.25, classifier unknown an image" in text
     assert "100 GFLOP/s matrix product of 2048, float32" in text
-    assert "1.3E-7 relative L2" in text
+    assert "1.3e-7 relative L2" in text
 
 
 def test_routes_are_in_milliseconds_and_as_ratios() -> None:

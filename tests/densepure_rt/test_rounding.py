@@ -69,7 +69,7 @@ def test_a_share_is_whole_only_when_it_is(share: float, decimals: int, down: str
         (Fraction(1, 100), 3, "0.01", "0.01"),
         (Fraction(12345), 3, "12300", "12400"),
         (0.0009999, 2, "0.00099", "0.0010"),
-        (9.93e-10, 1, "9E-10", "1E-9"),
+        (9.93e-10, 1, "9e-10", "1e-9"),
     ],
 )
 def test_figures_are_those_that_count(value: float, figures: int, down: str, up: str) -> None:

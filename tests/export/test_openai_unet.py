@@ -29,15 +29,20 @@ from densepure_rt.export.openai_unet import (
     openai_schedule,
     openai_unet,
     published,
+    resplit,
     timestep_embedding,
     unloaded,
 )
+from densepure_rt.export.parity import noisy_states
 from densepure_rt.export.precision import cast
+from densepure_rt.export.reference import reverse_step
 from densepure_rt.export.step_graph import StepGraph
 from densepure_rt.export.to_onnx import step_onnx
-from densepure_rt.export.unets import refuse_odd
+from densepure_rt.export.unets import DiffusionModel, refuse_odd
 from densepure_rt.runtime.bundle import sha256_of
-from densepure_rt.runtime.schedule import Schedule, make_chain
+from densepure_rt.runtime.device import STEP_INPUTS, STEP_OUTPUTS
+from densepure_rt.runtime.onnx_device import open_session
+from densepure_rt.runtime.schedule import Coefficients, Schedule, make_chain
 
 CIFAR, IMAGENET = PUBLISHED
 TINY = Architecture(3, 32, (64, 96), 1, (False, True), "conv", True, True)
@@ -263,6 +268,48 @@ def test_reference_would_notice(narrow: dict[str, Tensor]) -> None:
         for name in tiny:
             other = tiny | {name: tiny[name].flip(0)}
             assert relative(loaded(TINY, Heads(number=2), other)(x, t), found) > 1e-4, name
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_orders_of_attention_are_the_two_layouts_of_their_channels(heads: int) -> None:
+    """Each as the paper's equation over explicit heads, from the layout's axes: [head, part, c] and [part, head, c]."""
+    qkv = torch.randn(2, heads * 3 * 5, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for order, axes in (("legacy", "b h p c t -> p b h c t"), ("new", "b p h c t -> p b h c t")):
+        sizes = (heads, 3) if order == "legacy" else (3, heads)
+        source = axes.split(" -> ")[0].split()
+        split = qkv.reshape(2, *sizes, 5, 7).permute([source.index(axis) for axis in "p b h c t".split()])
+        q, k, v = split
+        weights = torch.softmax(torch.einsum("bhct,bhcs->bhts", q, k) / math.sqrt(5), dim=3)
+        expected = torch.einsum("bhts,bhcs->bhct", weights, v).reshape(2, heads * 5, 7)
+        found = attention(qkv, heads, "legacy" if order == "legacy" else "new")
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    same = torch.equal(attention(qkv, heads, "legacy"), attention(qkv, heads, "new"))
+    assert same == (heads == 1)
+
+
+def test_step_graph_of_the_new_order_is_exported_as_it_computes() -> None:
+    heads = Heads(number=2, order="new")
+    model = DiffusionModel(
+        network=loaded(TINY, heads, random_state(TINY)).eval(),
+        image=(3, 8, 8),
+        schedule=Schedule("linear", 1000),
+        variance="learned_range",
+        prediction="epsilon",
+        clip=(-1.0, 1.0),
+        weights_sha256="0" * 64,
+    )
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 8, 8)).astype(np.uint8)
+    chain = make_chain(model.schedule, model.variance, 0.5, 1)
+    x = torch.from_numpy(noisy_states(pixels, 0.5, chain.scale))
+    feed = {"mean": x.numpy(), "std": np.zeros_like(x), "noise": np.zeros_like(x)}
+    feed |= {"t": np.repeat(chain.t, 2), "coef": np.repeat(chain.coef, 2, axis=0)}
+    session = open_session(step_onnx(model), "step", STEP_INPUTS, STEP_OUTPUTS)
+    mean, *_ = session.run(STEP_OUTPUTS, feed)
+    step, t = Coefficients(*chain.coef[0].tolist()), torch.full((2,), float(chain.t[0]))
+    expected, _ = reverse_step(model, x, t, step)
+    assert relative(torch.from_numpy(mean), expected) <= 1e-5
+    legacy = dataclasses.replace(model, network=resplit(loaded(TINY, heads, random_state(TINY)), Heads(number=2)))
+    assert relative(reverse_step(legacy, x, t, step)[0], expected) > 1e-4
 
 
 def diffusers_twin(architecture: Architecture, head_channels: int, size: int) -> nn.Module:
@@ -597,8 +644,22 @@ def test_published_network_needs_no_settings(tmp_path: Path, cifar: dict[str, Te
         assert words in str(caught.value)
     with pytest.raises(UsageError, match="another image size than 32"):
         openai_unet(path, image_size=64)
+    with pytest.raises(UsageError, match="another attention order than legacy"):
+        openai_unet(path, attention_order="new")
     other = openai_unet(path, num_heads=8, schedule=Schedule("linear", 1000), image_size=64)
     assert (other.schedule, other.image) == (Schedule("linear", 1000), (3, 64, 64))
+
+
+def test_order_of_attention_is_that_of_published_networks_unless_given(tiny_file: Path) -> None:
+    new = openai_unet(tiny_file, **SETTINGS, attention_order="new")
+    legacy = openai_unet(tiny_file, **SETTINGS)
+    x, t = batch(3, 16)
+    with torch.no_grad():
+        assert relative(new.network(x, t), legacy.network(x, t)) > 1e-4
+    assert (new.attention, legacy.attention) == ("2 at every width, new order", "2 at every width, legacy order")
+    assert all(known.heads.order == "legacy" for known in PUBLISHED)
+    with pytest.raises(UsageError, match="--num-heads"):
+        openai_unet(tiny_file, attention_order="new")
 
 
 @pytest.mark.parametrize("given_", ["", "num_heads", "num_head_channels", "schedule", "image_size"])

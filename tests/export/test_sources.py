@@ -73,6 +73,10 @@ NETWORKS = """
         def forward(self, x, t):
             return self.mix(x) * torch.cos(t)[:, None, None, None]
 
+    def default():
+        from densepure_rt.export.unets import zoo_unet
+        return zoo_unet().network
+
     class Grey(Toy):
         channels = 1
 
@@ -845,3 +849,49 @@ def test_what_was_declared_is_in_the_sidecar(here: Path) -> None:
     done = command("certify", "--dry-run", "--engine", here / "engines" / "unet.onnx", "--max", 1, "--threads", 1)
     assert done.returncode == 0, done.stderr
     assert "(densepure's rule)" in done.stderr
+
+
+DEFAULT = "--unet networks:default --image-size 1x28x28 --diffusion-steps 1000 --parity-images 4".split()
+
+
+def test_what_the_weights_of_a_unet_belie_is_one_warning_or_refused(here: Path) -> None:
+    """The weights of the default model, declared as what they are not."""
+    wrong = [*DEFAULT, *"--schedule linear --prediction v".split()]
+    refused(here, 1, ["doubt --prediction", "--prediction epsilon", "declared v", "Nothing was"], *wrong, "--strict")
+    cosine = [*DEFAULT, *"--schedule cosine --prediction epsilon --strict".split()]
+    refused(here, 1, ["doubt --schedule", "--schedule linear", "declared cosine schedule"], *cosine)
+    done = command("export", *wrong, "--out", here / "engines", "--json")
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stderr.splitlines() if "warning" in line] == [done.stderr.splitlines()[-1]]
+    assert "warning: doubt --prediction of the UNet: --prediction epsilon gives" in done.stderr
+    found = json.loads(done.stdout)["onnx"]["fp32"]["denoising"]
+    sidecar = read_sidecar(here / "engines" / "unet.onnx")
+    assert isinstance(sidecar, StepSidecar)
+    assert sidecar.denoising is not None
+    assert (found["verdict"], sidecar.denoising.verdict) == ("doubted", "doubted")
+    assert sidecar.denoising.error == found["error"]
+
+
+def test_a_unet_as_it_was_trained_is_exported_without_a_warning(here: Path) -> None:
+    given = [*DEFAULT, *"--schedule linear --prediction epsilon --strict".split()]
+    done = command("export", *given, "--out", here / "engines")
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr
+    assert "denoising check: as declared; mean squared error" in done.stdout
+    assert "linear shrinkage" in done.stdout
+
+
+def test_without_a_unet_nothing_is_denoised(here: Path) -> None:
+    done = command("export", *PLAIN, "--parity-images", 2, "--strict", "--out", here / "engines")
+    assert done.returncode == 0, done.stderr
+    assert "denoising" not in done.stderr + done.stdout
+    sidecar = read_sidecar(here / "engines" / "unet.onnx")
+    assert isinstance(sidecar, StepSidecar)
+    assert sidecar.denoising is None
+
+
+def test_order_of_attention_is_one_of_two_and_in_the_sidecar(tmp_path: Path) -> None:
+    path = str(checkpoint(tmp_path, state()))
+    refusal(lambda: open_unet(options(unet=path, attention_order="old", **AS_TRAINED)), "--attention-order old", "new")
+    model = open_unet(options(unet=path, attention_order="new", **AS_TRAINED))
+    assert model.attention == "1 at every width, new order"

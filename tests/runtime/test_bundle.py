@@ -21,10 +21,12 @@ from densepure_rt.runtime.bundle import (
     Accuracy,
     Bundle,
     ClassifierSidecar,
+    Denoising,
     FileRef,
     Prediction,
     Sidecar,
     StepSidecar,
+    Verdict,
     open_bundle,
     read_sidecar,
     sha256_of,
@@ -54,6 +56,16 @@ COMMON: dict[str, st.SearchStrategy[Any]] = {
     "data": st.none() | REFS,
     "accuracy": st.none() | st.builds(Accuracy, WORDS, *[st.integers(0, 10**6), NUMBERS, *[st.integers(0, 10**6)] * 2]),
 }
+FIGURES = st.dictionaries(WORDS, NUMBERS, max_size=3)
+DENOISING = st.builds(
+    Denoising,
+    st.sampled_from(get_args(Verdict)),
+    st.integers(1, 100),
+    st.booleans(),
+    *[FIGURES] * 2,
+    *[WORDS] * 2,
+    FIGURES,
+)
 BETA_STARTS, BETA_ENDS = st.floats(1e-9, 0.5), st.floats(0.5, 0.999)
 SCHEDULES = st.builds(
     Schedule,
@@ -73,6 +85,8 @@ SIDECARS: st.SearchStrategy[Sidecar] = st.one_of(
         timestep_rule=st.sampled_from(get_args(TimestepRule)),
         clip=st.none() | st.tuples(NUMBERS, NUMBERS),
         classifier=REFS,
+        attention=st.none() | WORDS,
+        denoising=st.none() | DENOISING,
         **COMMON,
     ),
     st.builds(
