@@ -24,6 +24,8 @@ from fractions import Fraction
 
 MOST_COUNTED = 10**7  # images; two ratios of such counts are 1e-14 apart, a float is off by 1e-16
 
+LEAST_PLAIN = Decimal("1e-4")  # that is shown without an exponent
+
 
 def floored(value: float | Fraction, decimals: int = 3, figures: int | None = None, percent: bool = False) -> str:
     """Show `value` with so many decimals, never above it. figures: significant digits instead. percent: 12.3 %."""
@@ -71,5 +73,5 @@ def _shown(value: float | Fraction, rounding: str, decimals: int, figures: int |
     else:
         context = Context(prec=figures, rounding=rounding)
         found = context.divide(Decimal(number.numerator), Decimal(number.denominator))
-    text = str(found).lower() if abs(found) < 1 else f"{found:f}"
+    text = f"{found:e}" if 0 < abs(found) < LEAST_PLAIN and figures is not None else f"{found:f}"
     return f"{text} %" if percent else text

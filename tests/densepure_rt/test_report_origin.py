@@ -170,7 +170,7 @@ def test_parity_stands_in_its_own_section_with_the_worst_rounded_up(own: Path, k
     assert text.count("How far the engine is from PyTorch") == 1
     head = ["", "evaluated by", "comparisons", "worst relative L2", "labels compared", "differing"]
     table = next(table for table in Tables(text).tables if table[0] == head)
-    assert table[1:] == [["own", "ONNX Runtime on the CPU", "1,470", "4.9E-7", "2,500", "3"]]
+    assert table[1:] == [["own", "ONNX Runtime on the CPU", "1,470", "4.9e-7", "2,500", "3"]]
     assert "run by parity" not in text
 
 

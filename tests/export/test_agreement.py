@@ -477,7 +477,7 @@ def test_a_share_is_bounded_from_both_sides() -> None:
     ("change", "said"),
     [
         ({}, None),
-        ({"steps": [StepGap(0, 258, 1.0, 0.1, 2e-5)]}, "step 1: relative L2 0.000021, fp32 allows 1e-05"),
+        ({"steps": [StepGap(0, 258, 1.0, 0.1, 2e-5)]}, "step 1: relative L2 2.1e-5, fp32 allows 1e-05"),
         ({"steps": [StepGap(0, 258, 1.0, math.nan, math.nan)]}, "step 1: relative L2 nan"),
         ({"steps": [StepGap(0, 258, 1.0, 0.1, 2e-3)], "precision": "fp16"}, None),
         ({"steps": [StepGap(0, 258, 1.0, 0.1, 2.0)], "precision": "int8"}, None),

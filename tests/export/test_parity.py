@@ -137,7 +137,7 @@ def test_check_returns_the_worst_and_names_it_when_it_is_too_much() -> None:
     assert parity.check([fine, worse, fine], "fp32") is worse
     with pytest.raises(CheckFailed) as caught:
         parity.check([fine, Difference("std at t = 9", 4, 0.5, 2e-5), worse], "fp32")
-    assert "std at t = 9 at batch 4 differs by 0.000021" in str(caught.value)
+    assert "std at t = 9 at batch 4 differs by 2.1e-5" in str(caught.value)
     assert caught.value.exit_code == 1
 
 
