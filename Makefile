@@ -62,12 +62,14 @@ test: $(DEV) ## all tests
 	$(ENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 # What test-fast leaves out: tests/export, which exports networks, and these, which certify, serve or drive a browser.
-NOT_FAST = certify_run cli cluster demo doctor falsifier falsify_run gallery merge model_commands run_folder serve_command \
-  server serving smoothing triton_model
+NOT_FAST = $(patsubst %,densepure_rt/test_%.py,audit audit_commands certify_run cli cluster demo doctor falsifier \
+  falsify_run forecast gallery inspection ledger merge model_commands replay report_page run_folder sequential \
+  serve_command server serving shards smoothing triton_model) \
+  $(patsubst %,runtime/test_%.py,bundle fork kernels onnx_device other_cpus providers reverse tensorrt_device_on_host)
 
 test-fast: $(DEV) ## a minute's check while developing: the part of test that exports, certifies and serves nothing
 	$(ENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS) tests/test_house.py tests/runtime \
-	  tests/densepure_rt $(NOT_FAST:%=--ignore tests/densepure_rt/test_%.py)
+	  tests/densepure_rt $(NOT_FAST:%=--ignore tests/%)
 
 test-slow: $(DEV) ## the tests that take minutes each
 	$(ENV)/bin/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
