@@ -36,7 +36,8 @@ BatchSize = Annotated[
     int | None,
     typer.Option(
         "--batch",
-        help="Items a call of the engine; the results do not depend on it. Default: 32, or what a plan was built for.",
+        help="Items in one call of the engine. Part of the run's identity where a result's bits depend on it. "
+        "Default: 32, or what a plan was built for.",
     ),
 ]
 Trust = Annotated[bool, typer.Option("--trust", help="Take a plan without a sidecar for what its name says.")]

@@ -1,14 +1,12 @@
-"""The layout, what may import what, and what a wheel holds."""
+"""The layout, and what may import what."""
 
 from __future__ import annotations
 
 import ast
 import os
 import re
-import shutil
 import subprocess
 import sys
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -133,63 +131,3 @@ def test_the_command_exists() -> None:
 def test_importing_the_package_takes_under_half_a_second() -> None:
     code = "import time; start = time.perf_counter(); import densepure_rt; print(time.perf_counter() - start)"
     assert min(float(in_fresh_python(code)) for _ in range(3)) < 0.5
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]:
-    """The wheel, built from the sdist, built from a copy of the tree in which somebody has built a plan."""
-    tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("dist")
-    for name in ("densepure_rt", *ROOMS):
-        shutil.copytree(ROOT / name, tree / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tree)
-    for folder in ("engines", "densepure_rt/data"):
-        (tree / folder / "unet.plan").write_bytes(b"built here")
-        (tree / folder / "unet.plan.json").write_text("{}")
-    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(tree)]
-    done = subprocess.run(build, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    with zipfile.ZipFile(next(out.glob("*.whl"))) as archive:
-        yield archive
-
-
-def test_the_wheel_holds_every_module_under_one_name(wheel: zipfile.ZipFile) -> None:
-    names = set(wheel.namelist())
-    info = f"densepure_rt-{project()['project']['version']}.dist-info"
-    assert {name.partition("/")[0] for name in names} == {"densepure_rt", info}
-    for package, folder in project()["tool"]["setuptools"]["package-dir"].items():
-        for path in (ROOT / folder).glob("*.py"):
-            assert f"{package.replace('.', '/')}/{path.name}" in names
-    assert "densepure_rt/py.typed" in names
-
-
-@pytest.mark.parametrize(
-    ("folder", "pattern"),
-    [
-        ("densepure_rt/engines", "*.onnx"),
-        ("densepure_rt/engines", "*.onnx.json"),
-        ("densepure_rt/data", "*.npz"),
-        ("densepure_rt/export/zoo", "*.safetensors"),
-    ],
-)
-def test_the_wheel_holds_the_default_model_and_its_images(wheel: zipfile.ZipFile, folder: str, pattern: str) -> None:
-    files = [path.name for path in (ROOT / folder).glob(pattern)]
-    assert files
-    assert {f"{folder}/{name}" for name in files} <= set(wheel.namelist())
-
-
-def test_the_wheel_holds_every_file_that_the_runtime_reads(wheel: zipfile.ZipFile) -> None:
-    kernels = {f"densepure_rt/runtime/{path.name}" for path in ROOT.glob("runtime/*.cu")}
-    data = {f"densepure_rt/data/{path.name}" for path in ROOT.glob("densepure_rt/data/*") if ".plan" not in path.name}
-    assert kernels | data <= set(wheel.namelist())
-
-
-def test_the_wheel_holds_no_plan(wheel: zipfile.ZipFile) -> None:
-    assert [name for name in wheel.namelist() if ".plan" in name] == []
-
-
-def test_the_wheel_carries_both_licences(wheel: zipfile.ZipFile) -> None:
-    licences = {name.partition("/licenses/")[2] for name in wheel.namelist() if "/licenses/" in name}
-    assert licences == {"LICENSE", "densepure_rt/data/FASHION_MNIST_LICENSE.txt"}
-    metadata = next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
-    assert "License-Expression: Apache-2.0" in wheel.read(metadata).decode()
