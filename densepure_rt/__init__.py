@@ -9,7 +9,11 @@ with densepure_rt.load() as classifier:  # the engines that ship; or load("engin
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
+
+# ONNX Runtime's wheels for Linux, from 1.29 on, report models and sessions to their maker unless this is set first.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from densepure_rt.certification import Certificate as Certificate

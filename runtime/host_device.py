@@ -15,7 +15,7 @@ from densepure_rt.errors import EnvironmentFault, UsageError
 from densepure_rt.runtime.bundle import Bundle
 from densepure_rt.runtime.device import CLOSED, NOT_FINITE, Batch, Floats, forked
 from densepure_rt.runtime.noise import Key, RoundedNormal, first_state, smoothing_law, smoothing_noise, vote_noise
-from densepure_rt.runtime.probe import probe
+from densepure_rt.runtime.probe import Probed, probe
 
 RunNetwork = Callable[[Mapping[str, Floats]], Sequence[Floats]]  # a feed of one whole batch -> the outputs, in order
 
@@ -70,8 +70,12 @@ class HostDevice:
         self._outstanding: dict[Future[NDArray[np.int64] | None], int] = {}
         self._mean = self._std = np.empty((0, *self.image_shape), np.float32)
         self._finite = np.empty(0, bool)
-        self.probed = probe(
-            bundle, batch, lambda feed: [*self._step(feed), *self._classify({"mean": feed["mean"]})], any_batch
+        self.probed = self._probe(bundle, any_batch)
+
+    def _probe(self, bundle: Bundle, any_batch: bool) -> Probed:
+        """Run both networks on fixed items, and compare the bits with other mates and another batch."""
+        return probe(
+            bundle, self.batch, lambda feed: [*self._step(feed), *self._classify({"mean": feed["mean"]})], any_batch
         )
 
     def open_image(self, pixels: NDArray[np.uint8], key: Key, sigma: float, scale: float) -> int:

@@ -9,9 +9,15 @@ import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
+
+if TYPE_CHECKING:
+    from densepure_rt.runtime.bundle import Bundle
+    from densepure_rt.runtime.host_device import HostDevice
+    from densepure_rt.runtime.probe import Probed
 
 ASKED_TO_END = [getattr(signal, name) for name in ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM") if hasattr(signal, name)]
 
@@ -48,6 +54,26 @@ def one_table_of_operators() -> None:
     except ImportError:  # another version of torch: it is slower without, no more
         return
     ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))  # type: ignore[method-assign]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def engines_are_probed_once() -> None:
+    """Keep what the probe has found of an engine at a batch: it runs 68 items at the default batch, for each test.
+
+    What a test puts in an engine's place (another sidecar or file, a network of its own) is probed anew, and so is all
+    that another process opens.
+    """
+    from densepure_rt.runtime import host_device, onnx_device
+
+    found: dict[tuple[object, ...], Probed] = {}
+
+    def remembered(device: HostDevice, bundle: Bundle, any_batch: bool) -> Probed:
+        key = (repr(bundle.unet), repr(bundle.classifier), device.batch, device.facts["provider"], any_batch)
+        if key not in found:
+            found[key] = host_device.HostDevice._probe(device, bundle, any_batch)
+        return found[key]
+
+    onnx_device.OnnxDevice._probe = remembered  # type: ignore[assignment, method-assign]
 
 
 # `--light`: where heavy packages are not installed, the test files that import them are skipped instead of failing.

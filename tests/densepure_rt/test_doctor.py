@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -7,16 +8,19 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 from densepure_rt import __version__
-from densepure_rt.doctor import EXPORT_PACKAGES, Finding, diagnose
+from densepure_rt.doctor import EXPORT_PACKAGES, Finding, diagnose, import_fault
 from densepure_rt.runtime.gpu import Gpu
+from tests.densepure_rt.command_line import densepure_rt
 
 ROOT = Path(__file__).resolve().parents[2]
+QUICK = ("torch",)  # blocked where PyTorch is not the point: it and what needs it take ten seconds to import
 CODE = "from densepure_rt.cli import main; main()"
 
 
@@ -30,6 +34,14 @@ def doctor(
     done = subprocess.run([*command, "doctor", *options], capture_output=True, text=True, env=env, cwd=cwd, timeout=120)
     assert "Traceback" not in done.stderr, done.stderr
     return done
+
+
+@pytest.fixture(scope="module", autouse=True)
+def packages_are_imported_once() -> Iterator[None]:
+    """`diagnose` imports PyTorch and all else in another Python: ten seconds, and always the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("densepure_rt.doctor.import_fault", functools.cache(import_fault))
+        yield
 
 
 def next_command(done: subprocess.CompletedProcess[str]) -> str:
@@ -59,9 +71,9 @@ def test_a_healthy_machine_is_told_to_certify() -> None:
 
 
 def test_the_next_command_is_one_line_however_narrow_the_terminal_is() -> None:
-    done = doctor(blocked=("onnxruntime",))
+    done = doctor(blocked=("onnxruntime", *QUICK))
     env = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "20"}
-    code = f"import sys; sys.modules['onnxruntime'] = None; {CODE}"
+    code = f"import sys; sys.modules['onnxruntime'] = sys.modules['torch'] = None; {CODE}"
     narrow = subprocess.run(
         [sys.executable, "-c", code, "doctor"], capture_output=True, text=True, env=env, timeout=120
     )
@@ -69,7 +81,7 @@ def test_the_next_command_is_one_line_however_narrow_the_terminal_is() -> None:
 
 
 def test_json_says_the_same() -> None:
-    done = doctor("--json")
+    done = densepure_rt("doctor", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads(done.stdout)
     diagnosis = diagnose()
@@ -80,7 +92,7 @@ def test_json_says_the_same() -> None:
 
 def test_both_wheels_of_onnxruntime_exit_3_with_the_repair(tmp_path: Path) -> None:
     fake_distribution(tmp_path, "onnxruntime-gpu")
-    done = doctor(path=tmp_path)
+    done = doctor(path=tmp_path, blocked=QUICK)
     assert done.returncode == 3
     printed = without_spaces(done.stdout)
     assert f"onnxruntime {metadata.version('onnxruntime')} and onnxruntime-gpu 1.20.0" in printed
@@ -89,7 +101,7 @@ def test_both_wheels_of_onnxruntime_exit_3_with_the_repair(tmp_path: Path) -> No
 
 
 def test_without_onnxruntime_the_next_command_installs_it() -> None:
-    done = doctor(blocked=("onnxruntime",))
+    done = doctor(blocked=("onnxruntime", *QUICK))
     assert next_command(done) == "pip install 'densepure-rt[cpu]'"
     assert "missing" in done.stdout
 
@@ -136,7 +148,7 @@ def package(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", ["unet.onnx", "classifier.onnx"])
 def test_a_damaged_shipped_engine_exits_3_and_says_to_install_again(package: Path, name: str) -> None:
     os.truncate(package / "densepure_rt" / "engines" / name, 1000)
-    done = doctor(path=package, cwd=package)
+    done = doctor(path=package, blocked=QUICK, cwd=package)
     assert done.returncode == 3
     assert f"{package}/densepure_rt/engines/{name} does not match its sidecar" in done.stdout
     assert next_command(done).startswith("pip install --force-reinstall")
@@ -144,7 +156,7 @@ def test_a_damaged_shipped_engine_exits_3_and_says_to_install_again(package: Pat
 
 def test_a_missing_shipped_engine_exits_3(package: Path) -> None:
     (package / "densepure_rt" / "engines" / "unet.onnx").unlink()
-    done = doctor(path=package, cwd=package)
+    done = doctor(path=package, blocked=QUICK, cwd=package)
     assert done.returncode == 3
     assert "no engine at" in done.stdout
     assert next_command(done).startswith("pip install --force-reinstall")

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from densepure_rt.cli import main
 from densepure_rt.datasets import SHIPPED_SHAPE, open_images
 from densepure_rt.errors import UsageError
+from densepure_rt.export import to_onnx
 from densepure_rt.export.classifiers import ClassifierModel, zoo_classifier
 from densepure_rt.export.openai_unet import Architecture, Heads, OpenAIUNet
 from densepure_rt.export.programs import load_callable
@@ -54,6 +55,7 @@ from densepure_rt.runtime.bundle import StepSidecar, read_sidecar, sha256_of
 from densepure_rt.runtime.device import STEP_INPUTS, STEP_OUTPUTS
 from densepure_rt.runtime.onnx_device import open_session
 from densepure_rt.runtime.schedule import Schedule, TimestepRule
+from densepure_rt.smoothing import shipped_engine
 
 Done = CompletedProcess[str]
 ARCHITECTURE = Architecture(3, 32, (32, 32), 1, (False, False), "conv", True, False)
@@ -872,7 +874,9 @@ def test_what_the_weights_of_a_unet_belie_is_one_warning_or_refused(here: Path) 
     assert sidecar.denoising.error == found["error"]
 
 
-def test_a_unet_as_it_was_trained_is_exported_without_a_warning(here: Path) -> None:
+def test_a_unet_as_it_was_trained_is_exported_without_a_warning(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its graph is the shipped one: tests/export/test_to_onnx.py exports it, in ten seconds."""
+    monkeypatch.setattr(to_onnx, "step_onnx", lambda *_: shipped_engine().read_bytes())
     given = [*DEFAULT, *"--schedule linear --prediction epsilon --strict".split()]
     done = command("export", *given, "--out", here / "engines")
     assert done.returncode == 0, done.stderr

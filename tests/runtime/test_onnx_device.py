@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -25,6 +28,7 @@ from densepure_rt.runtime.schedule import Chain, Variance, make_chain
 from densepure_rt.smoothing import shipped_engine
 from densepure_rt.voting import Ballot
 
+ROOT = Path(__file__).resolve().parents[2]
 ENGINE, CLASSIFIER = "unet.onnx", "classifier.onnx"
 KEY: Key = (3, 4)
 SIGMA = 0.5
@@ -410,3 +414,19 @@ def test_record_names_what_ran() -> None:
         assert (device.batch, device.in_flight) == (3, 2)
     assert described["onnxruntime"] == onnxruntime.__version__
     assert (described["batch"], described["threads"]) == (3, 2)
+
+
+def test_opening_an_engine_reports_nothing_to_the_maker_of_onnxruntime(tmp_path: Path) -> None:
+    """ONNX Runtime that reports keeps an identity of the machine and a queue in the user's cache folder."""
+
+    def left_behind(code: str) -> list[Path]:
+        home = tmp_path / str(len(list(tmp_path.iterdir())))
+        home.mkdir()
+        quiet = {"CI", "ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME"}  # what silences it, or sends it elsewhere
+        env = {name: value for name, value in os.environ.items() if name not in quiet} | {"HOME": str(home)}
+        subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, check=True, timeout=120)
+        return list(home.rglob("*"))
+
+    if not left_behind("import onnxruntime"):
+        pytest.skip("this ONNX Runtime reports nothing")
+    assert left_behind("import densepure_rt\nwith densepure_rt.load(batch=1, threads=1): pass") == []
