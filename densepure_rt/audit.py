@@ -24,7 +24,7 @@ from densepure_rt.errors import CheckFailed, DensePureError, EnvironmentFault
 from densepure_rt.forecast import reach_of
 from densepure_rt.keys import stored_key
 from densepure_rt.ledger import NAME as LEDGER
-from densepure_rt.ledger import DoneImage, Ledger
+from densepure_rt.ledger import DoneImage, Labels, Ledger
 from densepure_rt.records import (
     AttackRecord,
     BudgetIdentity,
@@ -191,10 +191,12 @@ def check_ledger(ledger: Ledger, manifest: Manifest) -> Finding:
 def check_records(done: list[DoneImage], manifest: Manifest) -> Finding:
     """Each record against what the labels of its samples decide, and its place."""
     identity, places = manifest.identity, manifest.shard.places(manifest.identity.images.count)
-    settings, faults = settings_of(identity), []
+    settings, faults, samples = settings_of(identity), [], 0
     for image in done:
         try:
-            faults += [f"image {image.idx}: {fault}" for fault in faults_of(image, identity, settings)]
+            labels = image.labels()
+            samples += len(labels)
+            faults += [f"image {image.idx}: {fault}" for fault in faults_of(image, labels, identity, settings)]
         except DensePureError as fault:
             faults.append(f"image {image.idx}: {fault}")
     faults += [
@@ -202,7 +204,6 @@ def check_records(done: list[DoneImage], manifest: Manifest) -> Finding:
         for image in done
         if image.place not in places
     ]
-    samples = sum(len(image.labels) for image in done)
     return Finding("records", f"{len(done)} decided again from {samples:,} labels", tuple(faults))
 
 
@@ -221,24 +222,24 @@ def check_shards(done: list[DoneImage], manifest: Manifest) -> Finding:
     return Finding("shard", said)
 
 
-def faults_of(image: DoneImage, identity: Identity, settings: Settings) -> Iterator[str]:
+def faults_of(image: DoneImage, labels: Labels, identity: Identity, settings: Settings) -> Iterator[str]:
     record, timing = parsed(ImageRecord, image.record, "its record"), parsed(TimingRecord, image.timing, "its timing")
     if (image.idx, image.idx) != (record.idx, timing.idx):
         yield f"indices {record.idx} and {timing.idx} do not belong together"
     classes = len(identity.class_names)
-    if len(image.labels) and not NOT_FINITE <= image.labels.min() <= image.labels.max() < classes:
+    if len(labels) and not NOT_FINITE <= labels.min() <= labels.max() < classes:
         yield f"a label is none of the {classes} classes"
         return
-    certificate = decided(image.labels.tolist(), record, settings, math.prod(identity.image), classes)
+    certificate = decided(labels.tolist(), record, settings, math.prod(identity.image), classes)
     if certificate is None:
-        yield f"{len(image.labels)} labels are not those that decide it"
+        yield f"{len(labels)} labels are not those that decide it"
         return
     expected = record_of(record.idx, record.image_sha256, record.label, certificate)
     for name, one, other in differing(asdict(record), asdict(expected)):
         yield f"{name} is {one}, and its labels give {other}"
     if record.stopped and identity.budget_seconds == BudgetIdentity(None, None):
         yield "it was stopped by time, and time had no limit"
-    counted = (len(image.labels), int((image.labels == NOT_FINITE).sum()))
+    counted = (len(labels), int((labels == NOT_FINITE).sum()))
     if (timing.samples, timing.not_finite) != counted:
         yield f"samples and not_finite are {timing.samples} and {timing.not_finite}, its labels give {counted}"
 

@@ -236,7 +236,10 @@ class RunFolder:
                     f"move that one away"
                 )
             path.mkdir(parents=True, exist_ok=True)
-            self.ledger = self._ledger = Ledger(path / LEDGER)  # from here on the folder is this process's
+            most = manifest.identity.rule.most_samples
+            self.ledger = self._ledger = Ledger(
+                path / LEDGER, most_labels=most
+            )  # from here on the folder is this process's
             if (path / MANIFEST).exists() and not self.ledger.empty:
                 self._go_on(secret)
             elif self.ledger.empty:
@@ -330,6 +333,7 @@ class RunFolder:
         for image in self.ledger.done():
             what = f"{self.path / LEDGER}, image {image.idx},"
             done.append((parsed(ImageRecord, image.record, what), parsed(TimingRecord, image.timing, what)))
+            image.labels()  # which raises where they are none
         self.done = done
 
     def _write_results(self) -> None:
