@@ -17,10 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from densepure_rt import files
 from densepure_rt.certification import Certificate
 from densepure_rt.certify_run import radii_of, rule_of, settings_of, summarize
 from densepure_rt.datasets import ImageSet
 from densepure_rt.errors import CheckFailed, DensePureError, EnvironmentFault
+from densepure_rt.files import Kind
 from densepure_rt.forecast import reach_of
 from densepure_rt.keys import stored_key
 from densepure_rt.ledger import NAME as LEDGER
@@ -277,7 +279,7 @@ def check_tables(path: Path, done: list[DoneImage]) -> Finding:
         if lines_of(record, timing)[1:] != (image.record, image.timing):
             faults.append(f"{LEDGER}: image {image.idx} is not written as it would be")
     for name, expected in zip(RESULTS, results_of(pairs), strict=True):
-        found = read(path / name).decode("utf-8", "replace")
+        found = read(path / name, "results file").decode("utf-8", "replace")
         if found != expected:
             lines = zip((*found.splitlines(), ""), (*expected.splitlines(), ""), strict=False)
             number = next((i for i, (one, other) in enumerate(lines, start=1) if one != other), 0)
@@ -354,8 +356,8 @@ def records_of(done: list[DoneImage]) -> dict[int, ImageRecord]:
     return {image.idx: parsed(ImageRecord, image.record, LEDGER) for image in done}
 
 
-def read(path: Path) -> bytes:
+def read(path: Path, kind: Kind = "run file") -> bytes:
     try:
-        return path.read_bytes()
+        return files.content(path, kind)
     except OSError as error:
         raise CheckFailed(f"{path.name} cannot be read ({error.strerror})") from None

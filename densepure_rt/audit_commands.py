@@ -194,6 +194,7 @@ def save_pictures(found: Replayed, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, pixels in pictures.items():
+            (folder / f"{name}.png").unlink(missing_ok=True)  # a link, in a foreign folder, may lead anywhere
             as_picture(pixels).save(folder / f"{name}.png")
     except OSError as error:
         raise EnvironmentFault(f"cannot write {folder} ({error.strerror}): choose another folder with --out") from error

@@ -7,6 +7,7 @@ that each caller says in its own words what the file was wanted for.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
 from pathlib import Path
@@ -26,7 +27,7 @@ MOST_BYTES: dict[Kind, int] = {
     "picture": GIB,  # one of a data set; its size in pixels is judged by its header
     "data set": 256 * GIB,  # .npz, IDX, .bin: judged by their headers before they are read
     "model": 64 * GIB,  # engines, weights, checkpoints
-    "log": 64 * MIB,  # of older tools, 50,000 lines of 50 bytes are 2.5 MB
+    "log": 64 * MIB,  # of older tools; 50,000 images of ImageNet take 3 MiB
     "array": 128 * MIB,  # 16 million labels of 8 bytes; published runs have 100,000
 }
 OTHERS = (
@@ -84,3 +85,12 @@ def content(path: Path, kind: Kind) -> bytes:
 def text(path: Path, kind: Kind) -> str:
     """Likewise, as text in UTF-8. Raises UnicodeDecodeError when it is none."""
     return content(path, kind).decode("utf-8")
+
+
+def sha256_of(path: Path, kind: Kind) -> str:
+    """Hash a file, in hexadecimal digits, without holding it in memory. Raises as `check` does."""
+    digest = hashlib.sha256()
+    with opened(path, kind) as file:
+        while chunk := file.read(MIB):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -285,4 +285,5 @@ def keep_attacks(folder: RunFolder, parts: Sequence[Part]) -> None:
             picture = broken_picture(attack.idx)
             if attack.broken and (part.path / picture).is_file():
                 with writing(folder.path):
+                    (folder.path / picture).unlink(missing_ok=True)
                     shutil.copyfile(part.path / picture, folder.path / picture)
