@@ -121,6 +121,15 @@ def saying(path: Path) -> Iterator[None]:
         ) from error
 
 
+def identity_of(path: Path) -> tuple[int, int] | None:
+    """Which file it is, whatever it is called: device and inode; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 def refuse_unfit(path: Path) -> None:
     """Raise EnvironmentFault where the ledger, or what SQLite keeps beside it, is no regular file: a pipe may hang.
 
@@ -178,6 +187,7 @@ class Ledger:
         with self._transaction():  # takes the lock, or raises
             self._refuse_foreign()
         self._database.executescript(TABLES)
+        self._file = identity_of(self.path)
 
     def _refuse_foreign(self) -> None:
         """Raise CheckFailed when the schema has anything that is not ours: a view and a trigger run when it is read."""
@@ -204,6 +214,21 @@ class Ledger:
                 self._database.execute("pragma journal_mode = delete")
         with contextlib.suppress(sqlite3.Error):
             self._database.close()
+
+    def settle(self) -> None:
+        """Commit, and forget what memory holds: what is read from now on is what the file says.
+
+        Raises CheckFailed when the file that was written is not the one of that name any more.
+        """
+        self.commit()
+        if identity_of(self.path) != self._file:
+            raise CheckFailed(
+                f"{self.path} was removed or replaced while the run wrote to it, and its labels are lost: certify "
+                f"again, into another folder with --out"
+            )
+        with saying(self.path):
+            self._database.execute("pragma journal_mode = delete")
+            self._database.execute("pragma shrink_memory")
 
     @property
     def empty(self) -> bool:

@@ -292,9 +292,19 @@ class RunFolder:
             replaced(self.path / ATTACKS, "".join(map(line, attacks)))
 
     def finish(self, summary: Summary) -> None:
-        """Write the results anew, the summary and, of a complete run, the seal."""
+        """Write the results anew, the summary and, of a complete run, the seal.
+
+        Raises CheckFailed when the ledger is not there any more, or does not hold all that was done.
+        """
         with writing(self.path):
-            self.ledger.commit()
+            kept = self.done
+            self.ledger.settle()
+            self.read_done()
+            if self.done != kept:
+                raise CheckFailed(
+                    f"{self.path / LEDGER} does not hold what was written to it ({len(self.done)} images, not "
+                    f"{len(kept)}): something else has written to it; certify again, into another folder with --out"
+                )
             self._write_results()
             replaced(self.path / SUMMARY, page(summary))
             if summary.done == summary.asked:
