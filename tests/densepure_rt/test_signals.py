@@ -32,7 +32,7 @@ ENDS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["densepure_rt.cli", "densepure_rt.smoothing", "densepure_rt.merge", "onnxruntime"])
 # Cheap images, some of which take long: the classifier alone, at little noise.
-OPTIONS = "--steps 0 --sigma 0.1 --radii 0,0.05,0.1 --n 1500 --batch 8 --threads 1 --max 12 --quiet".split()
+OPTIONS = "--steps 0 --sigma 0.1 --radii 0,0.05,0.1 --n 400 --batch 8 --threads 1 --max 6 --quiet".split()
 
 
 def run(arguments: list[str], said: Path) -> None:
@@ -105,6 +105,7 @@ def of_a_run(*names: str) -> Callable[[Path], object]:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A keyed run, and two shards."""
     folder = tmp_path_factory.mktemp("made")
+    assert Started(["--version"], folder / "said").end() == 0  # the first fork waits for imports
     assert cli("certify", *OPTIONS, "--max", 2, "--out", folder / "run").returncode == 0
     for shard in ("1/2", "2/2"):
         out = folder / f"shard-{shard[0]}"
@@ -127,11 +128,15 @@ def cases(made: Path) -> dict[str, Case]:
             lambda out: {name: kept for name, kept in files_of(out).items() if not name.startswith(NAME)},
         ),
         "export": Case(lambda out: ["export", "--target", "triton", "--force", "--out", out], nothing, files_of),
+        "export from PyTorch": Case(lambda out: ["export", "--force", "--out", out], nothing, files_of),
     }
 
 
-@pytest.mark.parametrize("name", ["certify", "merge", "reveal", "export"])
-@pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.slow)])
+NAMES = ("certify", "merge", "reveal", "export")
+SLOW = [pytest.param(name, 20, marks=pytest.mark.slow) for name in (*NAMES, "export from PyTorch")]
+
+
+@pytest.mark.parametrize(("name", "times"), [*((name, 3) for name in NAMES), *SLOW])
 def test_whatever_ends_a_command_at_any_moment_the_same_command_leaves_the_same_bytes(
     made: Path, tmp_path: Path, name: str, times: int
 ) -> None:
