@@ -12,6 +12,7 @@ from rich.text import Text
 
 from densepure_rt.console import Json, plural, rows, stderr, stdout
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
+from densepure_rt.text import printable
 
 if TYPE_CHECKING:
     from densepure_rt.datasets import ImageSet, LabelledImage
@@ -44,7 +45,7 @@ def audit(run: RunPath, images: Images = None, as_json: Json = False) -> None:
         print(json.dumps([dataclasses.asdict(finding) | {"holds": finding.holds} for finding in findings]))
     for finding in () if as_json else findings:
         word, style = ("holds", "green") if finding.holds else ("FAILS", "red")
-        stdout.print(Text(f"{word:<7}", style) + f"{finding.what:<15} {finding.said}")
+        stdout.print(Text(f"{word:<7}", style) + printable(f"{finding.what:<15} {finding.said}"))
         for fault in finding.faults[:MOST_SHOWN]:
             stdout.print(f"       {fault}")
         if len(finding.faults) > MOST_SHOWN:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import io
 import json
 import os
 import sys
@@ -44,6 +45,7 @@ from densepure_rt.options import (
 from densepure_rt.rounding import exact, floored_share, raised
 from densepure_rt.run_commands import compare, merge, print_attacks, report
 from densepure_rt.serve_command import serve
+from densepure_rt.text import printable
 
 if TYPE_CHECKING:
     from densepure_rt.datasets import ImageSet
@@ -581,6 +583,8 @@ def in_options(error: DensePureError) -> str:
 
 def main() -> None:
     """The entry point: an error is one message and its exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # where the terminal knows fewer characters
     try:
         with signals.asking_to_end():
             app()
@@ -592,7 +596,7 @@ def main() -> None:
             sys.exit(signals.exit_code())
         raise
     except DensePureError as error:
-        print(f"error: {in_options(error)}", file=sys.stderr)
+        print(printable(f"error: {in_options(error)}", keep="\n"), file=sys.stderr)
         sys.exit(error.exit_code)
     except MemoryError:
         print("error: this does not fit into memory: ask for a smaller --batch", file=sys.stderr)

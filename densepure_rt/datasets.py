@@ -39,6 +39,7 @@ from densepure_rt.image_files import (
     size_text,
 )
 from densepure_rt.records import LeftOut
+from densepure_rt.text import printable
 
 SHIPPED, SHIPPED_SHAPE = "fashion_mnist_test.npz", (1, 28, 28)
 FORMATS = (
@@ -241,9 +242,7 @@ def _is_image(file: Path) -> bool:
 def _left_out(names: Mapping[str, Sequence[str]]) -> tuple[LeftOut, ...]:
     """names: by the reason why they are left out; a path may be no Unicode."""
     return tuple(
-        LeftOut(why, len(those), tuple(name.encode("utf-8", "backslashreplace").decode() for name in those[:NAMED]))
-        for why, those in names.items()
-        if those
+        LeftOut(why, len(those), tuple(map(printable, those[:NAMED]))) for why, those in names.items() if those
     )
 
 

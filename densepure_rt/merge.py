@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from densepure_rt.certify_run import printable, radii_of, settings_of, summarize
+from densepure_rt.certify_run import radii_of, settings_of, summarize
 from densepure_rt.console import plural
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.forecast import reach_of
@@ -55,6 +55,7 @@ from densepure_rt.run_folder import (
 from densepure_rt.run_reader import content, read_attacks
 from densepure_rt.shards import Shard
 from densepure_rt.smoothing import commitment
+from densepure_rt.text import printable
 
 MOST_NAMED = 8  # images, shards or folders in one message
 

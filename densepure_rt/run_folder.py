@@ -53,6 +53,7 @@ from densepure_rt.records import (
 from densepure_rt.rounding import floored
 from densepure_rt.runtime.noise import image_sha256
 from densepure_rt.smoothing import Certified
+from densepure_rt.text import printable
 
 MANIFEST, SUMMARY, SEAL, KEY, REVEALED = "manifest.json", "summary.json", "seal.json", "secret.key", "secret.revealed"
 TSV_COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")  # locuslab/smoothing
@@ -388,7 +389,7 @@ def hashes(path: Path, ledger: Ledger) -> dict[str, str]:
 
 
 def brief(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
+    text = printable(json.dumps(value, ensure_ascii=False))
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 

@@ -22,6 +22,7 @@ from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.runtime import gpu
 from densepure_rt.runtime.schedule import Schedule, ScheduleName, TimestepRule, Variance
 from densepure_rt.runtime.transport import transfer_fault
+from densepure_rt.text import all_printable
 
 SCHEMA_VERSION = 1
 PIXEL_RANGE = (-1.0, 1.0)  # what the runtime feeds
@@ -330,7 +331,7 @@ def read_sidecar(engine: Path) -> StepSidecar | ClassifierSidecar:
     except UnicodeDecodeError as error:
         raise CheckFailed(f"{path} is not a text file: copy it again, or export the bundle again") from error
     try:
-        fields = _Fields(json.loads(text), str(path))
+        fields = _Fields(all_printable(json.loads(text)), str(path))
     except (ValueError, RecursionError) as error:  # ValueError: not JSON, or an integer of thousands of digits
         raise CheckFailed(f"{path} is not valid JSON ({error}): copy it again, or export the bundle again") from error
     if (version := fields("schema_version", int)) != SCHEMA_VERSION:
