@@ -12,6 +12,7 @@ from rich.text import Text
 
 from densepure_rt.console import Json, plural, rows, stderr, stdout
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
+from densepure_rt.text import printable
 
 if TYPE_CHECKING:
     from densepure_rt.datasets import ImageSet, LabelledImage
@@ -44,7 +45,7 @@ def audit(run: RunPath, images: Images = None, as_json: Json = False) -> None:
         print(json.dumps([dataclasses.asdict(finding) | {"holds": finding.holds} for finding in findings]))
     for finding in () if as_json else findings:
         word, style = ("holds", "green") if finding.holds else ("FAILS", "red")
-        stdout.print(Text(f"{word:<7}", style) + f"{finding.what:<15} {finding.said}")
+        stdout.print(Text(f"{word:<7}", style) + printable(f"{finding.what:<15} {finding.said}"))
         for fault in finding.faults[:MOST_SHOWN]:
             stdout.print(f"       {fault}")
         if len(finding.faults) > MOST_SHOWN:
@@ -80,7 +81,8 @@ def replay(
     settings = settings_of(identity)
     if batch is None and identity.arithmetic is not None:
         batch = identity.arithmetic.batch
-    counted = counted_label(run, image, sample + (settings.n0 if settings.method == "fixed" else 0))
+    place = sample + (settings.n0 if settings.method == "fixed" else 0)
+    counted = counted_label(run, image, place, identity.rule.most_samples)
     with load(engine, classifier, secret=secret_of(run, manifest), batch=batch, threads=1) as smoothed:
         bundle = smoothed.bundle
         for ref, known in ((bundle.unet.file, identity.engine), (bundle.classifier.file, identity.classifier)):
@@ -162,12 +164,12 @@ def secret_of(run: Path, manifest: Manifest) -> bytes:
     return found
 
 
-def counted_label(run: Path, idx: int, place: int) -> int | None:
-    """What the ledger says of an image's sample; None where it has not come to it."""
+def counted_label(run: Path, idx: int, place: int, most: int) -> int | None:
+    """What the ledger says of an image's sample, of `most`; None where it has not come to it."""
     from densepure_rt.ledger import NAME, Ledger
 
-    with Ledger(run / NAME, read_only=True) as ledger:
-        labels = next((image.labels for image in ledger.done() if image.idx == idx), None)
+    with Ledger(run / NAME, read_only=True, most_labels=most) as ledger:
+        labels = next((image.labels() for image in ledger.done() if image.idx == idx), None)
         if labels is None:
             labels = ledger.taken(idx).labels
     return int(labels[place]) if 0 <= place < len(labels) else None
@@ -193,6 +195,7 @@ def save_pictures(found: Replayed, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, pixels in pictures.items():
+            (folder / f"{name}.png").unlink(missing_ok=True)  # a link, in a foreign folder, may lead anywhere
             as_picture(pixels).save(folder / f"{name}.png")
     except OSError as error:
         raise EnvironmentFault(f"cannot write {folder} ({error.strerror}): choose another folder with --out") from error

@@ -43,6 +43,7 @@ from densepure_rt.runtime.noise import NOISE_LAW, smoothing_law, vote_law
 from densepure_rt.runtime.schedule import Coefficients
 from densepure_rt.shards import Shard
 from densepure_rt.smoothing import UNLIMITED, Budget, Certified, Settings, SmoothedClassifier, commitment
+from densepure_rt.text import printable
 
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the papers' CIFAR-10 tables
 
@@ -136,11 +137,6 @@ def manifest_of(
         grey_repeated=images.repeated,
     )
     return Manifest(SCHEMA_VERSION, identity.sha256, identity, provenance)
-
-
-def printable(name: str) -> str:
-    """A name that may be no Unicode, as a path may."""
-    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def identity_of(
@@ -243,8 +239,9 @@ def run(
 ) -> tuple[Summary, list[AttackRecord]]:
     """Certify `images` into the folder `out`, a line an image, and go on where an earlier run of them ended.
 
-    Ctrl-C ends it after the images that are done. falsify: the share of their samples to attack the certificates with,
-    once all are there; `proposals` gives an attack further candidates. shard: the part of the images to certify here.
+    Ctrl-C, or a signal that means the same, ends it after the images that are done. falsify: the share of their samples
+    to attack the certificates with, once all are there; `proposals` gives an attack further candidates. shard: the part
+    of the images to certify here.
     """
     attacks: list[AttackRecord] = []
     interrupted = True

@@ -6,16 +6,27 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from densepure_rt.text import printable
+
 PLAIN_EVERY = 10.0  # seconds between plain lines
 BAR_EVERY = 0.5  # seconds between changes of a bar's status
-stderr = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-stdout = Console(highlight=False, markup=False, soft_wrap=True)
+
+
+class PlainConsole(Console):
+    """Prints text as it stands, but for what would steer the terminal: names of files and of runs are others'."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*(printable(one, keep="\n") if isinstance(one, str) else one for one in objects), **options)
+
+
+stderr = PlainConsole(stderr=True, highlight=False, markup=False, soft_wrap=True)
+stdout = PlainConsole(highlight=False, markup=False, soft_wrap=True)
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]  # of every command
 T = TypeVar("T")
 

@@ -16,6 +16,7 @@ from rich.text import Text
 from densepure_rt.console import Json, Status, plural, rows, stdout, track
 from densepure_rt.errors import CheckFailed, UsageError
 from densepure_rt.rounding import exact, floored, floored_share, raised
+from densepure_rt.text import printable
 
 if TYPE_CHECKING:
     from densepure_rt.legacy_import import Claim, Flag, Imported
@@ -209,7 +210,8 @@ def show(found: Imported, grid: Sequence[float]) -> None:
     stdout.print(table)
     for flag in sorted(found.flags, key=lambda flag: not flag.unsound):
         stdout.print(
-            Text("unsound " if flag.unsound else "note    ", "red" if flag.unsound else "yellow") + line_of(flag)
+            Text("unsound " if flag.unsound else "note    ", "red" if flag.unsound else "yellow")
+            + printable(line_of(flag))
         )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from densepure_rt.errors import CheckFailed, UsageError
-from densepure_rt.records import STRICT, Count, Label, Probability, Radius, Sha256, parsed
+from densepure_rt.records import STRICT, Count, Label, Probability, Radius, Sha256, Text, parsed
 from densepure_rt.run_folder import MANIFEST
 from densepure_rt.run_reader import Run, content, read_lines, read_run
 
@@ -27,7 +27,7 @@ class ClaimRecord:
     predict: Label | None
     radius: Radius | None
     printed_predict: Label | None
-    printed: str | None
+    printed: Text | None
     n0: Count | None
     n: Count | None
     n_a: Count | None
@@ -42,9 +42,9 @@ class FlagRecord:
     """See `densepure_rt.legacy_import.Flag`."""
 
     __pydantic_config__ = STRICT
-    name: str
+    name: Text
     unsound: bool
-    says: str
+    says: Text
     images: tuple[int, ...]
 
 
@@ -61,7 +61,7 @@ class ImportSettings:
     printed_digits: Count | None = None
     classes: Count | None = None
     seeds: tuple[int, ...] | None = None
-    tie_rule: str | None = None
+    tie_rule: Text | None = None
     alpha_of_merged: Probability | None = None
 
 
@@ -74,10 +74,10 @@ class Origin:
     images: Count
     abstained: Count
     reach: Radius | None
-    accuracy_as_printed: Mapping[str, Probability | None]
-    accuracy: Mapping[str, Probability | None]
+    accuracy_as_printed: Mapping[Text, Probability | None]
+    accuracy: Mapping[Text, Probability | None]
     flags: tuple[FlagRecord, ...]
-    sources_sha256: Mapping[str, Sha256]
+    sources_sha256: Mapping[Text, Sha256]
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from densepure_rt.errors import CheckFailed, UsageError
+from densepure_rt.files import content
 from densepure_rt.runtime.bundle import OPTIONAL, ClassifierSidecar, StepSidecar, read_sidecar, sha256_of
 from densepure_rt.runtime.device import CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, STEP_INPUTS, STEP_OUTPUTS
 from densepure_rt.runtime.schedule import Coefficients
+from densepure_rt.text import printable
 
 
 def inspect(path: Path) -> dict[str, Any]:
@@ -58,7 +60,7 @@ def onnx_graph(engine: Path) -> dict[str, Any] | None:
     except Exception:  # not there, or broken: what it would add is not needed
         return None
     try:
-        model = onnx.load(engine, load_external_data=False)
+        model = onnx.load_model_from_string(content(engine, "model"))
     except Exception as error:  # protobuf's errors, whichever protobuf is installed
         raise CheckFailed(
             f"{engine} is the file that its sidecar names, but not an ONNX model ({error}): export it again"
@@ -67,11 +69,14 @@ def onnx_graph(engine: Path) -> dict[str, Any] | None:
     def described(value: Any) -> str:
         tensor = value.type.tensor_type
         shape = ", ".join(str(d.dim_value or d.dim_param or "?") for d in tensor.shape.dim)
-        return f"{value.name}: {onnx.TensorProto.DataType.Name(tensor.elem_type).lower()} [{shape}]"
+        return (
+            f"{printable(value.name)}: {onnx.TensorProto.DataType.Name(tensor.elem_type).lower()} [{printable(shape)}]"
+        )
 
     operators: dict[str, int] = {}
     for node in model.graph.node:
-        operators[node.op_type] = operators.get(node.op_type, 0) + 1
+        kind = printable(node.op_type)
+        operators[kind] = operators.get(kind, 0) + 1
     return {
         "inputs": [described(value) for value in model.graph.input],
         "outputs": [described(value) for value in model.graph.output],

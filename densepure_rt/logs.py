@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from densepure_rt.errors import EnvironmentFault
+from densepure_rt.text import printable
 
 logger = logging.getLogger("densepure_rt")
 logger.addHandler(logging.NullHandler())  # a library is silent until it is told where to speak
@@ -23,7 +24,14 @@ class JsonLines(logging.Formatter):
         time = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc)
         said = {"time": time.isoformat(timespec="milliseconds"), "level": record.levelname.lower()}
         fields = getattr(record, FIELDS, {})
-        return json.dumps(said | {"message": record.getMessage()} | fields, ensure_ascii=False, default=str)
+        return printable(json.dumps(said | {"message": record.getMessage()} | fields, ensure_ascii=False, default=str))
+
+
+class Plain(logging.Formatter):
+    """A record as one line for a person."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), keep="\n")
 
 
 def say(message: str, level: int = logging.INFO, **fields: object) -> None:
@@ -42,7 +50,7 @@ def set_up(verbose: bool, file: Path | None) -> None:
         _own.pop().close()
     screen = logging.StreamHandler(sys.stderr)
     screen.setLevel(logging.DEBUG if verbose else logging.WARNING)
-    screen.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    screen.setFormatter(Plain("%(levelname)s: %(message)s"))
     listen(screen)
     if file is not None:
         try:

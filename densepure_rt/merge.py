@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from densepure_rt.certify_run import printable, radii_of, settings_of, summarize
+from densepure_rt.certify_run import radii_of, settings_of, summarize
 from densepure_rt.console import plural
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.forecast import reach_of
@@ -55,6 +55,7 @@ from densepure_rt.run_folder import (
 from densepure_rt.run_reader import content, read_attacks
 from densepure_rt.shards import Shard
 from densepure_rt.smoothing import commitment
+from densepure_rt.text import printable
 
 MOST_NAMED = 8  # images, shards or folders in one message
 
@@ -126,6 +127,7 @@ def check_image(image: DoneImage, manifest: Manifest, ledger: Path) -> None:
     """Raise CheckFailed unless it is an image, at a place that is the shard's."""
     what = f"{ledger}, image {image.idx},"
     record, timing = parsed(ImageRecord, image.record, what), parsed(TimingRecord, image.timing, what)
+    image.labels()  # which raises where they are none
     if not image.idx == record.idx == timing.idx:
         raise CheckFailed(f"{what} is damaged: its record is of image {record.idx}, its timing of {timing.idx}")
     if image.place not in manifest.shard.places(manifest.identity.images.count):
@@ -284,4 +286,5 @@ def keep_attacks(folder: RunFolder, parts: Sequence[Part]) -> None:
             picture = broken_picture(attack.idx)
             if attack.broken and (part.path / picture).is_file():
                 with writing(folder.path):
+                    (folder.path / picture).unlink(missing_ok=True)
                     shutil.copyfile(part.path / picture, folder.path / picture)

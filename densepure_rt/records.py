@@ -20,9 +20,11 @@ from densepure_rt.errors import CheckFailed
 from densepure_rt.runtime.bundle import Accuracy
 from densepure_rt.runtime.schedule import Schedule, TimestepRule, Variance
 from densepure_rt.shards import PATTERN, Shard
+from densepure_rt.text import printable
 
 SCHEMA_VERSION: Literal[2] = 2
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+Text = Annotated[str, AfterValidator(printable)]  # what is shown, and part of no hash
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Secret = Annotated[str, Field(pattern="^([0-9a-f]{2}){32,}$")]
 Count = Annotated[int, Field(ge=0)]
@@ -148,6 +150,11 @@ class RuleIdentity:
     radius_loss: Probability | None = None
     look: Count | None = None
 
+    @property
+    def most_samples(self) -> int:
+        """Of an image."""
+        return (self.n0 or 0) + self.n
+
 
 @dataclass(frozen=True)
 class BudgetIdentity:
@@ -238,8 +245,8 @@ class MergedShard:
 
     __pydantic_config__ = STRICT
     shard: ShardName
-    started: str
-    host: str
+    started: Text
+    host: Text
     seal_sha256: Sha256
 
 
@@ -248,9 +255,9 @@ class LeftOut:
     """Files or folders of the images' source that are no images of the run. first: some of their names."""
 
     __pydantic_config__ = STRICT
-    why: str
+    why: Text
     count: Count
-    first: tuple[str, ...]
+    first: tuple[Text, ...]
 
     def __str__(self) -> str:
         more = ", ..." if self.count > len(self.first) else ""
@@ -269,16 +276,16 @@ class Provenance:
     """
 
     __pydantic_config__ = STRICT
-    argv: tuple[str, ...]
-    device: Mapping[str, str | int | bool]
-    started: str
-    host: str
-    images: str
-    python: str
-    platform: str
-    versions: Mapping[str, str]
-    weights_sha256: Mapping[str, Sha256]
-    seed_note: str | None
+    argv: tuple[Text, ...]
+    device: Mapping[Text, Text | int | bool]
+    started: Text
+    host: Text
+    images: Text
+    python: Text
+    platform: Text
+    versions: Mapping[Text, Text]
+    weights_sha256: Mapping[Text, Sha256]
+    seed_note: Text | None
     shard: ShardName | None = None
     revealed_secret: Secret | None = None
     parity: Accuracy | None = None

@@ -27,6 +27,7 @@ from densepure_rt.records import Abstention, ImageRecord
 from densepure_rt.rounding import exact, floored_share
 from densepure_rt.run_reader import Run
 from densepure_rt.step_chart import COLOURS, Axis, Line, falling, rising, step_chart
+from densepure_rt.text import printable
 
 if TYPE_CHECKING:
     from densepure_rt.elements import Html
@@ -173,8 +174,8 @@ def names_of(paths: Sequence[Path]) -> list[str]:
     if len(set(resolved)) < len(resolved):
         twice = next(path for path, count in Counter(resolved).items() if count > 1)
         raise UsageError(f"{twice} is given twice: name each run once")
-    names = [path.name for path in resolved]
-    return names if len(set(names)) == len(names) else [str(path) for path in paths]
+    names = [printable(path.name) for path in resolved]
+    return names if len(set(names)) == len(names) else [printable(str(path)) for path in paths]
 
 
 def table_radii(reports: Sequence[RunReport]) -> tuple[float, ...]:

@@ -37,13 +37,14 @@ from densepure_rt.runtime.bundle import (
 from densepure_rt.runtime.device import open_device
 from densepure_rt.runtime.schedule import Schedule, ScheduleName, TimestepRule, Variance
 from densepure_rt.smoothing import shipped_engine
+from densepure_rt.text import printable
 
 QUICK = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 ENGINE, CLASSIFIER = "unet.onnx", "classifier.onnx"
 Json = dict[str, Any]
 
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
-WORDS = st.text(max_size=20)
+WORDS = st.text(max_size=20).map(printable)  # as it is read: see test_text.py
 REFS = st.builds(FileRef, st.from_regex(r"[a-z0-9_]{1,9}\.(onnx|plan)", fullmatch=True), WORDS)
 COMMON: dict[str, st.SearchStrategy[Any]] = {
     "file": REFS,

@@ -1,0 +1,39 @@
+"""Text that somebody else wrote, made fit to be shown: on a terminal, in a table, on a page, as JSON."""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import Any
+
+# Control characters, lone surrogates, separators of lines and paragraphs: Unicode Standard, table 4-4.
+UNFIT = ("Cc", "Cs", "Zl", "Zp")
+TURNING = set("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # bidi controls, UAX 9, section 2
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Write out what would steer a terminal, break a table or fit no encoding, as Python's string literals would.
+
+    A tab becomes `\\t`, an escape `\\x1b`, half of a surrogate pair `\\ud800`. Once is as good as twice.
+
+    Args:
+        text: Anything, also a path that is no Unicode.
+        keep: Characters to leave as they are, such as a line's end.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(one if one in keep or is_fit(one) else repr(one)[1:-1] for one in text)
+
+
+def is_fit(character: str) -> bool:
+    return unicodedata.category(character) not in UNFIT and character not in TURNING
+
+
+def all_printable(value: Any) -> Any:
+    """Make all text in a value of JSON `printable`, names of fields too."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, list):
+        return [all_printable(item) for item in value]
+    if isinstance(value, dict):
+        return {printable(name): all_printable(item) for name, item in value.items()}
+    return value
