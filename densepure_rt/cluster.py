@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
+from ray._private import ray_constants
+from ray._raylet import Config  # type: ignore[attr-defined]
+from ray.job_config import JobConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as NodeAffinity
 
 from densepure_rt import __version__, logs
@@ -96,16 +99,30 @@ class Worker:
         return Drawn(*(np.array(column, np.int32) for column in columns))
 
 
+class Job(JobConfig):
+    """A job whose workers import what is installed: Ray would put the driver's working directory on their path."""
+
+    def _serialize(self) -> str:
+        self._py_driver_sys_path = []
+        return super()._serialize()
+
+
 def connect(address: str) -> None:
     """Join the cluster that is named, or start one on this machine. Raises UsageError or EnvironmentFault."""
     if address != LOCAL and not re.fullmatch(f"{REMOTE}.+:[0-9]+", address):
         raise UsageError(f"--cluster {address} is not known: ray, or ray://HOST:PORT")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent home
+    ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False  # under "uv run" workers import a copy of the working directory
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "ignore_reinit_error": True}
     head = address.removeprefix(REMOTE) if address != LOCAL else os.environ.get("RAY_ADDRESS")
     if head is None:
+        os.environ["RAY_AUTH_MODE"] = "token"  # its ports are open to the network
+        Config.initialize("")  # Ray has read its environment when it was imported
+        os.environ["PYTHONPATH"] = without_empty(os.environ.get("PYTHONPATH", ""))
         address, here = "local", {"num_cpus": available_cores(), "object_store_memory": STORE_BYTES}
         quiet |= here | {"include_dashboard": False}
+    if not address.startswith(REMOTE):
+        quiet["job_config"] = Job()
     try:
         if head is not None and ":" in head:  # else one of Ray's own words, such as auto
             await_port(head)
@@ -118,6 +135,11 @@ def connect(address: str) -> None:
             f"Ray cannot be reached at {head} ({why}): name the port that its head listens at; a cluster that asks for "
             f"a token needs RAY_AUTH_MODE=token, and the token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
         ) from error
+
+
+def without_empty(python_path: str) -> str:
+    """Drop the empty entries of PYTHONPATH: each process takes them for its working directory."""
+    return os.pathsep.join(filter(None, python_path.split(os.pathsep)))
 
 
 def await_port(head: str) -> None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,11 @@ SETTINGS = Settings(sigma=0.25, steps=2, votes=3, n=200, radii=(0.0, 0.25))
 IMAGES = 8
 POISON = 3  # the place of the image that workers die of
 COST = ("unet_calls", "classifier_calls", "seconds")  # of timing.jsonl: what was drawn in vain is different each time
+
+
+@pytest.fixture(autouse=True)
+def workers_find_the_actors_of_this_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 
 def some_images(count: int = IMAGES) -> ImageSet:
@@ -284,6 +290,53 @@ def test_the_samples_of_a_run_are_drawn_by_one_kind_of_workers_and_the_others_ar
         certified(classifier, tmp_path / "run", some_images())
     assert contents(tmp_path / "run") == alone
     assert "workers that are not used: 1 of group" in caplog.text
+
+
+def test_workers_import_nothing_from_the_working_directory(tmp_path: Path) -> None:
+    """Not under "uv run" either, which Ray takes as a wish for it, nor with an empty entry in PYTHONPATH.
+
+    The driver goes there late, so that its own PYTHONPATH does not lead there.
+    """
+    planted, elsewhere, ran = tmp_path / "planted", tmp_path / "elsewhere", tmp_path / "ran"
+    for folder in (planted, elsewhere):
+        folder.mkdir()
+    names = {"densepure_rt", "sitecustomize", *sys.stdlib_module_names, *packages_distributions()} - {"run"}
+    hijack = f"import sys; print(__name__, sys.argv, file=open({str(ran)!r}, 'a')); raise ImportError('hijacked')\n"
+    for name in names:
+        (planted / f"{name}.py").write_text(hijack)
+    assert {"numpy", "pydantic", "ray", "onnxruntime", "json"} <= names
+    driver = "import os, sys; from densepure_rt.cli import main; os.chdir(sys.argv.pop(1)); main()\n"
+    (elsewhere / "driver.py").write_text(driver)
+    uv_run = f"import subprocess, sys; sys.exit(subprocess.call([{sys.executable!r}, *sys.argv[1:]]))\n"
+    (elsewhere / "run").write_text(uv_run)
+    certify = f"certify --cluster ray --workers 1 --max 1 --steps 0 --n 60 --seed 1 --out {tmp_path / 'out'}"
+    done = subprocess.run(
+        ["uv", "run", "driver.py", str(planted), *certify.split()],
+        executable=sys.executable,
+        cwd=elsewhere,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}::"},
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not ran.exists(), ran.read_text()
+
+
+def test_a_cluster_that_is_started_here_asks_for_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    import grpc  # Ray's
+
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    connect("ray")
+    try:
+        channel = grpc.insecure_channel(ray.get_runtime_context().gcs_address)
+        ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")
+        with pytest.raises(grpc.RpcError) as refused:
+            ask(b"", timeout=10)
+        assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
+        channel.close()
+    finally:
+        ray.shutdown()
 
 
 def engines(kind: str) -> Engines:
