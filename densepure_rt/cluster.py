@@ -144,9 +144,23 @@ def without_empty(python_path: str) -> str:
 
 def await_port(head: str) -> None:
     """Raise OSError or ValueError unless something listens there: Ray would try for ever."""
-    host, _, port = head.removeprefix(REMOTE).rpartition(":")
-    with socket.create_connection((host.strip("[]"), int(port)), timeout=REACHED):
+    with socket.create_connection(host_and_port(head), timeout=REACHED):
         pass
+
+
+def host_and_port(head: str) -> tuple[str, int]:
+    """Parse HOST:PORT, also after ray://."""
+    host, _, port = head.removeprefix(REMOTE).rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def heads_of(address: str) -> list[tuple[str, int]]:
+    """Where the cluster that this process has joined listens: its head, and the part of it on this machine."""
+    if address.startswith(REMOTE):
+        return [host_and_port(address)]
+    context = ray.get_runtime_context()
+    here = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
+    return [host_and_port(context.gcs_address), (here["NodeManagerAddress"], here["NodeManagerPort"])]
 
 
 def open_fleet(
@@ -192,7 +206,8 @@ def open_fleet(
             warn_of_others(others)
         for member in others:
             dismiss(member)  # what they held is free for another run
-        return Fleet([member for member in members if member not in others], engines, spawn, dismiss)
+        fleet = [member for member in members if member not in others]
+        return Fleet(fleet, engines, spawn, dismiss, heads_of(address))
     except BaseException:
         ray.shutdown()
         raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import random
 import signal
@@ -11,7 +12,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import packages_distributions
@@ -24,7 +26,7 @@ from densepure_rt import __version__, audit, certify_run
 from densepure_rt.cluster import Recipe, Worker, chosen, connect, open_fleet
 from densepure_rt.datasets import ImageSet, open_images
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
-from densepure_rt.fleet import DEATHS, FAILURES, Drawn, Engines, Fleet, Task
+from densepure_rt.fleet import DEATHS, FAILURES, Drawn, Engines, Fleet, Member, Task
 from densepure_rt.forecast import forecast
 from densepure_rt.records import Summary
 from densepure_rt.runtime.bundle import open_bundle
@@ -88,50 +90,103 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     return contents(out)
 
 
-@contextmanager
-def killing(fleet: Fleet, times: int) -> Iterator[list[int]]:
-    """Workers are killed meanwhile, one of those at work at a time; yields their processes.
+def at_work(fleet: Fleet) -> list[Member]:
+    """The workers that have a task which no worker has died of yet: of three deaths an image fails."""
+    busy = [(member, list(member.tasks.values())) for member in list(fleet.members) if member.engines]
+    return [member for member, tasks in busy if tasks and not any(portion.deaths for portion in tasks)]
 
-    A few seconds apart: faster, and the same samples might be what three workers in a row are killed at.
+
+KINDS = ("killed", "stopped", "continued", "slowed")
+
+
+class Chaos:
+    """Workers are killed, stopped for good or for a while, and slowed down ten times, one at a time, at random.
+
+    kinds: of KINDS, those that may come. every: seconds between them, at least and at most. most: of them. pids: the
+    processes that something was done to, by what it was.
     """
-    killed: list[int] = []
-    over = threading.Event()
 
-    def kill() -> None:
-        draw = random.Random(times)
-        while len(killed) < times and not over.wait(draw.uniform(0.5, 6.0)):
-            there = [member.engines.pid for member in fleet.members if member.engines and member.tasks]
-            if (fresh := [pid for pid in there if pid not in killed]) and fleet.started:
-                killed.append(draw.choice(fresh))
-                os.kill(killed[-1], signal.SIGKILL)
+    def __init__(
+        self, fleet: Fleet, seed: int, kinds: Sequence[str], every: tuple[float, float], most: float = math.inf
+    ) -> None:
+        self.fleet, self.draw, self.kinds, self.every, self.most = fleet, random.Random(seed), kinds, every, most
+        self.pids: dict[int, str] = {}
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self.run)
 
-    thread = threading.Thread(target=kill)
-    thread.start()
-    try:
-        yield killed
-    finally:
-        over.set()
-        thread.join()
+    def __enter__(self) -> Chaos:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.thread.join()
+
+    def run(self) -> None:
+        while len(self.pids) < self.most and not self.over.wait(self.draw.uniform(*self.every)):
+            there = {member.engines.pid for member in at_work(self.fleet) if member.engines}
+            if self.fleet.started and (fresh := sorted(there - self.pids.keys())):
+                pid, kind = self.draw.choice(fresh), self.draw.choice(self.kinds)
+                self.pids[pid] = kind
+                with contextlib.suppress(ProcessLookupError):  # it was given up a moment ago
+                    getattr(self, kind)(pid)
+
+    def killed(self, pid: int) -> None:
+        os.kill(pid, signal.SIGKILL)
+
+    def stopped(self, pid: int) -> None:
+        os.kill(pid, signal.SIGSTOP)
+
+    def continued(self, pid: int) -> None:
+        """Stopped, and continued as soon as it is given up, so that it answers late."""
+        late = self.fleet.late
+        os.kill(pid, signal.SIGSTOP)
+        while self.fleet.late == late and not self.over.wait(0.01):
+            pass
+        os.kill(pid, signal.SIGCONT)
+
+    def slowed(self, pid: int) -> None:
+        for _ in range(100):
+            os.kill(pid, signal.SIGSTOP)
+            self.over.wait(0.09)
+            os.kill(pid, signal.SIGCONT)
+            self.over.wait(0.01)
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
-def test_two_workers_killed_at_random_moments_give_what_one_process_gives(
-    tmp_path: Path, alone: dict[str, object], kills: int
+@pytest.mark.parametrize("seconds", [25, pytest.param(600, marks=pytest.mark.slow)])
+def test_whatever_happens_to_workers_the_results_are_those_of_one_process(
+    tmp_path: Path, alone: dict[str, object], capsys: pytest.CaptureFixture[str], seconds: float
 ) -> None:
+    images, runs, started = some_images(), 0, time.monotonic()
     with cluster() as (fleet, classifier):
-        images = some_images()
-        with killing(fleet, kills) as killed:
-            for place in range(
-                1, 1 + kills
-            ):  # a run is over before ten workers are lost: the same again, until they are
-                certified(classifier, tmp_path / f"run{place}", images)
-                assert contents(tmp_path / f"run{place}") == alone
-                if len(killed) == kills:
-                    break
-        assert 1 <= fleet.lost <= len(killed) == kills  # one that was killed as a run ended is not missed
-        assert f"{fleet.lost} lost so far" in fleet.status()
-    findings = audit.audit(tmp_path / "run1")
-    assert not any(finding.faults for finding in findings)
+        with Chaos(fleet, seed=1, kinds=KINDS, every=(0.5, 4.0)) as chaos:
+            while time.monotonic() - started < seconds:
+                runs += 1
+                certified(classifier, tmp_path / f"run{runs}", images)
+                assert contents(tmp_path / f"run{runs}") == alone
+        done = Counter(chaos.pids.values())
+        with capsys.disabled():
+            what = ", ".join(f"{count} {kind}" for kind, count in sorted(done.items()))
+            print(f"\n{runs} runs with workers {what}: {fleet.lost} were lost and {fleet.late} late")
+        assert fleet.lost <= done["killed"]  # one that was killed as a run ended is not missed
+        assert fleet.lost + fleet.late >= 1
+    assert not any(finding.faults for finding in audit.audit(tmp_path / "run1"))
+
+
+@pytest.mark.parametrize("workers", [2, 1])
+def test_a_worker_that_is_stopped_is_named_its_work_is_drawn_elsewhere_and_its_late_answer_is_not_heard(
+    tmp_path: Path, alone: dict[str, object], caplog: pytest.LogCaptureFixture, workers: int
+) -> None:
+    with cluster(workers=workers) as (fleet, classifier):
+        with Chaos(fleet, seed=1, kinds=["continued"], every=(1.0, 1.0), most=1) as chaos:
+            certified(classifier, tmp_path / "run", some_images())
+        assert (len(chaos.pids), fleet.lost, fleet.late) == (1, 0, 1)
+        assert "1 late so far" in fleet.status()
+    assert contents(tmp_path / "run") == alone
+    [late] = [said for said in caplog.messages if "is late" in said]
+    [worker] = [word for word in ("worker 1", "worker 2") if word in late]
+    assert "another is started in its place" in late
+    assert f"workers that were late, and how often: {worker} on" in caplog.messages[-1]
 
 
 class DiesOfOne(Worker):
@@ -174,6 +229,33 @@ def first_of_all(worker: Worker) -> bool:
     with contextlib.suppress(FileExistsError), first.open("x") as file:
         file.write(str(os.getpid()))
     return first.read_text() == str(os.getpid())
+
+
+class SlowAtFirst(Worker):
+    """The first that is made takes ten times as long as the others."""
+
+    def draw(self, task: Task) -> Drawn:
+        started = time.monotonic()
+        drawn = super().draw(task)
+        if first_of_all(self):
+            time.sleep(9 * max(0.5, time.monotonic() - started))
+        return drawn
+
+
+class HangsOnOne(Worker):
+    """Does not come back from one of the images, as of a kernel that is deadlocked."""
+
+    def draw(self, task: Task) -> Drawn:
+        poison = next(image.pixels for place, image in enumerate(some_images()) if place == POISON)
+        while any((image.pixels == poison).all() for image in task.images.values()):
+            time.sleep(1)
+        return super().draw(task)
+
+
+class Hangs(Worker):
+    def draw(self, task: Task) -> Drawn:
+        time.sleep(1000)
+        return super().draw(task)
 
 
 @pytest.mark.parametrize("actor", [DiesOfOne, pytest.param(RefusesOne, marks=pytest.mark.slow)])
@@ -265,6 +347,40 @@ def test_the_fixed_rule_on_workers_that_are_all_killed_at_once_counts_each_phase
 def test_when_workers_die_of_every_image_the_run_ends_and_says_that_it_is_not_the_images(tmp_path: Path) -> None:
     with cluster(DiesOfAll) as (_, classifier), pytest.raises(EnvironmentFault, match=f"{FAILURES} images in a row"):
         list(classifier.certify_each(some_images(), SETTINGS))
+
+
+def test_a_worker_ten_times_slower_than_its_peer_is_replaced_and_no_image_is_blamed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, alone: dict[str, object]
+) -> None:
+    monkeypatch.setenv("DENSEPURE_TEST_FIRST", str(tmp_path / "first"))
+    with cluster(SlowAtFirst) as (fleet, classifier):
+        certified(classifier, tmp_path / "run", some_images())
+        assert (fleet.lost, fleet.late) == (0, 1)
+    assert contents(tmp_path / "run") == alone
+
+
+def test_an_image_that_no_worker_comes_back_from_has_failed_once_each_had_twice_the_time_of_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("densepure_rt.fleet.LATES", 3)
+    monkeypatch.setattr("densepure_rt.pace.LEAST", 1.0)
+    images = some_images()
+    with cluster(HangsOnOne) as (fleet, classifier):
+        found = certified(classifier, tmp_path / "run", images)
+        assert fleet.lost == 0
+        assert fleet.late >= 3
+    assert (found.failed, found.done) == ((images.order[POISON],), IMAGES - 1)
+
+
+def test_when_no_worker_ends_a_task_the_run_ends_and_blames_no_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("densepure_rt.fleet.LATES", 2)
+    monkeypatch.setattr("densepure_rt.pace.UNKNOWN", 1.0)
+    with (
+        cluster(Hangs) as (_, classifier),
+        pytest.raises(EnvironmentFault, match="no worker ends a task any more .*same command again"),
+    ):
+        list(classifier.certify_each(some_images(), SETTINGS))
+    assert classifier.failed == []
 
 
 class OtherElsewhere(Worker):
