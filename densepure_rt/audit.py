@@ -17,14 +17,16 @@ from typing import Any
 
 import numpy as np
 
+from densepure_rt import files
 from densepure_rt.certification import Certificate
 from densepure_rt.certify_run import radii_of, rule_of, settings_of, summarize
 from densepure_rt.datasets import ImageSet
 from densepure_rt.errors import CheckFailed, DensePureError, EnvironmentFault
+from densepure_rt.files import Kind
 from densepure_rt.forecast import reach_of
 from densepure_rt.keys import stored_key
 from densepure_rt.ledger import NAME as LEDGER
-from densepure_rt.ledger import DoneImage, Ledger
+from densepure_rt.ledger import DoneImage, Labels, Ledger
 from densepure_rt.records import (
     AttackRecord,
     BudgetIdentity,
@@ -191,10 +193,12 @@ def check_ledger(ledger: Ledger, manifest: Manifest) -> Finding:
 def check_records(done: list[DoneImage], manifest: Manifest) -> Finding:
     """Each record against what the labels of its samples decide, and its place."""
     identity, places = manifest.identity, manifest.shard.places(manifest.identity.images.count)
-    settings, faults = settings_of(identity), []
+    settings, faults, samples = settings_of(identity), [], 0
     for image in done:
         try:
-            faults += [f"image {image.idx}: {fault}" for fault in faults_of(image, identity, settings)]
+            labels = image.labels()
+            samples += len(labels)
+            faults += [f"image {image.idx}: {fault}" for fault in faults_of(image, labels, identity, settings)]
         except DensePureError as fault:
             faults.append(f"image {image.idx}: {fault}")
     faults += [
@@ -202,7 +206,6 @@ def check_records(done: list[DoneImage], manifest: Manifest) -> Finding:
         for image in done
         if image.place not in places
     ]
-    samples = sum(len(image.labels) for image in done)
     return Finding("records", f"{len(done)} decided again from {samples:,} labels", tuple(faults))
 
 
@@ -221,24 +224,24 @@ def check_shards(done: list[DoneImage], manifest: Manifest) -> Finding:
     return Finding("shard", said)
 
 
-def faults_of(image: DoneImage, identity: Identity, settings: Settings) -> Iterator[str]:
+def faults_of(image: DoneImage, labels: Labels, identity: Identity, settings: Settings) -> Iterator[str]:
     record, timing = parsed(ImageRecord, image.record, "its record"), parsed(TimingRecord, image.timing, "its timing")
     if (image.idx, image.idx) != (record.idx, timing.idx):
         yield f"indices {record.idx} and {timing.idx} do not belong together"
     classes = len(identity.class_names)
-    if len(image.labels) and not NOT_FINITE <= image.labels.min() <= image.labels.max() < classes:
+    if len(labels) and not NOT_FINITE <= labels.min() <= labels.max() < classes:
         yield f"a label is none of the {classes} classes"
         return
-    certificate = decided(image.labels.tolist(), record, settings, math.prod(identity.image), classes)
+    certificate = decided(labels.tolist(), record, settings, math.prod(identity.image), classes)
     if certificate is None:
-        yield f"{len(image.labels)} labels are not those that decide it"
+        yield f"{len(labels)} labels are not those that decide it"
         return
     expected = record_of(record.idx, record.image_sha256, record.label, certificate)
     for name, one, other in differing(asdict(record), asdict(expected)):
         yield f"{name} is {one}, and its labels give {other}"
     if record.stopped and identity.budget_seconds == BudgetIdentity(None, None):
         yield "it was stopped by time, and time had no limit"
-    counted = (len(image.labels), int((image.labels == NOT_FINITE).sum()))
+    counted = (len(labels), int((labels == NOT_FINITE).sum()))
     if (timing.samples, timing.not_finite) != counted:
         yield f"samples and not_finite are {timing.samples} and {timing.not_finite}, its labels give {counted}"
 
@@ -276,7 +279,7 @@ def check_tables(path: Path, done: list[DoneImage]) -> Finding:
         if lines_of(record, timing)[1:] != (image.record, image.timing):
             faults.append(f"{LEDGER}: image {image.idx} is not written as it would be")
     for name, expected in zip(RESULTS, results_of(pairs), strict=True):
-        found = read(path / name).decode("utf-8", "replace")
+        found = read(path / name, "results file").decode("utf-8", "replace")
         if found != expected:
             lines = zip((*found.splitlines(), ""), (*expected.splitlines(), ""), strict=False)
             number = next((i for i, (one, other) in enumerate(lines, start=1) if one != other), 0)
@@ -353,8 +356,8 @@ def records_of(done: list[DoneImage]) -> dict[int, ImageRecord]:
     return {image.idx: parsed(ImageRecord, image.record, LEDGER) for image in done}
 
 
-def read(path: Path) -> bytes:
+def read(path: Path, kind: Kind = "run file") -> bytes:
     try:
-        return path.read_bytes()
+        return files.content(path, kind)
     except OSError as error:
         raise CheckFailed(f"{path.name} cannot be read ({error.strerror})") from None

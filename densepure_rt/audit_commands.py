@@ -80,7 +80,8 @@ def replay(
     settings = settings_of(identity)
     if batch is None and identity.arithmetic is not None:
         batch = identity.arithmetic.batch
-    counted = counted_label(run, image, sample + (settings.n0 if settings.method == "fixed" else 0))
+    place = sample + (settings.n0 if settings.method == "fixed" else 0)
+    counted = counted_label(run, image, place, identity.rule.most_samples)
     with load(engine, classifier, secret=secret_of(run, manifest), batch=batch, threads=1) as smoothed:
         bundle = smoothed.bundle
         for ref, known in ((bundle.unet.file, identity.engine), (bundle.classifier.file, identity.classifier)):
@@ -162,12 +163,12 @@ def secret_of(run: Path, manifest: Manifest) -> bytes:
     return found
 
 
-def counted_label(run: Path, idx: int, place: int) -> int | None:
-    """What the ledger says of an image's sample; None where it has not come to it."""
+def counted_label(run: Path, idx: int, place: int, most: int) -> int | None:
+    """What the ledger says of an image's sample, of `most`; None where it has not come to it."""
     from densepure_rt.ledger import NAME, Ledger
 
-    with Ledger(run / NAME, read_only=True) as ledger:
-        labels = next((image.labels for image in ledger.done() if image.idx == idx), None)
+    with Ledger(run / NAME, read_only=True, most_labels=most) as ledger:
+        labels = next((image.labels() for image in ledger.done() if image.idx == idx), None)
         if labels is None:
             labels = ledger.taken(idx).labels
     return int(labels[place]) if 0 <= place < len(labels) else None
@@ -193,6 +194,7 @@ def save_pictures(found: Replayed, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, pixels in pictures.items():
+            (folder / f"{name}.png").unlink(missing_ok=True)  # a link, in a foreign folder, may lead anywhere
             as_picture(pixels).save(folder / f"{name}.png")
     except OSError as error:
         raise EnvironmentFault(f"cannot write {folder} ({error.strerror}): choose another folder with --out") from error

@@ -243,8 +243,9 @@ def run(
 ) -> tuple[Summary, list[AttackRecord]]:
     """Certify `images` into the folder `out`, a line an image, and go on where an earlier run of them ended.
 
-    Ctrl-C ends it after the images that are done. falsify: the share of their samples to attack the certificates with,
-    once all are there; `proposals` gives an attack further candidates. shard: the part of the images to certify here.
+    Ctrl-C, or a signal that means the same, ends it after the images that are done. falsify: the share of their samples
+    to attack the certificates with, once all are there; `proposals` gives an attack further candidates. shard: the part
+    of the images to certify here.
     """
     attacks: list[AttackRecord] = []
     interrupted = True

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
-from densepure_rt import __version__
+from densepure_rt import __version__, signals
 from densepure_rt.audit_commands import audit, replay, reveal
 from densepure_rt.console import Json, Status, be_quiet, duration, plural, rows, stderr, stdout, track
 from densepure_rt.errors import CheckFailed, DensePureError, EnvironmentFault, UsageError
@@ -52,21 +52,20 @@ if TYPE_CHECKING:
     from densepure_rt.shards import Shard
     from densepure_rt.smoothing import Predicted, Settings, SmoothedClassifier
 
-INTERRUPTED = 130  # the shell's code for Ctrl-C
 # What the forecast says of a device, of all that its manifest does.
 SHOWN = ("provider", "onnxruntime", "tensorrt", "processor", "gpu", "driver_release", "threads", "batch", "workers")
 SHIPPED_MAX = 25  # of the 500 shipped images, so that a plain `certify` ends within 10 minutes on 2 cores
 
 
 class Commands(TyperGroup):
-    """Ctrl-C anywhere ends in one line and the shell's exit code for it."""
+    """Ctrl-C, or a signal that means the same, ends anywhere in one line and the shell's exit code for it."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
             stderr.print("stopped")
-            raise typer.Exit(INTERRUPTED) from None
+            raise typer.Exit(signals.exit_code()) from None
 
 
 app = typer.Typer(
@@ -264,7 +263,7 @@ def certify(
             why = "stopped" if summary.interrupted else "the time was up"
             stderr.print(f"{why} after {summary.done} of {summary.asked} images; what is done is kept in {folder}")
         if summary.interrupted:
-            raise typer.Exit(INTERRUPTED)
+            raise typer.Exit(signals.exit_code())
         if summary.failed:
             raise typer.Exit(CheckFailed.exit_code)
         if falsify is not None:
@@ -442,7 +441,9 @@ def open_on_cluster(
     engine, classifier = (None if path is None else path.absolute() for path in (engine, classifier))
     recipe = ray_cluster.Recipe(engine, classifier, batch, none_as(1, threads), provider, sha256, trust)
     key = secret if seed is None else seeded_secret(seed)
-    return ray_cluster.open_on_cluster(cluster, recipe, workers, group, key)
+    opened = ray_cluster.open_on_cluster(cluster, recipe, workers, group, key)
+    signals.listen()  # again: Ray takes SIGTERM for itself
+    return opened
 
 
 def open_image_set(path: Path | None, smoothed: SmoothedClassifier, skip: int, limit: int | None) -> ImageSet:
@@ -581,7 +582,15 @@ def in_options(error: DensePureError) -> str:
 def main() -> None:
     """The entry point: an error is one message and its exit code."""
     try:
-        app()
+        with signals.asking_to_end():
+            app()
+    except KeyboardInterrupt:  # between a command's end and ours
+        print("stopped", file=sys.stderr)
+        sys.exit(signals.exit_code())
+    except SystemExit as ended:
+        if ended.code and signals.asked():  # click makes 1 of an interrupt that comes before or after a command
+            sys.exit(signals.exit_code())
+        raise
     except DensePureError as error:
         print(f"error: {in_options(error)}", file=sys.stderr)
         sys.exit(error.exit_code)

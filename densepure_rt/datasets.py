@@ -15,12 +15,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import resources
+from io import TextIOWrapper
 from pathlib import Path, PurePath, PurePosixPath
 
 import numpy as np
 
 from densepure_rt.console import plural
 from densepure_rt.errors import UsageError
+from densepure_rt.files import opened
 from densepure_rt.image_files import (
     GZIP,
     IDX_IMAGES,
@@ -130,7 +132,7 @@ def open_images(path: Path | None, shape: Shape, class_names: Sequence[str]) -> 
     with reading(path, "images"):
         if path.is_dir():
             return _from_folder(path, shape, class_names)
-        with path.open("rb") as file:
+        with opened(path, "data set") as file:
             start = file.read(2)
     suffix = path.suffix.lower()
     if suffix == ".npz":
@@ -221,7 +223,7 @@ def _refuse_files(folder: Path, files: Sequence[Path]) -> None:
     if sets := [file for file in files if file.suffix.lower() == ".npz" or re.search("images[-.]idx3", file.name)]:
         raise UsageError(f"{folder} holds files that are a set of images each; {_name_one(sets)}")
     for file in files:
-        with file.open("rb") as start:
+        with reading(file, "a file"), opened(file, "data set") as start:
             if start.read(1) == PICKLE:
                 raise UsageError(
                     f"{folder} holds pickles ({file.name}), which can run any code and are never opened; {UNPICKLED}"
@@ -317,7 +319,7 @@ def _from_class_folders(
 
 def _from_labels_csv(folder: Path, shape: Shape, class_names: Sequence[str]) -> ImageSet:
     table = folder / "labels.csv"
-    with reading(table, "a CSV file"), table.open(newline="", encoding="utf-8-sig") as lines:
+    with reading(table, "a CSV file"), TextIOWrapper(opened(table, "table"), "utf-8-sig", newline="") as lines:
         rows = csv.reader(lines, strict=True)
         header = [name.strip() for name in next(rows, [])]
         if header != ["file", "label"]:

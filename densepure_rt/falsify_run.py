@@ -57,13 +57,13 @@ def attack_each(
 ) -> Iterator[AttackRecord]:
     """Attack certificates of a run, one after another; what breaks one is kept as a picture in the run's folder."""
     records = {record.idx: record for record, _ in folder.done}
-    labels = {image.idx: image.labels for image in folder.ledger.done()}
+    done = {image.idx: image for image in folder.ledger.done()}
     chosen = set(attacked(folder.done, share))
     for image in images:
         if image.idx not in chosen:
             continue
         certificate = certificate_of_record(records[image.idx])
-        pointed = proposal_of_samples(classifier, image, certificate, settings, labels[image.idx])
+        pointed = proposal_of_samples(classifier, image, certificate, settings, done[image.idx].labels())
         candidates = [] if pointed is None else [pointed]
         candidates += proposals(image, certificate)
         found = falsify(classifier, image, certificate, settings, EACH, candidates)

@@ -24,6 +24,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 
 from densepure_rt.errors import UsageError
+from densepure_rt.files import UnfitFile, check, opened
 from densepure_rt.runtime.transport import transfer_fault
 
 Pixels = NDArray[np.uint8]
@@ -63,6 +64,8 @@ def reading(path: Path | str, what: str) -> Iterator[None]:
         raise UsageError(f"{path}: no such file or folder; check the path") from error
     except PermissionError as error:
         raise UsageError(f"{path} may not be read; check its permissions (chmod u+r)") from error
+    except UnfitFile as error:
+        raise UsageError(f"{path} cannot be read as {what}: {error.strerror}; give a regular file") from error
     except UnidentifiedImageError as error:
         raise UsageError(f"{path} is not {', '.join(IMAGE_FORMATS)}; convert it to PNG, or fetch it again") from error
     except MemoryError as error:
@@ -141,14 +144,14 @@ def check_image(path: Path, shape: Shape) -> bool:
     """
     with reading(path, "an image"), warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size check below says it better
-        with path.open("rb") as file:
+        with opened(path, "picture") as file:
             return _open_image(file, path, shape).mode in GREY_MODES and shape[0] == 3
 
 
 def read_image(path: Path, shape: Shape) -> Pixels:
     """The pixels of an image file, uint8 [C, H, W]."""
     channels, height, width = shape
-    with reading(path, "an image"), path.open("rb") as file:
+    with reading(path, "an image"), opened(path, "picture") as file:
         image = _open_image(file, path, shape)
         if image.format == "PNG":
             image.verify()  # checksums: loading skips those of the pixel data; then the image must be opened anew
@@ -303,7 +306,7 @@ def _idx_label_files(images: Path) -> list[Path]:
 
 
 def _idx_payload(path: Path, magic: bytes, what: str, shape: Shape) -> Pixels:
-    with reading(path, what), path.open("rb") as raw:
+    with reading(path, what), opened(path, "data set") as raw:
         zipped = raw.read(2) == GZIP
         raw.seek(0)
         stream = gzip.GzipFile(fileobj=raw) if zipped else raw
@@ -331,6 +334,7 @@ def read_cifar(path: Path, shape: Shape) -> tuple[Pixels, list[int]]:
     """Images [N, 3, 32, 32] and labels of a CIFAR-10 binary file."""
     require_shape(f"an image of {path} (CIFAR-10 binary)", CIFAR_SHAPE, shape)
     with reading(path, "CIFAR-10 binary"):
+        check(path, "data set")
         size = path.stat().st_size
         if size == 0 or size % CIFAR_RECORD:
             raise EOFError(f"{size} bytes are not a whole number of {CIFAR_RECORD}-byte records")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from densepure_rt.errors import CheckFailed, UsageError
+from densepure_rt.files import content
 from densepure_rt.runtime.bundle import OPTIONAL, ClassifierSidecar, StepSidecar, read_sidecar, sha256_of
 from densepure_rt.runtime.device import CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, STEP_INPUTS, STEP_OUTPUTS
 from densepure_rt.runtime.schedule import Coefficients
@@ -58,7 +59,7 @@ def onnx_graph(engine: Path) -> dict[str, Any] | None:
     except Exception:  # not there, or broken: what it would add is not needed
         return None
     try:
-        model = onnx.load(engine, load_external_data=False)
+        model = onnx.load_model_from_string(content(engine, "model"))
     except Exception as error:  # protobuf's errors, whichever protobuf is installed
         raise CheckFailed(
             f"{engine} is the file that its sidecar names, but not an ONNX model ({error}): export it again"

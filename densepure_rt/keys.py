@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from densepure_rt import logs
+from densepure_rt import files, logs
 from densepure_rt.errors import EnvironmentFault, UsageError
 
 SECRET_BYTES = 32
@@ -29,9 +29,11 @@ def new_secret() -> bytes:
 def stored_key(file: Path) -> bytes | None:
     """The secret in a key file; None where there is none."""
     try:
-        text = file.read_text(encoding="ascii").strip()
+        text = files.content(file, "key").decode("ascii").strip()
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except files.UnfitFile as error:
+        raise EnvironmentFault(f"cannot read the key {file} ({error.strerror}): name a file that holds it") from error
     except (OSError, ValueError) as error:
         raise EnvironmentFault(f"cannot read the key {file} ({error})") from error
     if not re.fullmatch("[0-9a-f]{64,}", text) or len(text) % 2:

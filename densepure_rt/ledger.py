@@ -4,6 +4,9 @@ During a run it alone is the truth; every other file of the run folder can be wr
 process had committed is there after it, and what it had not is drawn again, to the same labels: so that a resumed run
 ends as an uninterrupted one would have.
 
+A ledger may come from somebody else. Its schema must be the one below, to the letter, before anything is read: a view
+or a trigger is a program that SQLite would run. Labels unpack to as many as they are said to be.
+
 Tables
     run       name, value              what the ledger belongs to: `identity_sha256`
     samples   idx, first, labels, ...  labels of samples first, first + 1, ... of an image that is under way
@@ -21,19 +24,22 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from densepure_rt import files
 from densepure_rt.errors import CheckFailed, EnvironmentFault
+from densepure_rt.records import TimingRecord, parsed
 from densepure_rt.runtime.reverse import Outcome
 from densepure_rt.scheduling import Taken
 
 NAME = "ledger.sqlite"
 COMMIT_EVERY = 1.0  # seconds: what a killed process loses at most
 BUSY = 5.0  # seconds to wait for another process that holds the file
-MOST_LABELS = 10**8  # of an image, far beyond any n: no blob of a strange file may grow larger
+BESIDE = ("-wal", "-shm", "-journal")  # what SQLite keeps next to it, by the ends of their names
+MOST_LABELS = 10**8  # of an image, far beyond any n
 TABLES = """
 create table if not exists run (name text primary key, value text not null) strict;
 create table if not exists samples (
@@ -49,29 +55,47 @@ Labels = NDArray[np.int32]
 
 
 class DoneImage(NamedTuple):
-    """place: in the order of the run's images. record, timing: lines of JSON."""
+    """place: in the order of the run's images. blob: its labels, packed. record, timing: lines of JSON."""
 
     place: int
     idx: int
-    labels: Labels
+    blob: bytes
     record: str
     timing: str
+
+    def labels(self) -> Labels:
+        """Unpack its labels. Raises CheckFailed when these are none, or more than its timing says."""
+        return unpacked(self.blob, parsed(TimingRecord, self.timing, f"the timing of image {self.idx}").samples)
 
 
 def packed(labels: Sequence[int] | Labels) -> bytes:
     return zlib.compress(np.asarray(labels, "<i4").tobytes())
 
 
-def unpacked(blob: bytes) -> Labels:
-    """Raises CheckFailed when these are no labels."""
+def unpacked(blob: bytes, most: int = MOST_LABELS) -> Labels:
+    """Unpack `most` labels or fewer. Raises CheckFailed when these are no labels, or are more."""
+    most = min(most, MOST_LABELS)
     try:
         unzip = zlib.decompressobj()
-        raw = unzip.decompress(blob, 4 * MOST_LABELS)
+        raw = unzip.decompress(blob, 4 * most + 1)
+        if len(raw) > 4 * most:
+            raise ValueError(f"more than the {most:,} that there can be")
         if not unzip.eof or unzip.unused_data or len(raw) % 4:
             raise ValueError("cut short, or too long")
     except (zlib.error, ValueError) as error:
         raise CheckFailed(f"labels in the ledger are damaged ({error})") from None
-    return np.frombuffer(raw, "<i4").astype(np.int32)
+    return np.frombuffer(raw, "<i4").astype(np.int32, copy=False)
+
+
+def schema(database: sqlite3.Connection) -> set[tuple[str, str, str, str | None]]:
+    """What a database declares: (type, name, table, SQL) each. SQLite wrote the indices without SQL itself."""
+    return set(database.execute("select type, name, tbl_name, sql from sqlite_master"))
+
+
+def own_schema() -> set[tuple[str, str, str, str | None]]:
+    with contextlib.closing(sqlite3.connect(":memory:")) as database:
+        database.executescript(TABLES)
+        return schema(database)
 
 
 DAMAGED = ("malformed", "Could not decode", "not a database", "no such table", "no such column")  # in SQLite's words
@@ -97,6 +121,29 @@ def saying(path: Path) -> Iterator[None]:
         ) from error
 
 
+def identity_of(path: Path) -> tuple[int, int] | None:
+    """Which file it is, whatever it is called: device and inode; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def refuse_unfit(path: Path) -> None:
+    """Raise EnvironmentFault where the ledger, or what SQLite keeps beside it, is no regular file: a pipe may hang.
+
+    They are not opened here: to close a file gives up all locks that the process has on it.
+    """
+    for file in (path, *(path.with_name(path.name + end) for end in BESIDE)):
+        try:
+            files.check(file, "ledger")
+        except files.UnfitFile as error:
+            raise EnvironmentFault(f"cannot read {file} ({error.strerror}): move it away") from error
+        except OSError:
+            continue  # it is not there, or SQLite says what is wrong
+
+
 @dataclass
 class Pending:
     """Samples of an image that are not committed: first, first + 1, ..."""
@@ -110,22 +157,46 @@ class Ledger:
 
     Ctrl-C may come between any two steps: a commit that is repeated writes the same rows again.
 
-    Raises EnvironmentFault when it cannot be written or another process has it, CheckFailed when it is damaged.
+    most_labels: of an image under way, at most. Raises EnvironmentFault when it cannot be written or another process
+    has it, CheckFailed when it is damaged or is no ledger of this program.
     """
 
-    def __init__(self, path: Path, read_only: bool = False) -> None:
-        self.path, self.read_only = path, read_only
+    def __init__(self, path: Path, read_only: bool = False, most_labels: int = MOST_LABELS) -> None:
+        self.path, self.read_only, self.most_labels = path, read_only, most_labels
         self._pending: dict[int, Pending] = {}
         self._committed = time.monotonic()
+        refuse_unfit(path)
         with saying(path):
             address = f"{path.resolve().as_uri()}?mode={'ro' if read_only else 'rwc'}"
             self._database = sqlite3.connect(address, uri=True, timeout=BUSY, isolation_level=None)
-            if not read_only:
-                self._database.executescript(
-                    f"pragma locking_mode = exclusive; pragma journal_mode = wal; pragma synchronous = normal; {TABLES}"
-                )
-                with self._transaction():  # takes the lock, or raises
-                    pass
+            try:
+                self._open()
+            except BaseException:
+                self._database.close()
+                raise
+
+    def _open(self) -> None:
+        self._database.execute("pragma trusted_schema = off")
+        if self.read_only:
+            self._database.execute("pragma query_only = on")
+            self._refuse_foreign()
+            return
+        self._database.executescript(
+            "pragma locking_mode = exclusive; pragma journal_mode = wal; pragma synchronous = normal"
+        )
+        with self._transaction():  # takes the lock, or raises
+            self._refuse_foreign()
+        self._database.executescript(TABLES)
+        self._file = identity_of(self.path)
+
+    def _refuse_foreign(self) -> None:
+        """Raise CheckFailed when the schema has anything that is not ours: a view and a trigger run when it is read."""
+        if strange := schema(self._database) - own_schema():
+            kind, name, *_ = max(strange, key=str)  # view, trigger, table, index
+            raise CheckFailed(
+                f"{self.path} is no ledger of this program: it declares the {kind} {name!r} otherwise than one, which "
+                f"could do anything, so it was not read; get the folder again from where it was made"
+            )
 
     def __enter__(self) -> Ledger:
         return self
@@ -144,6 +215,21 @@ class Ledger:
         with contextlib.suppress(sqlite3.Error):
             self._database.close()
 
+    def settle(self) -> None:
+        """Commit, and forget what memory holds: what is read from now on is what the file says.
+
+        Raises CheckFailed when the file that was written is not the one of that name any more.
+        """
+        self.commit()
+        if identity_of(self.path) != self._file:
+            raise CheckFailed(
+                f"{self.path} was removed or replaced while the run wrote to it, and its labels are lost: certify "
+                f"again, into another folder with --out"
+            )
+        with saying(self.path):
+            self._database.execute("pragma journal_mode = delete")
+            self._database.execute("pragma shrink_memory")
+
     @property
     def empty(self) -> bool:
         """Whether nothing has been sampled."""
@@ -154,8 +240,7 @@ class Ledger:
     @property
     def count(self) -> int:
         """How many images are done."""
-        with saying(self.path):
-            return int(self._database.execute("select count(*) from images").fetchone()[0])
+        return sum(1 for _ in self._ascending("select place from images order by place"))
 
     def value(self, name: str) -> str | None:
         with saying(self.path):
@@ -168,15 +253,12 @@ class Ledger:
 
     def taken(self, idx: int) -> Taken:
         """Of an image under way: the labels that were committed, up to the first gap; what is beyond one is dropped."""
-        with saying(self.path):
-            rows = self._database.execute(
-                "select first, labels, unet_calls, classifier_calls from samples where idx = ? order by first", (idx,)
-            ).fetchall()
+        query = "select first, labels, unet_calls, classifier_calls from samples where idx = ? order by first"
         parts, unets, classifiers, count = [np.empty(0, np.int32)], 0, 0, 0
-        for first, blob, unet_calls, classifier_calls in rows:
+        for first, blob, unet_calls, classifier_calls in self._ascending(query, idx):
             if first != count:
                 break
-            parts.append(unpacked(blob))
+            parts.append(unpacked(blob, self.most_labels - count))
             count += len(parts[-1])
             unets, classifiers = unets + unet_calls, classifiers + classifier_calls
         if not self.read_only:
@@ -205,7 +287,7 @@ class Ledger:
 
     def take_over(self, images: Iterable[DoneImage]) -> None:
         """Images that are done in other ledgers: all of them, or after an error none."""
-        rows = ((place, idx, packed(labels), record, timing) for place, idx, labels, record, timing in images)
+        rows = ((image.place, image.idx, packed(image.labels()), image.record, image.timing) for image in images)
         with saying(self.path), self._transaction():
             self._database.executemany("insert into images values (?, ?, ?, ?, ?)", rows)
 
@@ -233,13 +315,20 @@ class Ledger:
 
     def done(self) -> Iterator[DoneImage]:
         """The images that are done, in their order. Nothing may be written meanwhile."""
-        query = "select place, idx, labels, record, timing from images order by place"
+        for row in self._ascending("select place, idx, labels, record, timing from images order by place"):
+            if tuple(map(type, row)) != (int, int, bytes, str, str):
+                raise CheckFailed(f"{self.path} is damaged: an image has fields of other types")
+            yield DoneImage(*row)
+
+    def _ascending(self, query: str, *values: int) -> Iterator[tuple[Any, ...]]:
+        """Rows whose first column ascends. Raises CheckFailed where it does not: damaged pages can go in circles."""
+        last = None
         with saying(self.path):
-            for row in self._database.execute(query):
-                if tuple(map(type, row)) != (int, int, bytes, str, str):
-                    raise CheckFailed(f"{self.path} is damaged: an image has fields of other types")
-                place, idx, blob, record, timing = row
-                yield DoneImage(place, idx, unpacked(blob), record, timing)
+            for row in self._database.execute(query, values):
+                if not isinstance(row[0], int) or (last is not None and row[0] <= last):
+                    raise CheckFailed(f"{self.path} is damaged: {row[0]!r} follows {last} where numbers ascend")
+                last = row[0]
+                yield row
 
     def content_sha256(self) -> str:
         """Of everything that the ledger says, whatever its pages look like."""

@@ -19,13 +19,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+from densepure_rt import files
 from densepure_rt.errors import EnvironmentFault, UsageError
+from densepure_rt.files import Kind
 
 COLUMNS = ("idx", "label", "predict", "radius", "correct")  # `time` is missing from DensePure's merged file
 ABSTAIN = -1
 PRINTED_DIGITS = 3  # significant, of `{:.3}`: locuslab/smoothing code/certify.py, 78a4d94
 ALPHA = 0.001  # the default of all these tools; DensePure's merge knows no other (results/merge_results.py, 1ed105d)
-MAX_LOG_BYTES = 64 * 2**20  # 50,000 images of ImageNet take 3 MiB
 INTEGER = re.compile(r"-?[0-9]{1,9}", re.ASCII)
 RADIUS = re.compile(r"[0-9]{1,6}(\.[0-9]{1,18})?(e[+-][0-9]{2})?", re.ASCII)
 WORDS = {"True": 1, "False": 0}  # `correct`, in forks
@@ -62,25 +63,21 @@ class Log:
         return PRINTED_DIGITS if shown and all(f"{float(text):.{PRINTED_DIGITS}}" == text for text in texts) else None
 
 
-def bounded_bytes(path: Path, limit: int) -> bytes:
-    """A file's bytes, at most `limit` of them."""
+def bounded_bytes(path: Path, kind: Kind) -> bytes:
+    """Read a file that is no larger than its kind can be."""
     try:
-        if not path.is_file():
-            raise UsageError(f"{path} is no file" if path.exists() else f"{path} does not exist")
-        with path.open("rb") as file:
-            content = file.read(limit + 1)
+        return files.content(path, kind)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UsageError(f"{path} does not exist") from None
+    except files.UnfitFile as error:
+        raise UsageError(f"{path} is no result file of these tools: {error.strerror}") from error
     except (OSError, ValueError) as error:
-        if isinstance(error, UsageError):
-            raise
         raise EnvironmentFault(f"cannot read {path} ({error})") from error
-    if len(content) > limit:
-        raise UsageError(f"{path} is larger than {limit:,} bytes: no result file of these tools is")
-    return content
 
 
 def read_log(path: Path) -> Log:
     """A certify log. Raises UsageError, with the line, when it is none."""
-    content = bounded_bytes(path, MAX_LOG_BYTES)
+    content = bounded_bytes(path, "log")
     return Log(str(path), hashlib.sha256(content).hexdigest(), *parsed_rows(content, str(path)))
 
 

@@ -126,6 +126,7 @@ def check_image(image: DoneImage, manifest: Manifest, ledger: Path) -> None:
     """Raise CheckFailed unless it is an image, at a place that is the shard's."""
     what = f"{ledger}, image {image.idx},"
     record, timing = parsed(ImageRecord, image.record, what), parsed(TimingRecord, image.timing, what)
+    image.labels()  # which raises where they are none
     if not image.idx == record.idx == timing.idx:
         raise CheckFailed(f"{what} is damaged: its record is of image {record.idx}, its timing of {timing.idx}")
     if image.place not in manifest.shard.places(manifest.identity.images.count):
@@ -284,4 +285,5 @@ def keep_attacks(folder: RunFolder, parts: Sequence[Part]) -> None:
             picture = broken_picture(attack.idx)
             if attack.broken and (part.path / picture).is_file():
                 with writing(folder.path):
+                    (folder.path / picture).unlink(missing_ok=True)
                     shutil.copyfile(part.path / picture, folder.path / picture)

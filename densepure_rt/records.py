@@ -148,6 +148,11 @@ class RuleIdentity:
     radius_loss: Probability | None = None
     look: Count | None = None
 
+    @property
+    def most_samples(self) -> int:
+        """Of an image."""
+        return (self.n0 or 0) + self.n
+
 
 @dataclass(frozen=True)
 class BudgetIdentity:

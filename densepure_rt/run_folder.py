@@ -31,6 +31,7 @@ from typing import Any, NamedTuple, TextIO
 
 from PIL import Image
 
+from densepure_rt import files
 from densepure_rt.certification import Certificate
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.keys import retire, shared_key, store_key, stored_key
@@ -236,7 +237,10 @@ class RunFolder:
                     f"move that one away"
                 )
             path.mkdir(parents=True, exist_ok=True)
-            self.ledger = self._ledger = Ledger(path / LEDGER)  # from here on the folder is this process's
+            most = manifest.identity.rule.most_samples
+            self.ledger = self._ledger = Ledger(
+                path / LEDGER, most_labels=most
+            )  # from here on the folder is this process's
             if (path / MANIFEST).exists() and not self.ledger.empty:
                 self._go_on(secret)
             elif self.ledger.empty:
@@ -279,6 +283,7 @@ class RunFolder:
 
     def keep_picture(self, name: str, picture: Image.Image) -> None:
         with writing(self.path):
+            (self.path / name).unlink(missing_ok=True)  # a link, in a foreign folder, may lead anywhere
             picture.save(self.path / name)
 
     def keep_attacks(self, attacks: Iterable[AttackRecord]) -> None:
@@ -287,9 +292,19 @@ class RunFolder:
             replaced(self.path / ATTACKS, "".join(map(line, attacks)))
 
     def finish(self, summary: Summary) -> None:
-        """Write the results anew, the summary and, of a complete run, the seal."""
+        """Write the results anew, the summary and, of a complete run, the seal.
+
+        Raises CheckFailed when the ledger is not there any more, or does not hold all that was done.
+        """
         with writing(self.path):
-            self.ledger.commit()
+            kept = self.done
+            self.ledger.settle()
+            self.read_done()
+            if self.done != kept:
+                raise CheckFailed(
+                    f"{self.path / LEDGER} does not hold what was written to it ({len(self.done)} images, not "
+                    f"{len(kept)}): something else has written to it; certify again, into another folder with --out"
+                )
             self._write_results()
             replaced(self.path / SUMMARY, page(summary))
             if summary.done == summary.asked:
@@ -330,6 +345,7 @@ class RunFolder:
         for image in self.ledger.done():
             what = f"{self.path / LEDGER}, image {image.idx},"
             done.append((parsed(ImageRecord, image.record, what), parsed(TimingRecord, image.timing, what)))
+            image.labels()  # which raises where they are none
         self.done = done
 
     def _write_results(self) -> None:
@@ -343,7 +359,7 @@ class RunFolder:
 def read_manifest(path: Path) -> Manifest:
     """The manifest of a run folder. Raises UsageError when there is none, CheckFailed when it is damaged."""
     try:
-        return parsed(Manifest, (path / MANIFEST).read_bytes(), str(path / MANIFEST))
+        return parsed(Manifest, files.content(path / MANIFEST, "run file"), str(path / MANIFEST))
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(f"{path} holds no run: there is no {MANIFEST} in it") from None
     except OSError as error:
@@ -357,7 +373,7 @@ def seal(path: Path, ledger: Ledger) -> None:
 
 def refuse_broken_seal(path: Path, ledger: Ledger) -> None:
     """Raise CheckFailed when the folder is not what was sealed."""
-    claimed, found = parsed(Seal, (path / SEAL).read_bytes(), str(path / SEAL)).sha256, hashes(path, ledger)
+    claimed, found = parsed(Seal, files.content(path / SEAL, "run file"), str(path / SEAL)).sha256, hashes(path, ledger)
     if changed := [name for name in found if claimed.get(name) != found[name]]:
         raise CheckFailed(
             f"{', '.join(changed)} in {path} was changed after the run was sealed: see densepure-rt audit"
@@ -367,7 +383,7 @@ def refuse_broken_seal(path: Path, ledger: Ledger) -> None:
 def hashes(path: Path, ledger: Ledger) -> dict[str, str]:
     """What a seal holds: the SHA-256 of each file of a run."""
     names = (*SEALED, *((ATTACKS,) if (path / ATTACKS).exists() else ()))
-    found = {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in names}
+    found = {name: files.sha256_of(path / name, "results file") for name in names}
     return found | {LEDGER: ledger.content_sha256()}
 
 
@@ -377,9 +393,10 @@ def brief(value: Any) -> str:
 
 
 def replaced(path: Path, text: str) -> None:
-    """Write a file whole, or leave the one that is there."""
+    """Write a file whole, or leave the one that is there. What a link of its name points to is never written."""
     new = path.with_name(f"{path.name}.new")
-    with new.open("w", encoding="utf-8", newline="\n") as file:
+    new.unlink(missing_ok=True)
+    with new.open("x", encoding="utf-8", newline="\n") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

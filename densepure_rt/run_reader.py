@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from densepure_rt import files
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
+from densepure_rt.files import Kind
 from densepure_rt.records import AttackRecord, ImageRecord, Manifest, Summary, TimingRecord, parsed
 from densepure_rt.run_folder import ATTACKS, SUMMARY, read_manifest
 
@@ -49,14 +51,14 @@ def read_attacks(path: Path) -> tuple[AttackRecord, ...] | None:
 
 
 def read_lines(path: Path, kind: type[T]) -> list[T]:
-    whole, _, _ = content(path).rpartition(b"\n")
+    whole, _, _ = content(path, "results file").rpartition(b"\n")
     lines = whole.split(b"\n") if whole else []
     return [parsed(kind, line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
 
 
-def content(path: Path) -> bytes:
+def content(path: Path, kind: Kind = "run file") -> bytes:
     try:
-        return path.read_bytes()
+        return files.content(path, kind)
     except FileNotFoundError:
         raise UsageError(f"{path.parent} holds no whole run: {path.name} is missing") from None
     except OSError as error:

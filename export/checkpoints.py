@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from densepure_rt.errors import CheckFailed, DensePureError, UsageError
+from densepure_rt.files import opened
 from densepure_rt.runtime.transport import transfer_fault
 
 SAFETENSORS, PICKLED = (".safetensors",), (".pt", ".pth", ".bin", ".ckpt", ".pth.tar")
@@ -158,7 +159,7 @@ def _content(path: Path) -> Any:
     if not os.path.isfile(path):
         raise UsageError(f"no checkpoint at {path}: give the path of a file that is there")
     try:
-        with path.open("rb") as file:
+        with opened(path, "model") as file:
             head = file.read(16)
     except OSError as error:
         raise UsageError(f"cannot read the checkpoint {path} ({error.strerror})") from error

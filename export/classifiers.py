@@ -26,6 +26,7 @@ import torch
 from onnx import ModelProto
 from torch import Tensor, nn
 
+from densepure_rt import files
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.export.checkpoints import is_checkpoint, load_into, read_state_dict, spec_hint
 from densepure_rt.export.onnx_classifiers import (
@@ -353,7 +354,7 @@ def _class_names(labels: Path | None, known: tuple[str, ...] | None, count: int)
         names = known if known is not None and len(known) == count else tuple(map(str, range(count)))
         return names
     try:
-        lines = labels.read_text(encoding="utf-8").splitlines()
+        lines = files.text(labels, "table").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read the class names in {labels} ({first_line(error)})") from error
     names = tuple(line.strip() for line in lines if line.strip())

@@ -10,6 +10,7 @@ from typing import Any
 import onnx
 import onnx.inliner
 
+from densepure_rt import files
 from densepure_rt.errors import CheckFailed, UsageError
 from densepure_rt.export.onnx_graph import nodes_of
 from densepure_rt.export.programs import first_line
@@ -48,7 +49,7 @@ def _parsed(path: Path) -> onnx.ModelProto:
     if fault := transfer_fault(path):
         raise CheckFailed(f"{path} is no ONNX file: {fault}")
     try:
-        return onnx.load(path, load_external_data=False)
+        return onnx.load_model_from_string(files.content(path, "model"))
     except OSError:
         raise
     except Exception as error:  # protobuf's errors, whichever protobuf is installed
@@ -134,7 +135,7 @@ def load_weights(model: onnx.ModelProto, path: Path) -> None:
     if model.ByteSize() + sum(length for *_, length in parts) > LARGEST_ONNX:
         raise UsageError(f"{path} with its weights is over 2 GB, which no single ONNX file holds: export it in fp16")
     for tensor, file, offset, length in parts:
-        with file.open("rb") as stream:
+        with files.opened(file, "model") as stream:
             stream.seek(offset)
             tensor.raw_data = stream.read(length)
         tensor.data_location = onnx.TensorProto.DEFAULT
@@ -143,7 +144,7 @@ def load_weights(model: onnx.ModelProto, path: Path) -> None:
 
 def onnx_sha256(path: Path) -> str:
     """Hash an ONNX file, or it and the files of its external weights, wherever in it they are named."""
-    model = onnx.load(path, load_external_data=False)
+    model = onnx.load_model_from_string(files.content(path, "model"))
     names = sorted({where.get("location", "") for _, where in outside(model)})
     if not names:
         return sha256_of(path)

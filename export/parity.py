@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from densepure_rt import files
 from densepure_rt.certification import FixedRule, certified_accuracy, clopper_pearson_lower
 from densepure_rt.errors import CheckFailed
 from densepure_rt.export import reference
@@ -79,11 +80,13 @@ def runner(
 
 
 def step_runner(engine: Path, precision: str) -> Run:
-    return runner(engine.read_bytes(), engine.name, STEP_INPUTS, STEP_OUTPUTS, precision, engine.parent)
+    return runner(files.content(engine, "model"), engine.name, STEP_INPUTS, STEP_OUTPUTS, precision, engine.parent)
 
 
 def classify_runner(engine: Path, precision: str) -> Run:
-    return runner(engine.read_bytes(), engine.name, CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, precision, engine.parent)
+    return runner(
+        files.content(engine, "model"), engine.name, CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, precision, engine.parent
+    )
 
 
 class NotFinite(CheckFailed):

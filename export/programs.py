@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from densepure_rt import files
 from densepure_rt.errors import CheckFailed, UsageError
 from densepure_rt.runtime.transport import transfer_fault
 
@@ -164,7 +165,7 @@ def exported_program(path: Path) -> nn.Module:
     more than a graph of PyTorch's own operators and plain weights.
     """
     try:
-        content = path.read_bytes()
+        content = files.content(path, "model")
     except OSError as error:
         raise UsageError(f"cannot read the program {path} ({error.strerror})") from error
     if fault := transfer_fault(path):

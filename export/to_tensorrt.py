@@ -19,6 +19,7 @@ from typing import Any
 
 import onnx
 
+from densepure_rt import files
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.export.onnx_graph import described, refuse_for_tensorrt, refuse_unbuildable
 from densepure_rt.export.publish import Publication, refuse_replacement
@@ -350,7 +351,7 @@ def load_timing_cache(config: Any, options: BuildOptions) -> Any:
     if options.timing_cache is None:
         return None
     try:
-        known = options.timing_cache.read_bytes() if options.timing_cache.exists() else b""
+        known = files.content(options.timing_cache, "model") if options.timing_cache.exists() else b""
     except OSError as error:
         raise UsageError(f"cannot read --timing-cache {options.timing_cache} ({error.strerror})") from error
     if options.timing_cache_strict and not known:

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from densepure_rt import files
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.rounding import exact
 from densepure_rt.runtime.bundle import (
@@ -97,7 +98,7 @@ def old_config(model: Path, new: bytes) -> bytes | None:
     """What a model's folder has for a configuration that is not the new one, such as one that was edited, or keeps."""
     for name in (CONFIG, OLD_CONFIG):
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            if (found := (model / name).read_bytes()) != new:
+            if (found := files.content(model / name, "sidecar")) != new:
                 return found
     return None
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from densepure_rt import files
 from densepure_rt.errors import CheckFailed, UsageError
 from densepure_rt.export.programs import first_line
 from densepure_rt.export.step_graph import LEARNED
@@ -282,7 +283,7 @@ def state_sha256(module: nn.Module) -> str:
 def read_config(path: Path, what: str) -> dict[str, Any]:
     """A model's configuration, a JSON object. what: it is of, for errors. Raises UsageError or CheckFailed."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(files.text(path, "sidecar"))
     except OSError as error:
         raise UsageError(f"cannot read {path} ({error.strerror}): {what} is a folder that holds it") from error
     except (ValueError, RecursionError) as error:

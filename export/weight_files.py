@@ -8,6 +8,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from densepure_rt import files
 from densepure_rt.errors import CheckFailed, UsageError
 from densepure_rt.runtime.bundle import sha256_of
 from densepure_rt.runtime.transport import transfer_fault
@@ -34,7 +35,7 @@ class WeightFile:
         if not self.path.name.endswith(".json"):
             return [self.path]
         try:
-            names = set(json.loads(self.path.read_text(encoding="utf-8"))["weight_map"].values())
+            names = set(json.loads(files.text(self.path, "sidecar"))["weight_map"].values())
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckFailed(f"{self.path} is not an index of weights: copy the folder again") from error
         if strange := [name for name in names if not isinstance(name, str) or Path(name).name != name]:

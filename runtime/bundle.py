@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
+from densepure_rt import files
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.runtime import gpu
 from densepure_rt.runtime.schedule import Schedule, ScheduleName, TimestepRule, Variance
@@ -190,11 +191,7 @@ def onnx_path(plan: Path) -> tuple[Path, Flavour]:
 
 
 def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return files.sha256_of(path, "model")
 
 
 def to_json(sidecar: Sidecar) -> str:
@@ -324,7 +321,7 @@ def read_sidecar(engine: Path) -> StepSidecar | ClassifierSidecar:
     """
     path = sidecar_path(engine)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = files.text(path, "sidecar")
     except OSError as error:
         raise UsageError(
             f"cannot read {path}, the sidecar of {engine.name} ({error.strerror}): copy it along with the engine, "
@@ -410,8 +407,9 @@ def trusted_sidecar(plan: Path) -> StepSidecar | ClassifierSidecar:
     """
     onnx, flavour = onnx_path(plan)
     sidecar = read_sidecar(onnx)
-    if plan.read_bytes()[: len(RTX_MAGIC)] == RTX_MAGIC:
-        flavour = "tensorrt-rtx"
+    with files.opened(plan, "model") as file:
+        if file.read(len(RTX_MAGIC)) == RTX_MAGIC:
+            flavour = "tensorrt-rtx"
     built = Plan(flavour, UNKNOWN, (), (), None, sidecar.file, {}, {})
     ours = dataclasses.replace(sidecar, file=FileRef(plan.name, sha256_of(plan)), plan=built)
     if isinstance(ours, StepSidecar):
@@ -427,7 +425,7 @@ def verified_bytes(path: Path, expected_sha256: str) -> bytes:
     The very bytes that were hashed are handed on, so nothing can be swapped between the check and the use.
     """
     try:
-        content = path.read_bytes()
+        content = files.content(path, "model")
     except OSError as error:
         raise UsageError(
             f'cannot read {path} ({error.strerror}): give --engine an existing file, or run "densepure-rt export"'

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from densepure_rt.files import opened
+
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # git-lfs, docs/spec.md: the first line of every pointer
 HEAD = 1024  # bytes; a pointer is shorter
 
@@ -15,7 +17,7 @@ def transfer_fault(path: Path) -> str | None:
     None for a file that looks like any other, and for one that cannot be read.
     """
     try:
-        with path.open("rb") as file:
+        with opened(path, "data set") as file:
             head = file.read(HEAD)
     except OSError:
         return None

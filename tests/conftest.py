@@ -7,7 +7,7 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -36,6 +36,15 @@ def pytest_collection_finish() -> None:
     """Spare the garbage collector the millions of objects of torch and of other modules, which stay anyway."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def signals_of_before() -> Iterator[None]:
+    """A command that is run in this process takes the signals for itself: give them back."""
+    handlers = {number: signal.getsignal(number) for number in ASKED_TO_END}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -107,6 +107,27 @@ def test_engine_libraries_are_imported_by_their_device_module_and_the_seam_alone
     assert not ENGINE_LIBRARIES & set(imports_at_load(tree) if path == SEAM else imports(tree))
 
 
+BY_NAME = re.compile(
+    r'read_text\(|read_bytes\(|\.open\("r|\.open\(newline|onnx\.load\(|fromfile\(|(?<![\w.])(?<!def )open\('
+)
+OWN = {  # files of this program, of the kernel, or checked by a line before
+    "machine.py": {"/proc/stat", "CPUINFO", "MAPS"},
+    "demo.py": {"resources.files"},
+    "report_page.py": {"resources.files"},
+    "tensorrt_device.py": {"files("},
+    "image_files.py": {"np.fromfile"},
+    "to_onnx.py": {"onnx.load(str(path)"},
+    "train.py": {"gzip.decompress"},
+}
+
+
+@pytest.mark.parametrize("path", [*TORCH_FREE, *sorted(ROOT.glob("export/**/*.py"))], ids=name_of)
+def test_files_that_are_named_are_opened_by_the_module_that_refuses_pipes_and_devices(path: Path) -> None:
+    found = [line.strip() for line in path.read_text().splitlines() if BY_NAME.search(line)]
+    allowed = OWN.get(path.name, set())
+    assert [line for line in found if not any(known in line for known in allowed)] == []
+
+
 def test_everything_but_export_imports_without_torch_and_without_engine_libraries() -> None:
     names = [
         ".".join((dotted(path.parent), path.stem)).removesuffix(".__init__")

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
+import sqlite3
+import subprocess
+import sys
+import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -15,6 +21,7 @@ from densepure_rt.records import ArithmeticIdentity, page
 from densepure_rt.run_folder import RunFolder, read_manifest
 from densepure_rt.smoothing import load
 from tests.densepure_rt.command_line import densepure_rt as cli
+from tests.densepure_rt.command_line import environment
 from tests.densepure_rt.test_run_folder import OLD_RUN, SECRET, manifest, result
 
 
@@ -87,3 +94,59 @@ def test_a_revealed_secret_that_is_none_is_one_error(run: Path, secret: str) -> 
         assert done.returncode == 1
         assert "provenance.revealed_secret" in done.stdout + done.stderr
         assert len(done.stderr.splitlines()) == 1
+
+
+VIEW = """
+    alter table images rename to t;
+    create view images as with recursive c(x) as (select 1 union all select x + 1 from c)
+        select x place, x idx, labels, record, timing from c, t;
+"""
+TRIGGER = "create trigger u after insert on images begin delete from images; end;"
+BOMB = f"update images set labels = x'{zlib.compress(bytes(4 * 10**8), 9).hex()}'"  # 389 KB
+HOSTILE = {"a view without an end": VIEW, "a trigger": TRIGGER, "a blob of 100 million labels": BOMB}
+TINY = ("--max", 1, "--steps", 0, "--n", 100, "--sigma", 0.1, "--seed", 1, "--batch", 16, "--threads", 1, "--quiet")
+
+
+@pytest.fixture(scope="module")
+def certified(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("certified") / "run"
+    assert cli("certify", *TINY, "--out", out).returncode == 0
+    return out
+
+
+def hostile(certified: Path, folder: Path, statements: str) -> Path:
+    """A copy of a run, with a ledger that these statements were run on."""
+    shutil.copytree(certified, folder)
+    with contextlib.closing(sqlite3.connect(folder / "ledger.sqlite")) as database:
+        database.executescript(statements)
+    return folder
+
+
+@pytest.mark.parametrize("statements", HOSTILE.values(), ids=HOSTILE.keys())
+def test_a_hostile_ledger_is_one_error_before_two_seconds_of_work(
+    certified: Path, tmp_path: Path, statements: str
+) -> None:
+    """And a report, which reads no ledger, is made."""
+    run = hostile(certified, tmp_path / "run", statements)
+    commands = [("audit", run), ("replay", run, "--image", 0), ("certify", *TINY, "--out", run)]
+    for command, code in [*((command, 1) for command in commands), (("report", run, "--out", tmp_path / "r.html"), 0)]:
+        started = time.process_time()
+        done = cli(*command)
+        assert (done.returncode, time.process_time() - started < 2) == (code, True), (command, done)
+        assert done.stderr.count("error:") == code
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the kernel does not say what a process held")
+@pytest.mark.parametrize("statements", [VIEW, BOMB], ids=["view", "bomb"])
+def test_an_audit_of_a_hostile_ledger_stays_below_300_mib(certified: Path, tmp_path: Path, statements: str) -> None:
+    run = hostile(certified, tmp_path / "run", statements)
+    code = (
+        f"import sys; sys.argv = ['densepure-rt', 'audit', {str(run)!r}]\n"
+        "from densepure_rt.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as ended: print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0], ended.code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=60)
+    most_kib, exit_code = map(int, done.stdout.splitlines()[-1].split())
+    assert exit_code == 1
+    assert most_kib < 300 * 2**10

@@ -480,7 +480,7 @@ def kill_at_a_random_moment(*options: object, out: Path, chance: random.Random) 
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL there")
-@pytest.mark.parametrize("times", [5, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_at_random_moments_ends_as_if_it_never_was(tmp_path: Path, times: int) -> None:
     options, chance = (*KILLED, "--max", 4 * times), random.Random(times)
     uninterrupted = certify(tmp_path / "uninterrupted", *options)

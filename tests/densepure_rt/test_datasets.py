@@ -695,13 +695,13 @@ def test_missing_permission_is_a_usage_error(tmp_path: Path) -> None:
 
 
 def test_missing_permission_is_said_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: Path, *_: Any, **__: Any) -> None:
-        raise PermissionError(13, "Permission denied", str(self))
+    def refuse(named: Path, *_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(named))
 
     path = save(tmp_path / "a.png", DRAWING[0])
-    for verb in ("open", "is_dir"):
+    for owner, verb in ((os, "open"), (Path, "is_dir")):
         with monkeypatch.context() as patch:
-            patch.setattr(Path, verb, refuse)
+            patch.setattr(owner, verb, refuse)
             with pytest.raises(UsageError, match="may not be read; check its permissions"):
                 open_images(path, GREY, CLASSES)
 

@@ -11,9 +11,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from densepure_rt.errors import EnvironmentFault, UsageError
+from densepure_rt.files import MOST_BYTES
 from densepure_rt.legacy_logs import (
     ABSTAIN,
-    MAX_LOG_BYTES,
     Log,
     Row,
     below,
@@ -151,22 +151,20 @@ def test_below_is_the_largest_float_that_is_not_above(value: Decimal) -> None:
     assert Decimal(found) <= value < Decimal(math.nextafter(found, 99))
 
 
-def test_a_file_is_read_within_its_bound(tmp_path: Path) -> None:
+def test_a_log_is_read_within_its_bound(tmp_path: Path) -> None:
     path = tmp_path / "log"
     path.write_bytes(b"12345")
-    assert bounded_bytes(path, 5) == b"12345"
-    with pytest.raises(UsageError, match="larger than 4 bytes"):
-        bounded_bytes(path, 4)
+    assert bounded_bytes(path, "log") == b"12345"
     with path.open("wb") as file:
-        file.truncate(MAX_LOG_BYTES + 1)
-    with pytest.raises(UsageError, match="larger"):
+        file.truncate(MOST_BYTES["log"] + 1)
+    with pytest.raises(UsageError, match="67,108,865 bytes, more than any log"):
         read_log(path)
 
 
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="does not exist"):
         read_log(tmp_path / "absent")
-    with pytest.raises(UsageError, match="is no file"):
+    with pytest.raises(UsageError, match="it is a folder"):
         read_log(tmp_path)
     with pytest.raises((UsageError, EnvironmentFault)):
         read_log(tmp_path / ("x" * 400))

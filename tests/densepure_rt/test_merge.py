@@ -70,7 +70,7 @@ def test_merged_shards_are_the_run_of_one_process_byte_for_byte(real: Path) -> N
     ledgers = []
     for folder in (whole, merged):
         with Ledger(folder / "ledger.sqlite", read_only=True) as ledger:
-            ledgers.append([(i.place, i.idx, i.labels.tolist(), i.record) for i in ledger.done()])
+            ledgers.append([(i.place, i.idx, i.labels().tolist(), i.record) for i in ledger.done()])
     assert ledgers[0] == ledgers[1]
     assert sum(len(labels) for _, _, labels, _ in ledgers[0]) > 7
 

@@ -9,6 +9,7 @@ import shutil
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from decimal import Decimal
 from pathlib import Path
@@ -23,6 +24,7 @@ from densepure_rt.certification import Certificate
 from densepure_rt.datasets import LabelledImage
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.keys import store_key, stored_key
+from densepure_rt.ledger import Ledger
 from densepure_rt.records import (
     SCHEMA_VERSION,
     ArithmeticIdentity,
@@ -294,6 +296,47 @@ def test_a_complete_run_is_sealed_and_a_run_that_goes_on_is_not(tmp_path: Path) 
         assert sealed[name] == hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
     RunFolder(tmp_path, manifest(), None).close()
     assert not (tmp_path / "seal.json").exists()
+
+
+def removed(ledger: Path) -> None:
+    for file in ledger.parent.glob(f"{ledger.name}*"):
+        file.unlink()
+
+
+def replaced_by_another(ledger: Path) -> None:
+    removed(ledger)
+    Ledger(ledger).close()
+
+
+def replaced_by_a_copy(ledger: Path) -> None:
+    shutil.copy(ledger, ledger.with_name("copy"))
+    ledger.with_name("copy").replace(ledger)
+
+
+def emptied(ledger: Path) -> None:
+    with ledger.open("r+b") as file:
+        file.truncate(0)
+
+
+def overwritten(ledger: Path) -> None:
+    with ledger.open("r+b") as file:
+        file.write(bytes(ledger.stat().st_size))
+
+
+@pytest.mark.parametrize("change", [removed, replaced_by_another, replaced_by_a_copy, emptied, overwritten])
+def test_a_run_whose_ledger_is_not_the_file_that_is_there_does_not_end_well(
+    tmp_path: Path, change: Callable[[Path], None]
+) -> None:
+    with RunFolder(tmp_path / "run", manifest(), None) as folder:
+        for idx in range(4):
+            folder.add(result(idx=idx))
+        if change in (emptied, overwritten):
+            folder.ledger.settle()  # else all is in the log that SQLite keeps beside it, and is written again
+        change(tmp_path / "run" / "ledger.sqlite")
+        with pytest.raises((CheckFailed, EnvironmentFault), match="ledger.sqlite"):
+            folder.finish(replace(SUMMARY, done=4))
+        assert not (tmp_path / "run" / "seal.json").exists()
+        assert not (tmp_path / "run" / "summary.json").exists()
 
 
 def test_a_revealed_secret_is_in_the_manifest_and_draws_no_more_noise(tmp_path: Path) -> None:
