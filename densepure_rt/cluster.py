@@ -7,9 +7,11 @@ import logging
 import os
 import platform
 import re
+import signal
 import socket
+import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +23,7 @@ from ray._raylet import Config  # type: ignore[attr-defined]
 from ray.job_config import JobConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as NodeAffinity
 
-from densepure_rt import __version__, logs
+from densepure_rt import __version__, logs, signals
 from densepure_rt.console import plural
 from densepure_rt.errors import CheckFailed, DensePureError, EnvironmentFault, UsageError
 from densepure_rt.fleet import WAIT, Drawn, Engines, Fleet, Member, Task, cause_of
@@ -126,7 +128,8 @@ def connect(address: str) -> None:
     try:
         if head is not None and ":" in head:  # else one of Ray's own words, such as auto
             await_port(head)
-        ray.init(head if address == LOCAL else address, **quiet)
+        with keeping_signals():
+            ray.init(head if address == LOCAL else address, **quiet)
     except Exception as error:  # Ray raises what it likes, ConnectionError, RuntimeError and others
         why = next(iter(str(error).splitlines()), type(error).__name__)
         if head is None:
@@ -135,6 +138,28 @@ def connect(address: str) -> None:
             f"Ray cannot be reached at {head} ({why}): name the port that its head listens at; a cluster that asks for "
             f"a token needs RAY_AUTH_MODE=token, and the token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
         ) from error
+
+
+@contextlib.contextmanager
+def keeping_signals() -> Iterator[None]:
+    """Take signals as before, also afterwards: Ray takes SIGTERM, and exits with 15 or a stack trace of C++."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in signals.ASKING}
+    missed = False
+    try:
+        yield
+    except SystemExit as ended:
+        missed = ended.code == signal.SIGTERM
+        if not missed:
+            raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if missed:
+            ray.shutdown()
+            signal.raise_signal(signal.SIGTERM)
 
 
 def without_empty(python_path: str) -> str:

@@ -522,28 +522,84 @@ OPTIONS = (
 )
 
 
-@pytest.mark.parametrize("end", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL])
-def test_a_driver_that_was_stopped_or_killed_goes_on_to_what_one_process_gives(
-    tmp_path: Path, alone: dict[str, object], end: signal.Signals
+def processes_of(driver: int, name: str) -> list[int]:
+    """The processes of a name that a driver has started, or that these have."""
+    parents: dict[int, int] = {}
+    named: list[int] = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            called, _, rest = (folder / "stat").read_text().partition(" (")[2].rpartition(") ")
+            parents[int(folder.name)] = int(rest.split()[1])
+            named += [int(folder.name)] if called.startswith(name) else []
+
+    def line(pid: int) -> Iterator[int]:
+        while (pid := parents.get(pid, 0)) != 0:
+            yield pid
+
+    return [pid for pid in named if driver in line(pid)]
+
+
+def lose(driver: int, head: str) -> list[int]:
+    """Kill what the cluster of a driver ends with, and stop its workers: else the run may end in the meantime."""
+    workers = processes_of(driver, "ray::Worker")
+    assert workers
+    for pid in workers:
+        os.kill(pid, signal.SIGSTOP)
+    for pid in processes_of(driver, head):
+        os.kill(pid, signal.SIGKILL)
+    return workers
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    "ends",
+    [
+        ["SIGTERM", "gcs_server", "SIGKILL"],
+        pytest.param(["SIGHUP", "raylet", "group SIGINT", "group SIGTERM"], marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
+)
+def test_however_a_driver_ends_it_says_so_and_goes_on_to_what_one_process_gives(
+    tmp_path: Path, alone: dict[str, object], ends: list[str]
 ) -> None:
     out, environment = tmp_path / "run", os.environ | {"PYTHONPATH": str(ROOT)}
     asked = command(*OPTIONS, "--seed", SEED, "--max", IMAGES, "--out", out)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(asked, text=True, env=environment, start_new_session=True, **pipes) as running:  # type: ignore[call-overload]
-        while running.poll() is None and not (out.exists() and (out / "results.jsonl").exists() and done(out)):
-            time.sleep(0.05)
-        if running.poll() is None:
-            os.killpg(running.pid, end) if end == signal.SIGINT else running.kill()
-        said = running.communicate(timeout=120)
-    assert running.returncode in (130, -signal.SIGKILL), said
-    assert 0 < done(out) < IMAGES
+    for end in ends:
+        before, left = done(out), []
+        with subprocess.Popen(asked, text=True, env=environment, start_new_session=True, **pipes) as running:  # type: ignore[call-overload]
+            while running.poll() is None and done(out) == before:
+                time.sleep(0.02)
+            began = time.monotonic()
+            if end.startswith("group "):
+                os.killpg(running.pid, signal.Signals[end.removeprefix("group ")])
+            elif end.startswith("SIG"):
+                running.send_signal(signal.Signals[end])
+            else:
+                left = lose(running.pid, end)
+            _, said = running.communicate(timeout=120)
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        number = signal.Signals[end.split()[-1]] if "SIG" in end else None
+        expected = EnvironmentFault.exit_code if number is None else 128 + number
+        assert running.returncode == (-number if number == signal.SIGKILL else expected), said
+        assert 0 < done(out) < IMAGES
+        assert time.monotonic() - began < 30
+        assert not [word for word in ("Traceback", "stack trace", "***") if word in said], said
+        if number is None:
+            assert "the cluster's head is gone" in said
+        elif number != signal.SIGKILL:
+            assert json.loads((out / "summary.json").read_text())["interrupted"], said
     again = subprocess.run(asked, text=True, env=environment, capture_output=True, timeout=300)
     assert again.returncode == 0, again.stderr
     assert contents(out) == alone
 
 
 def done(folder: Path) -> int:
-    return len((folder / "results.jsonl").read_bytes().splitlines())
+    with contextlib.suppress(FileNotFoundError):
+        return len((folder / "results.jsonl").read_bytes().splitlines())
+    return 0
 
 
 @pytest.mark.parametrize(
