@@ -443,9 +443,7 @@ def open_on_cluster(
     engine, classifier = (None if path is None else path.absolute() for path in (engine, classifier))
     recipe = ray_cluster.Recipe(engine, classifier, batch, none_as(1, threads), provider, sha256, trust)
     key = secret if seed is None else seeded_secret(seed)
-    opened = ray_cluster.open_on_cluster(cluster, recipe, workers, group, key)
-    signals.listen()  # again: Ray takes SIGTERM for itself
-    return opened
+    return ray_cluster.open_on_cluster(cluster, recipe, workers, group, key)
 
 
 def open_image_set(path: Path | None, smoothed: SmoothedClassifier, skip: int, limit: int | None) -> ImageSet:

@@ -7,18 +7,23 @@ import logging
 import os
 import platform
 import re
+import signal
 import socket
+import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
+from ray._private import ray_constants
+from ray._raylet import Config  # type: ignore[attr-defined]
+from ray.job_config import JobConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as NodeAffinity
 
-from densepure_rt import __version__, logs
+from densepure_rt import __version__, logs, signals
 from densepure_rt.console import plural
 from densepure_rt.errors import CheckFailed, DensePureError, EnvironmentFault, UsageError
 from densepure_rt.fleet import WAIT, Drawn, Engines, Fleet, Member, Task, cause_of
@@ -96,20 +101,35 @@ class Worker:
         return Drawn(*(np.array(column, np.int32) for column in columns))
 
 
+class Job(JobConfig):
+    """A job whose workers import what is installed: Ray would put the driver's working directory on their path."""
+
+    def _serialize(self) -> str:
+        self._py_driver_sys_path = []
+        return super()._serialize()
+
+
 def connect(address: str) -> None:
     """Join the cluster that is named, or start one on this machine. Raises UsageError or EnvironmentFault."""
     if address != LOCAL and not re.fullmatch(f"{REMOTE}.+:[0-9]+", address):
         raise UsageError(f"--cluster {address} is not known: ray, or ray://HOST:PORT")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent home
+    ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False  # under "uv run" workers import a copy of the working directory
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "ignore_reinit_error": True}
     head = address.removeprefix(REMOTE) if address != LOCAL else os.environ.get("RAY_ADDRESS")
     if head is None:
+        os.environ["RAY_AUTH_MODE"] = "token"  # its ports are open to the network
+        Config.initialize("")  # Ray has read its environment when it was imported
+        os.environ["PYTHONPATH"] = without_empty(os.environ.get("PYTHONPATH", ""))
         address, here = "local", {"num_cpus": available_cores(), "object_store_memory": STORE_BYTES}
         quiet |= here | {"include_dashboard": False}
+    if not address.startswith(REMOTE):
+        quiet["job_config"] = Job()
     try:
         if head is not None and ":" in head:  # else one of Ray's own words, such as auto
             await_port(head)
-        ray.init(head if address == LOCAL else address, **quiet)
+        with keeping_signals():
+            ray.init(head if address == LOCAL else address, **quiet)
     except Exception as error:  # Ray raises what it likes, ConnectionError, RuntimeError and others
         why = next(iter(str(error).splitlines()), type(error).__name__)
         if head is None:
@@ -120,11 +140,52 @@ def connect(address: str) -> None:
         ) from error
 
 
+@contextlib.contextmanager
+def keeping_signals() -> Iterator[None]:
+    """Take signals as before, also afterwards: Ray takes SIGTERM, and exits with 15 or a stack trace of C++."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in signals.ASKING}
+    missed = False
+    try:
+        yield
+    except SystemExit as ended:
+        missed = ended.code == signal.SIGTERM
+        if not missed:
+            raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if missed:
+            ray.shutdown()
+            signal.raise_signal(signal.SIGTERM)
+
+
+def without_empty(python_path: str) -> str:
+    """Drop the empty entries of PYTHONPATH: each process takes them for its working directory."""
+    return os.pathsep.join(filter(None, python_path.split(os.pathsep)))
+
+
 def await_port(head: str) -> None:
     """Raise OSError or ValueError unless something listens there: Ray would try for ever."""
-    host, _, port = head.removeprefix(REMOTE).rpartition(":")
-    with socket.create_connection((host.strip("[]"), int(port)), timeout=REACHED):
+    with socket.create_connection(host_and_port(head), timeout=REACHED):
         pass
+
+
+def host_and_port(head: str) -> tuple[str, int]:
+    """Parse HOST:PORT, also after ray://."""
+    host, _, port = head.removeprefix(REMOTE).rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def heads_of(address: str) -> list[tuple[str, int]]:
+    """Where the cluster that this process has joined listens: its head, and the part of it on this machine."""
+    if address.startswith(REMOTE):
+        return [host_and_port(address)]
+    context = ray.get_runtime_context()
+    here = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
+    return [host_and_port(context.gcs_address), (here["NodeManagerAddress"], here["NodeManagerPort"])]
 
 
 def open_fleet(
@@ -170,7 +231,8 @@ def open_fleet(
             warn_of_others(others)
         for member in others:
             dismiss(member)  # what they held is free for another run
-        return Fleet([member for member in members if member not in others], engines, spawn, dismiss)
+        fleet = [member for member in members if member not in others]
+        return Fleet(fleet, engines, spawn, dismiss, heads_of(address))
     except BaseException:
         ray.shutdown()
         raise

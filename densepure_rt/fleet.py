@@ -11,8 +11,9 @@ import hashlib
 import itertools
 import logging
 import os
+import socket
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 from densepure_rt import logs
 from densepure_rt.console import plural
 from densepure_rt.errors import EnvironmentFault
+from densepure_rt.pace import LATES, Pace
 from densepure_rt.records import canonical
 from densepure_rt.runtime.bundle import Bundle
 from densepure_rt.runtime.device import Kind, forked
@@ -39,7 +41,10 @@ BATCHES_A_TASK = 2  # of noisy images: more fill better at the end of a task, fe
 DEATHS = 3  # of workers that were alone with the same samples, before their image has failed
 REFUSALS = 3  # in a row to open engines, before a worker is given up
 FAILURES = 3  # images in a row that fail, before the fault is thought to be the machines'
+ALONE = 2  # doublings of the time of a worker that is the only one: nobody else can take its work
 POLL = 0.5  # seconds
+HEAD_EVERY = 1.0  # seconds between looks at the cluster's head
+HEAD_LOOKS = 5  # in vain, before a run gives up: Ray itself ends this process after a minute without its head
 WAIT = 300.0  # seconds without any worker before a run gives up
 KEPT = "what is done is kept; give the same command again once"
 
@@ -106,11 +111,17 @@ class Drawn(NamedTuple):
 
 
 class Portion(NamedTuple):
-    """What one task draws. suspect: it was lost, and goes alone now. deaths: of workers that had this image alone."""
+    """What one task draws.
+
+    suspect: it was lost, and goes alone now. deaths: of workers that had this image alone. late: how many workers did
+    not end it in time. done_before: tasks that were done when it was first late.
+    """
 
     strips: tuple[Strip, ...]
     suspect: bool = False
     deaths: int = 0
+    late: int = 0
+    done_before: int = 0
 
     @property
     def handles(self) -> list[int]:
@@ -128,8 +139,9 @@ class Member:
     """A worker as the driver sees it.
 
     home: the machine that it was first on; another may be of another kind. opening: what will be its engines; None once
-    they are there. tasks: by their references, the one that it works on first. refused: how often in a row it could not
-    open its engines.
+    they are there. tasks: by their references, the one that it works on first. since: when that began, or the opening,
+    by the driver's clock. fresh: it has done no task. late: how many in a row it did not end in time. refused: how
+    often in a row it could not open its engines.
     """
 
     number: int
@@ -138,6 +150,9 @@ class Member:
     engines: Engines | None = None
     home: str | None = None
     tasks: dict[Any, Portion] = field(default_factory=dict)
+    since: float = 0.0
+    fresh: bool = True
+    late: int = 0
     refused: int = 0
     samples: int = 0
 
@@ -145,10 +160,12 @@ class Member:
 class Fleet:
     """Workers with the same engines, as one `Sampler`.
 
-    A worker that dies or raises an error is replaced, and what it was drawing is drawn again. An image whose samples
-    DEATHS workers died of, each alone with them, has failed: its samples are LOST.
+    A worker that dies, raises an error or is late is replaced, and what it was drawing is drawn again. An image whose
+    samples DEATHS workers died of, each alone with them, has failed: its samples are LOST. So has one whose samples
+    LATES workers did not end, each in twice the time of the one before, while other tasks were done.
 
     spawn: starts another worker in a member's place, on the same machine where that is still there. dismiss: ends one.
+    heads: host and port of what the cluster ends with.
     """
 
     def __init__(
@@ -157,9 +174,13 @@ class Fleet:
         engines: Engines,
         spawn: Callable[[Member], None],
         dismiss: Callable[[Member], None],
+        heads: Sequence[tuple[str, int]] = (),
     ) -> None:
         self.members, self.engines, self.spawn, self.dismiss = list(members), engines, spawn, dismiss
-        self.size, self.lost, self.process = len(self.members), 0, os.getpid()
+        self.heads, self.size, self.process = heads, len(self.members), os.getpid()
+        self.losses, self.lates = Counter[str](), Counter[str]()  # by the worker and its machine
+        self.measured: dict[Kind, float] = {}
+        self.paces: dict[tuple[int, int], Pace] = {}
         self.images: dict[int, OpenImage] = {}
         self.started: float | None = None
         self._handles = itertools.count()
@@ -181,13 +202,35 @@ class Fleet:
             raise EnvironmentFault(
                 f"a worker was lost before the first sample ({cause_of(error)}): start the command again"
             ) from error
+        self.measured[kind] = max(found)
         return 1 / sum(1 / seconds for seconds in found)
+
+    def pace(self, chain: Chain, votes: int) -> Pace:
+        """Of such tasks, as long as the fleet lasts."""
+        calls: dict[Kind, int] = {"smooth": 1, "step": 1 + votes * len(chain), "classify": votes}
+        a_sample = sum(count * self.measured.get(kind, 0.0) for kind, count in calls.items())
+        return self.paces.setdefault((len(chain), votes), Pace(BATCHES_A_TASK * self.engines.batch * a_sample))
 
     def describe(self) -> Mapping[str, str | int | bool]:
         return dict(self.engines.description) | {"workers": self.size}
 
     def close(self) -> None:
+        for counted, what in ((self.losses, "lost"), (self.lates, "late")):
+            if counted:
+                each = ", ".join(f"{worker}: {count}" for worker, count in sorted(counted.items()))
+                logs.say(f"workers that were {what}, and how often: {each}", logging.WARNING, **{what: dict(counted)})
+            counted.clear()
         ray.shutdown()
+
+    @property
+    def lost(self) -> int:
+        """How often a worker died, raised an error or could not open its engines."""
+        return sum(self.losses.values())
+
+    @property
+    def late(self) -> int:
+        """How often a worker did not end its task in time."""
+        return sum(self.lates.values())
 
     @property
     def there(self) -> list[Member]:
@@ -201,7 +244,13 @@ class Fleet:
         if there and self.started is not None:
             rates = [member.samples / (time.monotonic() - self.started) for member in there]
             said += f", {' to '.join(dict.fromkeys(f'{rate:.1f}' for rate in (min(rates), max(rates))))} samples/s each"
-        return said + (f", {self.lost} lost so far" if self.lost else "")
+        said += f", {self.lost} lost so far" if self.lost else ""
+        return said + (f", {self.late} late so far" if self.late else "")
+
+    def await_heads(self) -> None:
+        """Raise OSError when one of them does not answer."""
+        for head in self.heads:
+            socket.create_connection(head, timeout=HEAD_EVERY).close()
 
     def decide(
         self, chain: Chain, work: Iterable[tuple[int, int] | None], new_ballot: Callable[[], Ballot]
@@ -224,21 +273,34 @@ class _Driver:
         self.again: deque[Portion] = deque()  # what was lost, and is drawn again
         self.failed: set[int] = set()  # handles
         self.failures = 0  # of images, since a task was last done
-        self.last_there = time.monotonic()
+        self.done = 0  # tasks
+        self.pace = fleet.pace(chain, votes)
+        self.head_missed = 0
+        self.now = self.looked = self.head_looked = self.last_there = time.monotonic()
 
     def run(self) -> Generator[Outcome | None, None, None]:
         self.fleet.started = self.fleet.started or time.monotonic()
         try:
             while self.hand_out():
                 ready = self.ready()
+                self.tick()
                 for member, ref in ready:
                     yield from self.finished(member, ref)
+                for member in list(self.fleet.members):
+                    yield from self.give_up_late(member)
                 if not ready:
                     yield None
+                self.look_for_head()
                 self.give_up_waiting()
         finally:
             for member in self.fleet.members:
                 member.tasks.clear()  # what nobody waits for comes to its end unheard
+
+    def tick(self) -> None:
+        """Let the driver's clock go on, but not by a time in which this process was held up itself."""
+        now = time.monotonic()
+        self.now += min(now - self.looked, 2 * POLL)
+        self.looked = now
 
     def hand_out(self) -> bool:
         """Give each worker up to QUEUED tasks. Whether anything is under way, or could be with a worker."""
@@ -248,6 +310,8 @@ class _Driver:
                 if len(member.tasks) <= queued and (portion := self.next_portion(member)) is not None:
                     images = {handle: self.fleet.images[handle] for handle in portion.handles}
                     task = Task(portion.strips, images, self.chain, self.votes, self.fleet.engines.sha256)
+                    if not member.tasks:
+                        member.since = self.now
                     member.tasks[member.actor.draw.remote(task)] = portion
         under_way = any(member.tasks for member in self.fleet.members)
         return under_way or bool(self.again) or not (there or self.exhausted)
@@ -326,7 +390,13 @@ class _Driver:
             yield from self.lost(member, error)
             return
         portion = member.tasks.pop(ref)
+        took, member.since = self.now - member.since, self.now
+        if took <= self.pace.limit(member.number, member.fresh):
+            member.late = 0
+        self.pace.note(member.number, took, member.fresh)
+        member.fresh = False
         member.samples += len(drawn.labels)
+        self.done += 1
         self.failures = 0
         columns = zip(*(column.tolist() for column in drawn), strict=True)
         for handle, first, samples in portion.strips:
@@ -339,23 +409,59 @@ class _Driver:
         member.tasks.clear()
         self.replace(member, cause_of(error))
         self.again += (other for _, other in behind)
+        alone = len(portion.handles) == 1
+        yield from self.draw_alone(portion._replace(deaths=portion.deaths + alone), cause_of(error))
+
+    def give_up_late(self, member: Member) -> Iterator[Outcome]:
+        """When it does not end its task in time another takes its place, and all that it had is drawn again.
+
+        What it answers later is not heard. That it was slow is held against no image: only what no worker ends, while
+        they end others, is.
+        """
+        took = self.now - member.since
+        if not member.tasks:
+            if member.opening is not None and took > WAIT:
+                self.replace(member, f"it has not opened its engines in {took:.0f} s", self.fleet.lates)
+            return
+        (ref, portion), *behind = member.tasks.items()
+        alone = all(other is member for other in self.fleet.there)
+        doublings = max(member.late, portion.late) + (ALONE if alone else 0)
+        if took <= self.pace.limit(member.number, member.fresh, doublings) or ray.wait([ref], timeout=0)[0]:
+            return
+        longest = self.pace.longest(member.number, member.fresh)
+        others = "none was done before" if longest is None else f"the longest before took {longest:.1f} s"
+        cause = f"no answer to a task in {took:.1f} s, and {others}"
+        member.tasks.clear()
+        member.late += 1
+        self.replace(member, cause, self.fleet.lates)
+        self.again += (other for _, other in behind)
+        tried = portion._replace(late=portion.late + 1, done_before=portion.done_before if portion.late else self.done)
+        if tried.late >= LATES and tried.done_before == self.done:
+            raise EnvironmentFault(f"no worker ends a task any more ({cause}): {KEPT} they do")
+        if tried.late == 1:
+            self.again.appendleft(tried)
+        else:
+            yield from self.draw_alone(tried, cause)
+
+    def draw_alone(self, portion: Portion, cause: str) -> Iterator[Outcome]:
+        """Draw its samples again, those of each image apart; or an image has failed."""
         handles = portion.handles
         for handle in handles:
-            own = Portion(portion.of(handle), suspect=True, deaths=portion.deaths + (len(handles) == 1))
+            own = portion._replace(strips=portion.of(handle), suspect=True)
             if handle in self.failed:
                 yield from lost_outcomes(own.strips)
-            elif own.deaths >= DEATHS:
-                yield from self.fail(handle, own.strips, error)
+            elif len(handles) == 1 and (own.deaths >= DEATHS or own.late >= LATES):
+                yield from self.fail(handle, own.strips, cause)
             else:
                 self.again.appendleft(own)
 
-    def fail(self, handle: int, strips: tuple[Strip, ...], error: Exception) -> Iterator[Outcome]:
+    def fail(self, handle: int, strips: tuple[Strip, ...], cause: str) -> Iterator[Outcome]:
         """The image has failed: all its samples that wait to be drawn again are LOST, in each of its phases."""
         self.failures += 1
         if self.failures >= FAILURES:
             raise EnvironmentFault(
                 f"{FAILURES} images in a row were each lost with {DEATHS} workers, so that the fault is more likely "
-                f"the engine's or the machines' ({cause_of(error)}): {KEPT} that is mended"
+                f"the engine's or the machines' ({cause}): {KEPT} that is mended"
             )
         pixels = self.fleet.images[handle].pixels
         phases = {other for other, image in self.fleet.images.items() if np.array_equal(image.pixels, pixels)}
@@ -365,19 +471,38 @@ class _Driver:
         self.again = deque(portion for portion in kept if portion.strips)
         yield from lost_outcomes((*strips, *waiting))
 
-    def replace(self, member: Member, cause: str) -> None:
-        """Start another worker in its place, unless it failed to open its engines too often."""
-        self.fleet.lost += 1
-        where = "" if member.engines is None else f" on {member.engines.node}"
+    def replace(self, member: Member, cause: str, counted: Counter[str] | None = None) -> None:
+        """Start another worker in its place, unless it failed to open its engines too often.
+
+        counted: among which it is; None for those that were lost.
+        """
+        counted = self.fleet.losses if counted is None else counted
+        name = f"worker {member.number}" + ("" if member.engines is None else f" on {member.engines.node}")
+        counted[name] += 1
         member.engines = member.opening = None
+        member.fresh, member.since = True, self.now
         if member.refused >= REFUSALS:
-            said = f"worker {member.number}{where} is given up ({cause})"
+            said = f"{name} is given up ({cause})"
             self.fleet.dismiss(member)
             self.fleet.members.remove(member)
         else:
-            said = f"worker {member.number}{where} is lost ({cause}): another is started in its place"
+            state = "lost" if counted is self.fleet.losses else "late"
+            said = f"{name} is {state} ({cause}): another is started in its place"
             self.fleet.spawn(member)
-        logs.say(said, logging.WARNING, worker=member.number, lost=self.fleet.lost)
+        logs.say(said, logging.WARNING, worker=member.number, lost=self.fleet.lost, late=self.fleet.late)
+
+    def look_for_head(self) -> None:
+        """Raise EnvironmentFault when the cluster's head was not there for HEAD_LOOKS looks in a row."""
+        if time.monotonic() - self.head_looked < HEAD_EVERY:
+            return
+        self.head_looked = time.monotonic()
+        try:
+            self.fleet.await_heads()
+            self.head_missed = 0
+        except OSError as error:
+            self.head_missed += 1
+            if self.head_missed >= HEAD_LOOKS:
+                raise EnvironmentFault(f"the cluster's head is gone ({error}): {KEPT} it is back") from error
 
     def give_up_waiting(self) -> None:
         """Raise EnvironmentFault when there has been no worker for too long, or there will be none."""
