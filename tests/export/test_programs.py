@@ -270,6 +270,14 @@ def test_file_that_is_no_archive_is_refused(tmp_path: Path, content: bytes) -> N
         exported_program(tmp_path / "network.pt2")
 
 
+def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
+    """torch would unpack a record of any size into memory."""
+    with zipfile.ZipFile(tmp_path / "a.pt2", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/models/model.json", b" " * 2**20)
+    with pytest.raises(CheckFailed, match=r"a compressed archive \(a/models/model.json\)"):
+        exported_program(tmp_path / "a.pt2")
+
+
 def test_state_dict_is_no_program(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(2)}, tmp_path / "weights.pt2")
     with pytest.raises(DensePureError, match="weights.pt2 holds '.*data.pkl'"):
