@@ -1,6 +1,6 @@
 # `make demo` and `make test` are all that a fresh machine with Python and make needs.
 # PYTHON=python3.12 picks the interpreter; PIP_FLAGS and PYTEST_ARGS are passed on; JOBS test files run at a time.
-# CUDA=12 is for drivers of CUDA 12: it has pins and a development environment of its own.
+# SECONDS is how long fuzz takes. CUDA=12 is for drivers of CUDA 12: it has pins and a development environment of its own.
 
 PYTHON ?= python3
 PIP_FLAGS ?=
@@ -8,6 +8,7 @@ PYTEST_ARGS ?=
 JOBS ?= 2
 CUDA ?= 13
 UV ?= uv==0.13.9
+SECONDS ?= 600
 SBOM ?= cyclonedx-bom==7.5.0
 INSTALL_CHECKS ?=
 DEMO ?= --max 10 --sigma 0.25 --seed 1 --out runs/demo
@@ -26,7 +27,7 @@ DEV_EXTRAS := cpu,export,report,cluster,serve,dev
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo accuracy table paired load test test-fast test-slow test-gpu lint test-pythons demo-pythons \
+.PHONY: help demo accuracy table paired load test test-fast test-slow fuzz test-gpu lint test-pythons demo-pythons \
   lock check-install sbom licences zoo engines schemas clean distclean python
 
 help: ## list the targets
@@ -75,6 +76,9 @@ test-fast: $(DEV) ## a minute's check while developing: the part of test that ex
 
 test-slow: $(DEV) ## the tests that take minutes each
 	$(ENV)/bin/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
+
+fuzz: $(DEV) ## damaged and invented input for every reader of foreign files, for SECONDS; inputs of faults in runs/fuzz
+	$(ENV)/bin/python -m tests.fuzz --seconds $(SECONDS) --jobs $(JOBS)
 
 test-gpu: $(DEV) $(GPU) ## the checks that need an NVIDIA GPU; writes runs/gpu-report.txt
 	$(ENV)/bin/python -m pytest -m gpu -rs $(PYTEST_ARGS) tests

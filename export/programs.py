@@ -189,7 +189,7 @@ def refuse_code(content: bytes, name: str) -> None:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             entries = archive.namelist()
             packed = [record.filename for record in archive.infolist() if record.compress_type != zipfile.ZIP_STORED]
-    except zipfile.BadZipFile as error:
+    except Exception as error:  # what zipfile raises of a damaged file is not a closed list
         raise UsageError(f"{name} is not a program of torch.export.save ({error})") from error
     if "serialized_exported_program.json" in entries:
         raise UsageError(f"{name} has the format of torch 2.8 or older: load it there and save it with a newer one")
