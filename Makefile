@@ -1,6 +1,6 @@
 # `make demo` and `make test` are all that a fresh machine with Python and make needs.
 # PYTHON=python3.12 picks the interpreter; PIP_FLAGS and PYTEST_ARGS are passed on; JOBS test files run at a time.
-# CUDA=12 is for drivers of CUDA 12: it has pins and a development environment of its own.
+# SECONDS is how long fuzz takes. CUDA=12 is for drivers of CUDA 12: it has pins and a development environment of its own.
 
 PYTHON ?= python3
 PIP_FLAGS ?=
@@ -8,6 +8,8 @@ PYTEST_ARGS ?=
 JOBS ?= 2
 CUDA ?= 13
 UV ?= uv==0.13.9
+SECONDS ?= 600
+SBOM ?= cyclonedx-bom==7.5.0
 INSTALL_CHECKS ?=
 DEMO ?= --max 10 --sigma 0.25 --seed 1 --out runs/demo
 FAST ?= runs/fast/unet.int8-cpu.onnx
@@ -20,12 +22,13 @@ PINS := constraints$(if $(filter 12,$(CUDA)),-cuda12).txt
 DEV := $(ENV)/.installed
 GPU := $(ENV)/.installed-tensorrt
 TOOLS := .venv-tools/.installed
+EDGE := .venv-edge/.installed
 DEV_EXTRAS := cpu,export,report,cluster,serve,dev
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo accuracy table paired load test test-fast test-slow test-gpu lint test-pythons demo-pythons \
-  lock check-install zoo engines schemas clean distclean python
+.PHONY: help demo accuracy table paired load test test-fast test-slow fuzz test-gpu lint test-pythons demo-pythons \
+  lock check-install sbom licences zoo engines schemas clean distclean python
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -74,6 +77,9 @@ test-fast: $(DEV) ## a minute's check while developing: the part of test that ex
 test-slow: $(DEV) ## the tests that take minutes each
 	$(ENV)/bin/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
 
+fuzz: $(DEV) ## damaged and invented input for every reader of foreign files, for SECONDS; inputs of faults in runs/fuzz
+	$(ENV)/bin/python -m tests.fuzz --seconds $(SECONDS) --jobs $(JOBS)
+
 test-gpu: $(DEV) $(GPU) ## the checks that need an NVIDIA GPU; writes runs/gpu-report.txt
 	$(ENV)/bin/python -m pytest -m gpu -rs $(PYTEST_ARGS) tests
 
@@ -88,11 +94,20 @@ test-pythons: | python ## the demo and the tests that need no heavy package, on 
 demo-pythons: | python ## the demo on each Python that is found
 	$(PYTHON) -m tests.pythons --demo-only --pip-flags "$(PIP_FLAGS)"
 
-lock: $(TOOLS) ## write the constraints files anew, from the package index as any machine sees it
+lock: $(TOOLS) ## write the pins anew, those with hashes too, from the package index as any machine sees it
 	.venv-tools/bin/python -m tests.installs lock --uv .venv-tools/bin/uv
 
 check-install: $(TOOLS) ## resolve every extra, and what make installs, for Python 3.10 to 3.14 on x86-64 and aarch64
 	.venv-tools/bin/python -m tests.installs check --uv .venv-tools/bin/uv $(INSTALL_CHECKS)
+
+sbom: $(EDGE) $(TOOLS) ## write runs/sbom.json (CycloneDX): what requirements-edge.txt and the package install
+	.venv-tools/bin/python $(PIP_FETCH) install $(SBOM)
+	@mkdir -p runs
+	.venv-tools/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-file runs/sbom.json .venv-edge
+	@echo "wrote runs/sbom.json"
+
+licences: $(DEV) ## write docs/licences.md from the metadata of the installed packages
+	$(ENV)/bin/python -m tests.licences
 
 zoo: $(DEV) ## train the default model into runs/zoo, or go on where it stopped (hours)
 	$(ENV)/bin/python -m densepure_rt.export.zoo.train --out runs/zoo
@@ -138,6 +153,15 @@ $(DEV): pyproject.toml $(PINS) Makefile | python
 # What cannot be had here makes the tests of TensorRT skip.
 $(GPU): $(DEV)
 	-$(ENV)/bin/python $(PIP_INSTALL) -c $(PINS) -e ".[$(DEV_EXTRAS),tensorrt$(if $(filter 12,$(CUDA)),-cuda12)]"
+	@touch $@
+
+# As a box at the edge: nothing but files whose hashes are known, then the package itself.
+$(EDGE): pyproject.toml requirements-edge.txt | python
+	$(PYTHON) -m venv --clear .venv-edge
+	.venv-edge/bin/python $(PIP_INSTALL) --require-hashes -r requirements-edge.txt
+	.venv-edge/bin/python $(PIP_INSTALL) --no-deps .
+	rm -rf build
+	.venv-edge/bin/densepure-rt doctor
 	@touch $@
 
 $(TOOLS): Makefile | python

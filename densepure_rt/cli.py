@@ -44,6 +44,7 @@ from densepure_rt.options import (
 )
 from densepure_rt.rounding import exact, floored_share, raised
 from densepure_rt.run_commands import compare, merge, print_attacks, report
+from densepure_rt.runtime.native_calls import leaving_calls
 from densepure_rt.serve_command import serve
 from densepure_rt.text import printable
 
@@ -579,6 +580,7 @@ def in_options(error: DensePureError) -> str:
     return f"--{parameter.replace('_', '-')}{message.removeprefix(parameter)}"
 
 
+@leaving_calls
 def main() -> None:
     """The entry point: an error is one message and its exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):

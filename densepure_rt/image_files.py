@@ -1,8 +1,8 @@
 """One reader a file format: bytes in, uint8 pixels out, and one clear `UsageError` for anything else.
 
 Nothing is resized, rescaled or guessed: a certificate is about the very pixels that were given. The size that an
-image's, IDX or CIFAR file's header declares is checked before its pixels are decoded (an .npz is decompressed first),
-and nothing is ever unpickled.
+image's, an archive's, IDX or CIFAR file's header declares is checked before its pixels are decoded or memory is taken
+for them, and nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import os
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from densepure_rt.errors import UsageError
 from densepure_rt.files import UnfitFile, check, opened
+from densepure_rt.runtime.machine import available_memory
 from densepure_rt.runtime.transport import transfer_fault
 
 Pixels = NDArray[np.uint8]
@@ -44,6 +45,11 @@ IDX_IMAGES, IDX_LABELS = b"\0\0\x08\x03", b"\0\0\x08\x01"  # uint8 of 3 and of 1
 GZIP = b"\x1f\x8b"
 PICKLE = b"\x80"  # PROTO, the first opcode of protocol 2 and later: Lib/pickletools.py
 DEFLATE_MAX_RATIO = 1032  # to one, zlib.net/zlib_tech.html
+NPZ_RATIOS = {
+    zipfile.ZIP_STORED: 1,
+    zipfile.ZIP_DEFLATED: DEFLATE_MAX_RATIO,
+}  # what np.savez and savez_compressed write
+NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 CIFAR_SHAPE = (3, 32, 32)
 CIFAR_RECORD = 1 + 3 * 32 * 32  # bytes: label, then red, green and blue planes; www.cs.toronto.edu/~kriz/cifar.html
 GRID_ATOL = 1e-3  # of value * 255; float32 k / 255, as ToTensor writes it, is within 2e-5
@@ -237,27 +243,67 @@ def read_npz(path: Path, shape: Shape) -> tuple[Pixels, list[int] | None, list[i
         if "x" not in names or not set(names) <= {"x", "y", "index"} or len(set(names)) < len(names):
             # A label array under another name would otherwise be dropped in silence.
             raise UsageError(f"{path} holds {', '.join(names) or 'nothing'}; save it with x and, if known, y and index")
+        headers = {name: _member_header(archive, name, path.stat().st_size) for name in names}
+        _require_columns(path, headers, shape)
+        require_memory(path, sum(header.size for header in headers.values()))
         arrays = {name: _read_member(archive, name) for name in names}
-    x = arrays["x"]
-    if x.ndim == 3 and shape[0] == 1:
-        x = x[..., None]
-    if x.ndim != 4:
-        raise UsageError(f"x in {path} is {size_text(x.shape)}; save it as images x height x width x channels")
-    n, height, width, channels = x.shape
-    if (channels, height, width) != shape == x.shape[1:]:
+    x = arrays["x"][..., None] if arrays["x"].ndim == 3 else arrays["x"]
+    columns = [arrays[name].tolist() if name in arrays else None for name in ("y", "index")]
+    return _to_uint8(x, path).transpose(0, 3, 1, 2), columns[0], columns[1]
+
+
+class MemberHeader(NamedTuple):
+    """What the header of an .npy member promises. size: of the array, in bytes."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    size: int
+
+
+def _member_header(archive: zipfile.ZipFile, name: str, file_size: int) -> MemberHeader:
+    """Read no more than the header, and hold its promise against the archive, a file of so many bytes."""
+    member = archive.getinfo(f"{name}.npy")
+    ratio = NPZ_RATIOS.get(member.compress_type)
+    if ratio is None:
+        raise ValueError(f"{name} is compressed in a way that numpy does not write")
+    with archive.open(member) as stream:
+        version = np.lib.format.read_magic(stream)
+        if version not in NPY_HEADERS:
+            raise ValueError(f"{name} has the header of .npy {version[0]}.{version[1]}, numpy writes 1.0 or 2.0")
+        shape, _, dtype = NPY_HEADERS[version](stream)
+        size = math.prod(shape) * dtype.itemsize
+        if dtype.hasobject:
+            raise ValueError(f"Object arrays are pickles, which are never opened: {name} is one")
+        if min(shape, default=0) < 0 or stream.tell() + size != member.file_size:
+            raise ValueError(f"{name} has {member.file_size:,} bytes, which its header of {size_text(shape)} does not")
+    if member.file_size > ratio * min(member.compress_size, file_size):
+        raise ValueError(f"{name} promises {member.file_size:,} bytes, more than the file can hold")
+    return MemberHeader(shape, dtype, size)
+
+
+def _require_columns(path: Path, headers: Mapping[str, MemberHeader], shape: Shape) -> None:
+    """Refuse arrays that are not images of this shape and a column of integers for each of the others."""
+    found = headers["x"].shape
+    if len(found) == 3 and shape[0] == 1:
+        found = (*found, 1)
+    if len(found) != 4:
+        raise UsageError(f"x in {path} is {size_text(found)}; save it as images x height x width x channels")
+    n, height, width, channels = found
+    if (channels, height, width) != shape == found[1:]:
         raise UsageError(
-            f"x in {path} is {size_text(x.shape)}, channels first; save it as images x height x width x channels: "
+            f"x in {path} is {size_text(found)}, channels first; save it as images x height x width x channels: "
             "x.transpose(0, 2, 3, 1)"
         )
     require_shape(f"an image of {path}", (channels, height, width), shape)
-    columns: list[list[int] | None] = []
+    if headers["x"].dtype != np.uint8 and headers["x"].dtype.kind != "f":
+        raise UsageError(f"x in {path} is {headers['x'].dtype}; save it as uint8")
     for name in ("y", "index"):
-        column = arrays.get(name)
+        column = headers.get(name)
         if column is not None and (column.shape != (n,) or column.dtype.kind not in "iu"):
-            found = f"{column.dtype} of shape {column.shape}"
-            raise UsageError(f"{name} in {path} is {found}; x has {n} images: save {name} as {n} integers")
-        columns.append(None if column is None else [int(value) for value in column])
-    return _to_uint8(x, path).transpose(0, 3, 1, 2), columns[0], columns[1]
+            raise UsageError(
+                f"{name} in {path} is {column.dtype} of shape {column.shape}; x has {n} images: save {name} as {n} "
+                "integers"
+            )
 
 
 def _read_member(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
@@ -268,12 +314,20 @@ def _read_member(archive: zipfile.ZipFile, name: str) -> NDArray[Any]:
     return array
 
 
+def require_memory(path: Path, size: int) -> None:
+    """Refuse, before it is read, what takes more memory than this process can have. size: in bytes."""
+    available = available_memory()
+    if available is not None and size > available:
+        raise UsageError(
+            f"{path} holds {size:,} bytes of pixels and labels, and {available:,} bytes of memory are free: split it, "
+            "or give the images as a folder"
+        )
+
+
 def _to_uint8(x: NDArray[Any], path: Path) -> Pixels:
     """uint8 as it is; float in [0, 1] only when every value is k / 255, else the engine would see other pixels."""
     if x.dtype == np.uint8:
         return x
-    if x.dtype.kind != "f":
-        raise UsageError(f"x in {path} is {x.dtype}; save it as uint8")
     pixels = np.empty(x.shape, np.uint8)
     for i, image in enumerate(x):
         with np.errstate(invalid="ignore", over="ignore"):
@@ -294,7 +348,9 @@ def read_idx(path: Path, shape: Shape) -> tuple[Pixels, list[int] | None]:
     pixels = _idx_payload(path, IDX_IMAGES, "IDX images", shape)
     with reading(path.parent, "a folder"):
         labels = next((found for found in _idx_label_files(path) if found.exists()), None)
-    return pixels, None if labels is None else _idx_payload(labels, IDX_LABELS, "IDX labels", shape).tolist()
+    if labels is None:
+        return pixels, None
+    return pixels, _idx_payload(labels, IDX_LABELS, "IDX labels", shape, len(pixels)).tolist()
 
 
 def _idx_label_files(images: Path) -> list[Path]:
@@ -305,7 +361,8 @@ def _idx_label_files(images: Path) -> list[Path]:
     return [images.with_name(name + ending) for ending in endings] if renamed else []
 
 
-def _idx_payload(path: Path, magic: bytes, what: str, shape: Shape) -> Pixels:
+def _idx_payload(path: Path, magic: bytes, what: str, shape: Shape, items: int | None = None) -> Pixels:
+    """Return what an IDX file holds. items: how many there must be, None where any number may be."""
     with reading(path, what), opened(path, "data set") as raw:
         zipped = raw.read(2) == GZIP
         raw.seek(0)
@@ -320,9 +377,12 @@ def _idx_payload(path: Path, magic: bytes, what: str, shape: Shape) -> Pixels:
         n, *size = (int.from_bytes(header[at : at + 4], "big") for at in range(0, len(header), 4))
         if size:
             require_shape(f"an image of {path}", (1, size[0], size[1]), shape)
+        if items is not None and n != items:
+            raise UsageError(f"there are {items} images and {n} labels in {path}; give one label an image")
         expected = n * math.prod(size)
         if expected > path.stat().st_size * (DEFLATE_MAX_RATIO if zipped else 1):
             raise EOFError(f"the header promises {n} items, more than the file can hold")
+        require_memory(path, expected)
         data = stream.read(expected + 1)  # one more: a longer file is refused, and gzip compares its checksum
         if len(data) != expected:
             there = "more" if data[expected:] else len(data)
@@ -338,5 +398,6 @@ def read_cifar(path: Path, shape: Shape) -> tuple[Pixels, list[int]]:
         size = path.stat().st_size
         if size == 0 or size % CIFAR_RECORD:
             raise EOFError(f"{size} bytes are not a whole number of {CIFAR_RECORD}-byte records")
+        require_memory(path, size)
         records = np.fromfile(path, np.uint8).reshape(-1, CIFAR_RECORD)
     return records[:, 1:].reshape(-1, *CIFAR_SHAPE), records[:, 0].tolist()

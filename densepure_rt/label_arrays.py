@@ -45,6 +45,7 @@ HEADER = re.compile(  # of `numpy.save` for one dimension of integers; matched, 
     rb"'shape': \((?P<count>[0-9]{1,9}),\), \} *\n",
     re.DOTALL,
 )
+MAX_LABELS = 2**25  # of an image, by all its runs: what is made of them takes 32 bytes each; published, 40 x 100,000
 MAX_CLASSES = 100_000
 STANDS_OUT = 4.0  # standard deviations of agreement above chance, of runs with equal noise
 TELLING = 0.1  # of the agreement beyond chance that is possible: equal noise gives more
@@ -130,7 +131,7 @@ class Reader:
     def _of_run(self, path: Path, part: Part) -> Labels:
         content = bounded_bytes(path, "array")
         self.digests[path.name] = hashlib.sha256(content).hexdigest()
-        labels = parsed_labels(content, str(path), self.classes)
+        labels = parsed_labels(content, str(path), self.classes, MAX_LABELS // len(self.folder.seeds))
         expected = self.sizes.setdefault(part, len(labels))
         if len(labels) != expected:
             raise CheckFailed(
@@ -180,12 +181,19 @@ def files_of(path: Path, sigma: float | None) -> tuple[float, dict[tuple[int, in
     return chosen, found
 
 
-def parsed_labels(content: bytes, what: str, classes: int = MAX_CLASSES) -> Labels:
-    """The labels [n] in the bytes of an .npy file. Raises UsageError when it is none, CheckFailed for other labels."""
+def parsed_labels(content: bytes, what: str, classes: int = MAX_CLASSES, most: int = MAX_LABELS) -> Labels:
+    """The labels [n] in the bytes of an .npy file. Raises UsageError when it is none, CheckFailed for other labels.
+
+    most: labels that are taken.
+    """
     header = HEADER.match(content)
     if header is None or header.end() != 10 + int.from_bytes(header["length"], "little"):
         raise UsageError(f"{what} is no array of labels: expected integers of one dimension, as numpy.save writes them")
     dtype, count = np.dtype(header["type"].decode()), int(header["count"])
+    if count > most:
+        raise UsageError(
+            f"{what} holds {count:,} labels, and {most:,} of a run can be voted here: no such run is known"
+        )
     if len(content) - header.end() != count * dtype.itemsize:
         raise UsageError(f"{what} is cut short or damaged: it should hold {count:,} labels of {dtype.itemsize} bytes")
     if count == 0:

@@ -32,6 +32,7 @@ from densepure_rt.export.source_check import (
 )
 from densepure_rt.rounding import raised
 from densepure_rt.runtime.device import CLASSIFY_OUTPUTS, Floats
+from densepure_rt.runtime.onnx_device import new_session, run_session
 
 ONNX_ROUNDING = 1e-4  # of the largest logit, between batch sizes of one file in float32
 OLDEST_OPSET = 7  # that ONNX Runtime has kernels of (docs/OperatorKernels.md)
@@ -58,7 +59,7 @@ class OnnxNetwork(nn.Module):
             ) from error
 
     def forward(self, x: Tensor) -> Tensor:
-        (logits,) = self.session.run(None, {self.session.get_inputs()[0].name: x.detach().numpy()})
+        (logits,) = run_session(self.session, None, {self.session.get_inputs()[0].name: x.detach().numpy()})
         return torch.from_numpy(logits)
 
     def source(self) -> Source:
@@ -70,7 +71,7 @@ class OnnxNetwork(nn.Module):
     def trace(self, x: Floats) -> Iterator[Part]:
         """Yield what every node gives, in order; nothing is fused, so digits may differ from `forward`'s."""
         session, places = self._tracing
-        found = session.run(list(places), {session.get_inputs()[0].name: x})
+        found = run_session(session, list(places), {session.get_inputs()[0].name: x})
         for place, value in zip(places.values(), found, strict=True):
             yield Part(place, [], np.asarray(value, np.float32))
 
@@ -98,7 +99,7 @@ def _session(model: onnx.ModelProto, optimised: bool = True) -> onnxruntime.Infe
     options.log_severity_level = 4
     if not optimised:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return new_session(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def _runnable(model: onnx.ModelProto, error: str) -> str:

@@ -26,7 +26,7 @@ from densepure_rt.export.unets import DiffusionModel
 from densepure_rt.rounding import exact, floored, raised, typed
 from densepure_rt.runtime.device import CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, STEP_INPUTS, STEP_OUTPUTS, Floats
 from densepure_rt.runtime.noise import first_state, image_key, smoothing_law, smoothing_noise, vote_noise
-from densepure_rt.runtime.onnx_device import open_session
+from densepure_rt.runtime.onnx_device import open_session, run_session
 from densepure_rt.runtime.schedule import Chain, Coefficients, make_chain
 
 # What a precision may lose, in relative L2 of eps, mean, std and logits. The worst that `densepure-rt export` found:
@@ -76,7 +76,7 @@ def runner(
         by_the_standard = ReferenceEvaluator(model)
         return lambda feed: list(by_the_standard.run(list(outputs), dict(feed)))
     session = open_session(content, name, inputs, outputs, folder=folder, optimised=precision != "fp8")
-    return partial(session.run, list(outputs))
+    return partial(run_session, session, list(outputs))
 
 
 def step_runner(engine: Path, precision: str) -> Run:

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from densepure_rt.export.onnx_graph import PRODUCT_OPS, checked, nodes_within, p
 from densepure_rt.export.unets import DiffusionModel
 from densepure_rt.runtime.device import CLASSIFY_INPUTS, STEP_INPUTS, STEP_OUTPUTS, Floats
 from densepure_rt.runtime.noise import first_state, image_key, smoothing_law, smoothing_noise, vote_noise
-from densepure_rt.runtime.onnx_device import open_session
+from densepure_rt.runtime.onnx_device import open_session, run_session
 from densepure_rt.runtime.schedule import Chain, make_chain
 
 OPSETS = {"fp32": 20, "fp16": 20, "bf16": 22, "int8": 20, "int8-cpu": 20, "fp8": 22}  # 20: TensorRT 10.3 (JetPack 6)
@@ -272,7 +273,7 @@ def calibration_feeds(step: bytes, model: DiffusionModel, pixels: np.ndarray[Any
     feeds = Feeds([], [])
     for place, chain in enumerate(chains):
         if len(images := pixels[place :: len(chains)]):
-            *states, last = _walk(lambda feed: session.run(STEP_OUTPUTS, feed), chain, images)
+            *states, last = _walk(partial(run_session, session, STEP_OUTPUTS), chain, images)
             feeds.step.extend(states)
             feeds.classify.append({CLASSIFY_INPUTS[0]: last["mean"]})
     return feeds

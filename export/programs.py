@@ -189,10 +189,13 @@ def refuse_code(content: bytes, name: str) -> None:
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             entries = archive.namelist()
-    except zipfile.BadZipFile as error:
+            packed = [record.filename for record in archive.infolist() if record.compress_type != zipfile.ZIP_STORED]
+    except Exception as error:  # what zipfile raises of a damaged file is not a closed list
         raise UsageError(f"{name} is not a program of torch.export.save ({error})") from error
     if "serialized_exported_program.json" in entries:
         raise UsageError(f"{name} has the format of torch 2.8 or older: load it there and save it with a newer one")
+    if packed:  # of any size once it is unpacked
+        raise CheckFailed(f"{name} is a compressed archive ({packed[0]}), which torch.export.save does not write")
     records = [entry.partition("/")[2] for entry in entries]
     for entry, record in zip(entries, records, strict=True):
         if not RECORD.fullmatch(record) or records.count(record) > 1:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from densepure_rt.errors import EnvironmentFault, UsageError
 from densepure_rt.runtime.bundle import Bundle
 from densepure_rt.runtime.device import CLOSED, NOT_FINITE, Batch, Floats, forked
+from densepure_rt.runtime.native_calls import STOP_SECONDS, Callers
 from densepure_rt.runtime.noise import Key, RoundedNormal, first_state, smoothing_law, smoothing_noise, vote_noise
 from densepure_rt.runtime.probe import Probed, probe
 
@@ -28,8 +30,14 @@ class OpenImage:
     scale: float
 
 
-def new_pool(callers: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(callers, thread_name_prefix="densepure-rt")
+class Calls:
+    """The calls of a device's two networks, as far as they can be ended: plain functions run to their end."""
+
+    def stop(self) -> None:
+        """End the calls that are running, and those that begin, soon. From any thread, and more than once."""
+
+    def resume(self) -> None:
+        """Let calls run again. Only while none is running."""
 
 
 class HostDevice:
@@ -45,6 +53,7 @@ class HostDevice:
         facts: What `describe` says besides.
         any_batch: Whether the networks take other batches too.
         survives_fork: Whether a child process may go on with the networks.
+        calls: What ends the networks' calls; None where nothing does.
 
     Raises:
         CheckFailed: A result is not finite, or depends on who shares a batch.
@@ -60,23 +69,28 @@ class HostDevice:
         facts: Mapping[str, str | int | bool],
         any_batch: bool = False,
         survives_fork: bool = True,
+        calls: Calls | None = None,
     ) -> None:
         self.batch, self.in_flight, self.facts, self.survives_fork = batch, callers, facts, survives_fork
         self.image_shape = bundle.unet.image
         self._step, self._classify = step, classify
         self._images: dict[int, OpenImage] = {}
         self._handles, self._tickets = itertools.count(), itertools.count()
-        self._pool, self._process, self._closed = new_pool(callers), os.getpid(), False
-        self._outstanding: dict[Future[NDArray[np.int64] | None], int] = {}
+        self._calls = calls or Calls()
+        self._callers, self._process = Callers(callers, self._calls.stop), os.getpid()
+        self._closed = self._held = False  # held: a call has not ended that was told to
+        self._outstanding: dict[Future[Any], int] = {}
         self._mean = self._std = np.empty((0, *self.image_shape), np.float32)
         self._finite = np.empty(0, bool)
-        self.probed = self._probe(bundle, any_batch)
+        try:
+            self.probed = self._probe(bundle, any_batch)
+        except BaseException:
+            self.close()
+            raise
 
     def _probe(self, bundle: Bundle, any_batch: bool) -> Probed:
         """Run both networks on fixed items, and compare the bits with other mates and another batch."""
-        return probe(
-            bundle, self.batch, lambda feed: [*self._step(feed), *self._classify({"mean": feed["mean"]})], any_batch
-        )
+        return probe(bundle, self.batch, self._first_results, any_batch)
 
     def open_image(self, pixels: NDArray[np.uint8], key: Key, sigma: float, scale: float) -> int:
         handle = next(self._handles)
@@ -97,7 +111,7 @@ class HostDevice:
         self._own()
         run = {"smooth": self._run_smooth, "step": self._run_step, "classify": self._run_classify}[batch.kind]
         ticket = next(self._tickets)
-        self._outstanding[self._pool.submit(run, batch)] = ticket
+        self._outstanding[self._callers.submit(run, batch)] = ticket
         return ticket
 
     def collect(self) -> tuple[int, NDArray[np.int64] | None]:
@@ -111,8 +125,7 @@ class HostDevice:
         return self._outstanding.pop(oldest), oldest.result()
 
     def drain(self) -> None:
-        if self._process == os.getpid():
-            wait(self._outstanding)
+        self._end_calls()
         self._outstanding.clear()
 
     def read(self, slots: Sequence[int]) -> tuple[Floats, Floats]:
@@ -129,10 +142,29 @@ class HostDevice:
 
     def close(self) -> None:
         self._closed = True
-        if self._process == os.getpid():
-            self._pool.shutdown(cancel_futures=True)
+        self._end_calls()
+        self._callers.close()
         self._outstanding.clear()
         self._images.clear()
+
+    def _end_calls(self) -> None:
+        """End what is outstanding, of which nothing is wanted any more."""
+        running = [future for future in self._outstanding if not (future.cancel() or future.done())]
+        if not running or self._held or self._process != os.getpid():
+            return
+        self._held = True
+        self._calls.stop()
+        if not wait(running, STOP_SECONDS).not_done:
+            self._calls.resume()
+            self._held = False
+
+    def _first_results(self, feed: Mapping[str, Floats]) -> Sequence[Floats]:
+        """Run both networks as batches are run: in a thread that can be left."""
+        call = self._callers.submit(lambda: [*self._step(feed), *self._classify({"mean": feed["mean"]})])
+        self._outstanding[call] = next(self._tickets)
+        wait(self._outstanding)
+        self._outstanding.clear()
+        return call.result()
 
     def _own(self) -> None:
         """Take over after a fork, which copies all but the threads.
@@ -143,11 +175,16 @@ class HostDevice:
         """
         if self._closed:
             raise UsageError(CLOSED)
+        if self._held:
+            raise EnvironmentFault(
+                f"a batch was given up and has not ended in {STOP_SECONDS:g} s: load the classifier again, with a "
+                f"smaller batch"
+            )
         if self._process == os.getpid():
             return
         if not (self.survives_fork and all(future.done() for future in self._outstanding)):
             raise forked("while its engines were at work" if self.survives_fork else "and its engines are on a GPU")
-        self._pool, self._process = new_pool(self.in_flight), os.getpid()
+        self._callers, self._process = Callers(self.in_flight, self._calls.stop), os.getpid()
         self._outstanding.clear()
 
     def _run_smooth(self, batch: Batch) -> None:

@@ -1,4 +1,4 @@
-"""What this machine computes with: its processor, its instruction sets, and the GPU libraries that are loaded."""
+"""What this machine computes with: its processor, its free memory, and the GPU libraries that are loaded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-CPUINFO, MAPS = Path("/proc/cpuinfo"), Path("/proc/self/maps")
+CPUINFO, MAPS, MEMINFO = Path("/proc/cpuinfo"), Path("/proc/self/maps"), Path("/proc/meminfo")
 # The flags by which ONNX Runtime chooses its kernels, as Linux names them: "flags" of an x86, "Features" of an Arm.
 SETS = re.compile(r"avx|fma|f16c|amx|sse4|asimd|sve|sme(?!p)|i8mm|bf16|fphp", re.ASCII)
 ARM_MODEL = ("CPU implementer", "CPU part", "CPU variant")
@@ -38,6 +38,15 @@ def instruction_sets() -> tuple[str, ...]:
     """Name the vector instruction sets that every core has, sorted; empty where the system does not tell."""
     cores = [set(value.split()) for name, value in _fields() if name in ("flags", "Features")]
     return tuple(sorted(flag for flag in set.intersection(*cores) if SETS.match(flag))) if cores else ()
+
+
+def available_memory() -> int | None:
+    """Return the bytes that new work can have without swapping, as Linux estimates them; None where it does not."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for line in MEMINFO.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    return None
 
 
 def loaded_version(library: str, ask: Callable[[ctypes.CDLL], int | None]) -> int | None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -20,8 +22,9 @@ from densepure_rt.runtime.device import (
     Provider,
     refuse_unrunnable,
 )
-from densepure_rt.runtime.host_device import HostDevice
+from densepure_rt.runtime.host_device import Calls, HostDevice
 from densepure_rt.runtime.machine import gpu_libraries, instruction_sets, processor
+from densepure_rt.runtime.native_calls import stoppable
 
 SILENT = 4  # ONNX Runtime's log level "fatal"; what it raises is reported anyway
 EXECUTION_PROVIDERS: dict[Provider, str] = {
@@ -65,9 +68,7 @@ def open_session(
         refuse_absent(provider)
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     try:
-        session = onnxruntime.InferenceSession(
-            content, options, providers=[(wanted, PROVIDER_OPTIONS[provider])], enable_fallback=False
-        )
+        session = new_session(content, options, providers=[(wanted, PROVIDER_OPTIONS[provider])], enable_fallback=False)
     except Exception as error:  # ONNX Runtime's errors have no common base but this
         if provider != "cpu":
             raise EnvironmentFault(unusable(provider, str(error))) from error
@@ -81,6 +82,37 @@ def open_session(
             f'{", ".join(outputs)}: export it again with "densepure-rt export"'
         )
     return session
+
+
+def new_session(content: bytes, options: onnxruntime.SessionOptions, **more: Any) -> onnxruntime.InferenceSession:
+    """Return `onnxruntime.InferenceSession(...)`; Ctrl-C ends it between two passes over the graph."""
+
+    def stop() -> None:
+        if hasattr(options, "set_load_cancellation_flag"):  # since ONNX Runtime 1.21
+            options.set_load_cancellation_flag(True)
+
+    return stoppable(partial(onnxruntime.InferenceSession, content, options, **more), stop)
+
+
+def run_session(
+    session: onnxruntime.InferenceSession, outputs: Sequence[str] | None, feed: Mapping[str, Floats]
+) -> list[Any]:
+    """Return `session.run(outputs, feed)`; Ctrl-C ends it between two nodes of the graph."""
+    calls = OnnxCalls()
+    return stoppable(partial(session.run, outputs, feed, calls.options), calls.stop)
+
+
+class OnnxCalls(Calls):
+    """Runs of ONNX Runtime that are ended together. options: what such a run is given."""
+
+    def __init__(self) -> None:
+        self.options = onnxruntime.RunOptions()
+
+    def stop(self) -> None:
+        self.options.terminate = True
+
+    def resume(self) -> None:
+        self.options = onnxruntime.RunOptions()
 
 
 def refuse_absent(provider: Provider) -> None:
@@ -105,9 +137,15 @@ class Network:
     """One engine, loaded: feed -> outputs, whole batches. On a GPU both are bound there, and copied once each way."""
 
     def __init__(
-        self, path: Path, sidecar: Sidecar, inputs: Sequence[str], outputs: Sequence[str], provider: Provider
+        self,
+        path: Path,
+        sidecar: Sidecar,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        provider: Provider,
+        calls: OnnxCalls | None = None,
     ) -> None:
-        self.outputs, self.provider = outputs, provider
+        self.outputs, self.provider, self.calls = outputs, provider, calls or OnnxCalls()
         self.session = open_session(
             verified_engine(path, sidecar), path.name, inputs, outputs, provider, path.parent if sidecar.data else None
         )
@@ -124,7 +162,7 @@ class Network:
 
     def __call__(self, feed: Mapping[str, Floats]) -> list[Floats]:
         if self.provider == "cpu":
-            results: list[Floats] = self.session.run(self.outputs, feed)
+            results: list[Floats] = self.session.run(self.outputs, feed, self.calls.options)
             return results
         binding = self.session.io_binding()
         for name, value in feed.items():
@@ -132,7 +170,7 @@ class Network:
             binding.bind_ortvalue_input(name, on_gpu)
         for name in self.outputs:
             binding.bind_output(name, GPU, FIRST)
-        self.session.run_with_iobinding(binding)
+        self.session.run_with_iobinding(binding, self.calls.options)
         results = binding.copy_outputs_to_cpu()
         return results
 
@@ -147,8 +185,11 @@ class OnnxDevice(HostDevice):
     def __init__(self, bundle: Bundle, batch: int, threads: int, provider: Provider = "cpu") -> None:
         for path, sidecar in ((bundle.unet_path, bundle.unet), (bundle.classifier_path, bundle.classifier)):
             refuse_unrunnable(path.name, sidecar.precision, provider)
-        step = Network(bundle.unet_path, bundle.unet, STEP_INPUTS, STEP_OUTPUTS, provider)
-        classify = Network(bundle.classifier_path, bundle.classifier, CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, provider)
+        calls = OnnxCalls()
+        step = Network(bundle.unet_path, bundle.unet, STEP_INPUTS, STEP_OUTPUTS, provider, calls)
+        classify = Network(
+            bundle.classifier_path, bundle.classifier, CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, provider, calls
+        )
         facts: dict[str, str | int | bool] = {
             "provider": "onnxruntime CPU" if provider == "cpu" else f"onnxruntime {provider}",
             "onnxruntime": onnxruntime.__version__,
@@ -157,7 +198,7 @@ class OnnxDevice(HostDevice):
         on_gpu = provider != "cpu"
         facts |= gpu.find().facts | gpu_libraries() if on_gpu else cpu_facts()
         any_batch = step.any_batch and classify.any_batch
-        super().__init__(bundle, step, classify, batch, threads, facts, any_batch, survives_fork=not on_gpu)
+        super().__init__(bundle, step, classify, batch, threads, facts, any_batch, not on_gpu, calls)
 
 
 def cpu_facts() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What an installation resolves to: `make lock` writes the constraints files, `make check-install` resolves everything.
+"""What an installation resolves to: `make lock` writes the pins, `make check-install` resolves everything.
 
 Both see the package index as a stranger's machine does: metadata alone, no configuration of this machine, no local
 wheels and no second index. Only what the way to the index needs (certificates, a proxy) is kept of the environment.
@@ -38,6 +38,10 @@ SERVES = {
     "constraints-cuda12.txt": "`make test-gpu CUDA=12` installs, for drivers of CUDA 12, and every extra for them",
 }
 OF_ONE_CUDA = {"constraints.txt": "tensorrt-cuda12", "constraints-cuda12.txt": "tensorrt"}  # the extra for the other
+# The pins of HASHED_FROM for these extras, with the hashes of their files: what the edge installs. Not TensorRT:
+# NVIDIA's packages fetch what they install without a hash. torch and Ray are of other machines.
+HASHED, HASHED_FROM = "requirements-edge.txt", "constraints.txt"
+HASHED_EXTRAS = ("cpu", "serve")
 # NVIDIA publishes these as source alone: packages without code, which fetch NVIDIA's wheels when they are installed.
 SOURCE_ALONE = (
     "tensorrt",
@@ -124,7 +128,7 @@ def run(command: Sequence[str], home: Path, cache: Path) -> subprocess.Completed
 
 
 def lock(uv: str, home: Path, cache: Path) -> int:
-    """Write the constraints files."""
+    """Write the constraints files, then the hashes of what the edge installs of them."""
     for name, held in LOCKS.items():
         inputs = home / "held.txt"
         inputs.write_text("".join(f"{line}\n" for line in held))
@@ -142,6 +146,51 @@ def lock(uv: str, home: Path, cache: Path) -> int:
         )
         (ROOT / name).write_text(header + done.stdout)
         print(f"wrote {name}, {len(done.stdout.splitlines())} pins")
+    return write_hashed(uv, home, cache)
+
+
+def hashed_pins(uv: str, home: Path, cache: Path) -> str:
+    """Return the text of HASHED as the constraints file of today has it. Raises ValueError where it has none."""
+    command = compile_command(uv, HASHED_EXTRAS, ROOT / HASHED_FROM)
+    done = run([*command, "--universal", "--python-version", PYTHONS[0], "--generate-hashes"], home, cache)
+    if done.returncode:
+        raise ValueError(f"{HASHED} cannot be resolved:\n{done.stderr.strip()}")
+    header = (
+        f"# What [{','.join(HASHED_EXTRAS)}] installs, with the hashes of PyPI's files; the pins are those of "
+        f"{HASHED_FROM}.\n"
+        f"# Made by `make lock`: do not edit.\n"
+        f"# pip install --require-hashes -r {HASHED}, then the wheel with --no-deps.\n"
+    )
+    return header + done.stdout
+
+
+def write_hashed(uv: str, home: Path, cache: Path) -> int:
+    """Write HASHED."""
+    try:
+        text = hashed_pins(uv, home, cache)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    (ROOT / HASHED).write_text(text)
+    print(f"wrote {HASHED}, {sum(line[0] not in ' #' for line in text.splitlines())} pins")
+    return 0
+
+
+def check_hashed(uv: str, home: Path, cache: Path) -> int:
+    """Say whether HASHED holds the pins of the constraints file, with hashes that the index still gives."""
+    try:
+        expected = hashed_pins(uv, home, cache)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    # A release may get more files after the lock was made; those that were locked stay what they were.
+    lines, found = expected.splitlines(), (ROOT / HASHED).read_text().splitlines()
+    lacking = [line.strip() for line in found if line.rstrip(" \\") not in {line.rstrip(" \\") for line in lines}]
+    unpinned = [line for line in lines if "==" in line and line not in found]
+    if lacking or unpinned:
+        print(f"{HASHED} is not what `make lock` writes: {(lacking + unpinned)[0]}", file=sys.stderr)
+        return 1
+    print(f"{HASHED}: its pins are those of {HASHED_FROM}, its hashes those of the index")
     return 0
 
 
@@ -226,7 +275,7 @@ def pip_dry_run(install: Install, home: Path) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.installs", description=__doc__)
-    parser.add_argument("what", choices=("lock", "check"))
+    parser.add_argument("what", choices=("lock", "lock-hashes", "check"))
     parser.add_argument("--uv", type=Path, required=True, help="the uv to run")
     parser.add_argument("--cache", type=Path, default=ROOT / ".venv-tools" / "cache", help="uv's cache")
     parser.add_argument("--pip-test", action="store_true", help="let pip resolve `make test` too; downloads 2.7 GB")
@@ -235,9 +284,11 @@ def main() -> int:
         home, cache, uv = Path(folder), options.cache.absolute(), str(options.uv.absolute())
         if options.what == "lock":
             return lock(uv, home, cache)
+        if options.what == "lock-hashes":
+            return write_hashed(uv, home, cache)
         asked = {"make demo"} | ({"make test, lint"} if options.pip_test else set())
         pip = [pip_dry_run(install, home) for install in installs() if install.name in asked]
-        return max(check(uv, home, cache), *map(bool, pip))
+        return max(check(uv, home, cache), check_hashed(uv, home, cache), *map(bool, pip))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,14 @@ from __future__ import annotations
 
 import gzip
 import io
+import math
 import os
 import pickle
 import struct
+import subprocess
+import sys
 import tempfile
+import zipfile
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,7 +25,9 @@ from PIL import Image
 
 from densepure_rt.datasets import ImageSet, open_images
 from densepure_rt.errors import UsageError
+from densepure_rt.runtime import machine
 
+ROOT = Path(__file__).resolve().parents[2]
 GREY, COLOUR = (1, 6, 5), (3, 6, 5)
 CLASSES = ("T-shirt/top", "Trouser", "Ankle boot")
 TEN = tuple(f"class {i}" for i in range(10))
@@ -704,6 +710,134 @@ def test_missing_permission_is_said_as_such(tmp_path: Path, monkeypatch: pytest.
             patch.setattr(owner, verb, refuse)
             with pytest.raises(UsageError, match="may not be read; check its permissions"):
                 open_images(path, GREY, CLASSES)
+
+
+# Memory: what is refused is refused by its header, before it is unpacked.
+
+UNPACKED = 200 * 2**20  # bytes of each
+GROWS = 16 * 2**20  # bytes at most
+MEASURED = """
+import re, sys
+from pathlib import Path
+from densepure_rt.datasets import open_images
+from densepure_rt.errors import UsageError
+
+
+def peak():
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+before = peak()
+try:
+    open_images(Path(sys.argv[1]), (1, 6, 5), ["a", "b", "c"])
+except UsageError as error:
+    print(peak() - before, error)
+"""
+
+
+def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return buffer.getvalue()
+
+
+def bomb(path: Path, members: dict[str, tuple[str, tuple[int, ...]]], method: int = zipfile.ZIP_DEFLATED) -> Path:
+    """An .npz of zeros, written piece by piece. members: dtype and shape of each."""
+    with zipfile.ZipFile(path, "w", method, compresslevel=1) as archive:
+        for name, (dtype, shape) in members.items():
+            with archive.open(f"{name}.npy", "w") as member:
+                member.write(npy_header(dtype, shape))
+                left = math.prod(shape) * np.dtype(dtype).itemsize
+                while left:
+                    left -= member.write(bytes(min(left, 2**20)))
+    return path
+
+
+def wide_images(folder: Path) -> Path:
+    return bomb(folder / "a.npz", {"x": ("|u1", (UNPACKED // 2**20, 1024, 1024))})
+
+
+def wide_float_images(folder: Path) -> Path:
+    return bomb(folder / "a.npz", {"x": ("<f4", (UNPACKED // 2**22, 1024, 1024))})
+
+
+def too_many_labels(folder: Path) -> Path:
+    return bomb(folder / "a.npz", {"x": ("|u1", (4, 6, 5)), "y": ("<i8", (UNPACKED // 8,))})
+
+
+def too_many_idx_labels(folder: Path) -> Path:
+    (folder / "images-idx3-ubyte").write_bytes(idx_bytes(DRAWING))
+    with gzip.open(folder / "labels-idx1-ubyte.gz", "wb", 1) as labels:
+        labels.write(idx_bytes(np.empty(0, np.uint8), UNPACKED))
+        for _ in range(UNPACKED // 2**20):
+            labels.write(bytes(2**20))
+    return folder / "images-idx3-ubyte"
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read from /proc")
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (wide_images, "is 1x1024x1024, the engine takes 1x6x5"),
+        (wide_float_images, "is 1x1024x1024, the engine takes 1x6x5"),
+        (too_many_labels, "save y as 4 integers"),
+        (too_many_idx_labels, "4 images and 209715200 labels"),
+    ],
+)
+def test_what_has_another_size_is_refused_before_it_takes_memory(
+    tmp_path: Path, write: Callable[[Path], Path], message: str
+) -> None:
+    path = write(tmp_path)
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 2**21
+    done = subprocess.run([sys.executable, "-c", MEASURED, path], capture_output=True, text=True, cwd=ROOT)
+    grown, said = done.stdout.split(maxsplit=1)
+    assert message in said
+    assert int(grown) < GROWS
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "data", "message"),
+    [
+        ("|u1", (5, 6, 5), DRAWING.tobytes(), "which its header of 5x6x5 does not"),
+        ("|u1", (3, 6, 5), DRAWING.tobytes(), "which its header of 3x6x5 does not"),
+        ("|u1", (10**12, 6, 5), DRAWING.tobytes(), "which its header of 1000000000000x6x5 does not"),
+        ("|u1", (-4, -6, 5), DRAWING.tobytes(), "which its header of -4x-6x5 does not"),
+        ("|O", (4, 6, 5), DRAWING.tobytes(), "Object arrays are pickles"),
+        ("|V1", (4, 6, 5), DRAWING.tobytes(), "save it as uint8"),
+    ],
+)
+def test_an_npz_is_held_to_its_header(
+    tmp_path: Path, dtype: str, shape: tuple[int, ...], data: bytes, message: str
+) -> None:
+    path = tmp_path / "a.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x.npy", npy_header(dtype, shape) + data)
+    with pytest.raises(UsageError, match=message):
+        open_images(path, GREY, CLASSES)
+
+
+def test_an_npz_that_numpy_does_not_write_is_refused(tmp_path: Path) -> None:
+    """Other compressions pack zeros tens of thousands to one."""
+    with pytest.raises(UsageError, match="compressed in a way that numpy does not write"):
+        open_images(bomb(tmp_path / "a.npz", {"x": ("|u1", (4, 6, 5))}, zipfile.ZIP_BZIP2), GREY, CLASSES)
+
+
+def test_images_that_do_not_fit_into_the_free_memory_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = tmp_path / "meminfo"
+    monkeypatch.setattr(machine, "MEMINFO", free)
+    many = np.zeros((50_000, 6, 5), np.uint8)
+    (tmp_path / "images-idx3-ubyte.gz").write_bytes(gzip.compress(idx_bytes(many)))
+    (tmp_path / "test_batch.bin").write_bytes(bytes(3073 * 400))
+    sets = {npz(tmp_path, x=many): GREY, tmp_path / "test_batch.bin": (3, 32, 32)}
+    sets[tmp_path / "images-idx3-ubyte.gz"] = GREY
+    for path, shape in sets.items():
+        free.write_text("MemAvailable:    1000 kB\n")
+        with pytest.raises(UsageError, match="1,024,000 bytes of memory are free: split it"):
+            open_images(path, shape, TEN)
+        free.write_text("MemAvailable:    3000 kB\n")
+        open_images(path, shape, TEN)
 
 
 # Damage: for formats with checksums every read that succeeds is the right one; IDX and CIFAR-10 have none, so there a

@@ -217,3 +217,15 @@ def test_runs_of_other_lengths_do_not_align(tmp_path: Path) -> None:
     keep(tmp_path, 0, 1, [1], [1, 2, 3])
     with pytest.raises(CheckFailed, match="holds 3 labels where others hold 2"):
         Reader(open_folder(tmp_path, None, None)).labels(0, "n")
+
+
+def test_more_labels_than_memory_is_for_are_refused_however_small_the_file_is_for_each(tmp_path: Path) -> None:
+    content = saved(np.zeros(1000, np.uint8))
+    assert len(parsed_labels(content, "file", most=1000)) == 1000
+    with pytest.raises(UsageError, match=r"holds 1,000 labels, and 999 of a run can be voted here"):
+        parsed_labels(content, "file", most=999)
+    for seed in (1, 2):
+        keep(tmp_path / "labels", 0, seed, [0], [0])
+        np.save(tmp_path / f"labels/0.25-0-{seed}-n_predictions.npy", np.zeros(2**24 + 1, np.uint8))
+    with pytest.raises(UsageError, match="16,777,216 of a run can be voted here"):
+        Reader(open_folder(tmp_path / "labels", None, None)).labels(0, "n")

@@ -263,11 +263,29 @@ def test_operator_that_reads_any_memory_is_refused_before_it_runs(tmp_path: Path
         exported_program(tmp_path / "segments.pt2")
 
 
-@pytest.mark.parametrize("content", [b"", b"not an archive", b"PK\x03\x04" + bytes(50)])
+def of_version_25() -> bytes:
+    """An archive that asks for a version of the format that there is not."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("a/models/model.json", "{}")
+    content = bytearray(buffer.getvalue())
+    content[content.index(b"PK\x01\x02") + 6] = 255
+    return bytes(content)
+
+
+@pytest.mark.parametrize("content", [b"", b"not an archive", b"PK\x03\x04" + bytes(50), of_version_25()])
 def test_file_that_is_no_archive_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "network.pt2").write_bytes(content)
     with pytest.raises(DensePureError, match="not a program of torch.export.save|it is empty"):
         exported_program(tmp_path / "network.pt2")
+
+
+def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
+    """torch would unpack a record of any size into memory."""
+    with zipfile.ZipFile(tmp_path / "a.pt2", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/models/model.json", b" " * 2**20)
+    with pytest.raises(CheckFailed, match=r"a compressed archive \(a/models/model.json\)"):
+        exported_program(tmp_path / "a.pt2")
 
 
 def test_state_dict_is_no_program(tmp_path: Path) -> None:

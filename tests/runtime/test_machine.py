@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from densepure_rt.runtime import machine
-from densepure_rt.runtime.machine import instruction_sets, loaded_version, processor, tensorrt_version
+from densepure_rt.runtime.machine import available_memory, instruction_sets, loaded_version, processor, tensorrt_version
 
 X86 = """processor\t: {core}
 model name\t: Some Processor 9000 @ 2.60GHz
@@ -83,3 +83,16 @@ def test_a_library_that_is_loaded_says_its_own_version() -> None:
 def test_a_library_that_is_not_loaded_or_has_no_such_function_has_no_version() -> None:
     assert loaded_version("libthere-is-none.so", tensorrt_version) is None
     assert loaded_version("libc.so", tensorrt_version) is None
+
+
+def test_free_memory_is_what_linux_estimates_and_none_where_it_says_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "meminfo"
+    monkeypatch.setattr(machine, "MEMINFO", path)
+    assert available_memory() is None
+    path.write_text("MemTotal:       8000 kB\nMemFree:          10 kB\nMemAvailable:   2000 kB\n")
+    assert available_memory() == 2_048_000
+    for text in ("", "MemAvailable:\n", "MemAvailable: much\n"):
+        path.write_text(text)
+        assert available_memory() is None

@@ -7,8 +7,10 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -430,3 +432,110 @@ def test_opening_an_engine_reports_nothing_to_the_maker_of_onnxruntime(tmp_path:
     if not left_behind("import onnxruntime"):
         pytest.skip("this ONNX Runtime reports nothing")
     assert left_behind("import densepure_rt\nwith densepure_rt.load(batch=1, threads=1): pass") == []
+
+
+# Logits as in CLASSIFY_GRAPH; for a dark image, or for any, they are never come by.
+ENDLESS_GRAPH = """
+<ir_version: 8, opset_import: ["" : 18]>
+classify (float[B,1,4,4] mean) => (float[B,3] logits)
+<int64[2] flat = {0, -1}, float[3] edge = {0.0, -1.2, -1.0}, float[1,3] slope = {0.0, 1.0, 2.0}, int64[1] pixels = {1},
+ float dark = {DARK}>
+{
+    flattened = Reshape(mean, flat)
+    total = ReduceSum <keepdims = 1> (flattened, pixels)
+    scaled = Mul(total, slope)
+    least = ReduceMin <keepdims = 0> (total)
+    go = Less(least, dark)
+    result = Loop <body = round (int64 i, bool going, float[B,3] carried)
+        => (bool on, float[B,3] next) { on = Identity(going) next = Sin(carried) }> (, go, scaled)
+    logits = Add(result, edge)
+}
+"""
+ANY, DARKEST = "1e30", "-14.0"  # the sum over the 16 pixels of a black image is about -16
+
+
+def endless_bundle(engine: Path, dark: str) -> Bundle:
+    return small_bundle(engine, classifier=ENDLESS_GRAPH.replace("DARK", dark))
+
+
+CTRL_C = """
+import os, signal, sys, threading, time
+import numpy as np
+from densepure_rt import load
+from densepure_rt.runtime.onnx_device import open_session, run_session
+
+threading.Timer(1, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+started = time.monotonic()
+try:
+    {work}
+except KeyboardInterrupt:
+    print(f"{{time.monotonic() - started:.3f}}")
+"""
+ENDLESS_WORK = {
+    "opening the engines": "load({engine!r}, threads=2)",
+    "a run by itself": """
+    session = open_session(open({classifier!r}, "rb").read(), "classifier", ["mean"], ["logits"])
+    run_session(session, None, {{"mean": np.full((1, 1, 4, 4), -1, np.float32)}})
+""",
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is sent in another way there")
+@pytest.mark.parametrize("work", ENDLESS_WORK)
+def test_ctrl_c_ends_a_network_that_never_ends_by_itself(shipped_copy: Path, work: str) -> None:
+    endless_bundle(shipped_copy, ANY)
+    code = ENDLESS_WORK[work].format(engine=str(shipped_copy), classifier=str(shipped_copy.with_name(CLASSIFIER)))
+    done = subprocess.run(
+        [sys.executable, "-c", CTRL_C.format(work=code.strip())], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""  # ONNX Runtime would log what it was told
+    assert 0.9 < float(done.stdout) < 4
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is sent in another way there")
+def test_ctrl_c_ends_a_certify_whose_batches_never_end(shipped_copy: Path, tmp_path: Path) -> None:
+    endless_bundle(shipped_copy, DARKEST)
+    np.savez(tmp_path / "black.npz", x=np.zeros((1, 4, 4, 1), np.uint8))
+    out = tmp_path / "run"
+    options = ["--sigma", "0.05", "--steps", "0", "--method", "fixed", "--n0", "10", "--n", "100", "--max", "1"]
+    command = ["certify", "--engine", shipped_copy, "--images", tmp_path / "black.npz", "--out", out, *options]
+    with subprocess.Popen(
+        [sys.executable, "-c", "from densepure_rt.cli import main; main()", *map(str, command)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as running:
+        try:
+            while not out.exists():
+                assert running.poll() is None, running.communicate()
+                time.sleep(0.02)
+            time.sleep(1)
+            told = time.monotonic()
+            running.send_signal(signal.SIGINT)
+            stderr = running.communicate(timeout=60)[1]
+            took = time.monotonic() - told
+        finally:
+            running.kill()
+    assert running.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    assert took < 4
+
+
+def test_a_batch_that_is_given_up_ends_and_the_device_gives_the_same_bits_afterwards(shipped_copy: Path) -> None:
+    bundle = endless_bundle(shipped_copy, DARKEST)
+    chain = make_chain(bundle.unet.schedule, bundle.unet.variance, 0.05, 1)
+    bright, black = np.full(SHAPE, 200, np.uint8), np.zeros(SHAPE, np.uint8)
+    with opened(bundle, 4, 2) as device:
+        device.reserve(8)
+        before = trajectory(device, chain, [0, 1], [0, 1], bright)
+        handle = device.open_image(black, KEY, 0.05, chain.scale)
+        finish(device, items("smooth", chain, handle, [0], [0]))
+        device.submit(items("classify", chain, handle, [0], [0]))
+        started = time.monotonic()
+        device.drain()
+        assert time.monotonic() - started < 4
+        assert trajectory(device, chain, [0, 1], [0, 1], bright) == before
+        finish(device, items("smooth", chain, handle, [0], [0]))
+        device.submit(items("classify", chain, handle, [0], [0]))  # and `close` ends this one
