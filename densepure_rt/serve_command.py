@@ -95,6 +95,9 @@ def serve(
         ),
     ] = None,
     seed: Seed = None,
+    decoders: Annotated[
+        int, typer.Option(help="Processes that decode the pictures that come to /demo/; each is started when needed.")
+    ] = 1,
     no_demo: Annotated[bool, typer.Option("--no-demo", help="No page at /demo/.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say what comes of each request.")] = False,
     log_json: Annotated[
@@ -113,6 +116,7 @@ def serve(
     with optional("serve", "Starlette, uvicorn and prometheus-client", cure):
         from densepure_rt import server
     from densepure_rt.cross_site import hosts_of
+    from densepure_rt.decoders import Decoders
     from densepure_rt.serving import Service
 
     logs.set_up(verbose, log_json)
@@ -121,6 +125,7 @@ def serve(
     settings = Settings(**asked)
     deadlines = server.Deadlines(seconds_of(deadline, "--deadline"), seconds_of(max_deadline, "--max-deadline"))
     drain_seconds, lifetime = seconds_of(drain, "--drain"), seconds_of(rotate, "--rotate")
+    pictures = Decoders(decoders)
     secret = RotatingSecret(key, lifetime, None if seed is None else seeded_secret(seed))
     if seed is not None:
         stderr.print("seed public: answers are valid only for images fixed before the seed was chosen")
@@ -138,7 +143,7 @@ def serve(
         Service(smoothed, settings, secret, queue) as service,
     ):
         names = hosts_of(listener.getsockname()[0], allow_host or ())
-        app = server.make_app(service, deadlines, not no_demo, provider_of(provider), names)
+        app = server.make_app(service, deadlines, not no_demo, provider_of(provider), names, pictures)
         at = server.address(listener)
 
         def started() -> None:

@@ -14,7 +14,7 @@ import math
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -30,7 +30,9 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from densepure_rt import __version__, demo, logs
+from densepure_rt.clients import body_of, unless_gone
 from densepure_rt.cross_site import OwnPages
+from densepure_rt.decoders import Decoders
 from densepure_rt.errors import EnvironmentFault, UsageError
 from densepure_rt.inference_protocol import (
     EXTENSIONS,
@@ -181,54 +183,13 @@ class Api:
             raise HTTPException(415, f"a request is application/json or application/octet-stream, got {kind[:40]!r}")
         if request.headers.get("content-encoding", "identity") != "identity":
             raise HTTPException(415, "a compressed body is not taken: send it as it is")
-        if int(request.headers.get("content-length", "0")) > self.most_bytes:
-            raise self.too_large
-        try:
-            return await asyncio.wait_for(self.whole(request), BODY_SECONDS)
-        except asyncio.TimeoutError:
-            raise HTTPException(
-                408, f"the body did not come within {BODY_SECONDS:g} s", {"Connection": "close"}
-            ) from None
-
-    async def whole(self, request: Request) -> bytes:
-        body = bytearray()
-        try:
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > self.most_bytes:
-                    raise self.too_large
-            return bytes(body)
-        finally:
-            body.clear()  # an error holds this frame, and wait_for the error, until the garbage is collected
+        return await body_of(request, "a body", self.most_bytes, BODY_SECONDS)
 
     @functools.cached_property
     def most_bytes(self) -> int:
         """Of a body: as many images as a request may have, in JSON."""
         most_images = max(model.most_images for model in self.models.values())
         return HEAD_BYTES + JSON_BYTES * most_images * math.prod(self.input.shape[1:])
-
-    @property
-    def too_large(self) -> HTTPException:
-        return HTTPException(413, f"a body has {self.most_bytes} bytes at most on this server")
-
-
-async def unless_gone(request: Request, work: Awaitable[list[Predicted] | list[Certified]]) -> Any:
-    """What comes of `work`, which is cancelled when the client hangs up. Raises ClientDisconnect then."""
-    answers, gone = asyncio.ensure_future(work), asyncio.ensure_future(hung_up(request))
-    try:
-        await asyncio.wait({answers, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if answers.done():
-            return answers.result()
-        raise ClientDisconnect
-    finally:
-        for task in (answers, gone):
-            task.cancel()
-        await asyncio.wait({answers, gone})
-
-
-async def hung_up(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def outcome_of(answers: list[Predicted] | list[Certified]) -> Outcome:
@@ -272,11 +233,15 @@ def make_app(
     with_demo: bool,
     provider: Provider = "cpu",
     names: Collection[str] | None = None,
+    decoders: Decoders | None = None,
 ) -> Starlette:
-    """provider: of the demo's own device; see `demo.routes`. names: that the server goes by; see `cross_site`."""
+    """The application. names: that the server goes by; see `cross_site`.
+
+    provider: Of the demo's own device; decoders: of its pictures, one where none are given; see `demo.routes`.
+    """
     routes = Api(service, deadlines).routes()
     if with_demo:
-        routes += demo.routes(service.served, provider)
+        routes += demo.routes(service.served, provider, decoders or Decoders())
     return Starlette(
         routes=routes,
         middleware=[Middleware(OwnPages, names)],
