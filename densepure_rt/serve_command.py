@@ -79,8 +79,8 @@ def serve(
     drain: Annotated[
         str,
         typer.Option(
-            help="Time to answer what is open, after SIGTERM or Ctrl-C; a second one ends it. Then a batch has 5 s "
-            "more to end: one that hangs is left, exit code 3."
+            help="Time to answer what is open, after SIGTERM, SIGHUP or Ctrl-C; a second one ends it. Then a batch has "
+            "4 s more to end: one that hangs is left, exit code 3."
         ),
     ] = "20s",
     key: Annotated[
@@ -106,7 +106,7 @@ def serve(
 ) -> None:
     """Serve predictions and certificates over HTTP (Open Inference Protocol v2), with a page to try them.
 
-    Needs pip install 'densepure-rt\\[serve]'. Ends at SIGTERM or Ctrl-C, when all that is open is answered.
+    Needs pip install 'densepure-rt\\[serve]'. Ends at SIGTERM, SIGHUP or Ctrl-C, when all that is open is answered.
     """
     from densepure_rt import logs
     from densepure_rt.keys import RotatingSecret
@@ -149,7 +149,7 @@ def serve(
         def started() -> None:
             print(f"serving predict and certify at {at}" + ("" if no_demo else f", a page at {at}/demo/"), flush=True)
 
-        server.run(app, service, listener, drain_seconds, started)
+        server.run(app, service, listener, drain_seconds, started, pictures)
         if service.stuck:  # its engines cannot be closed, nor would Python end
             logging.shutdown()
             os._exit(EnvironmentFault.exit_code)
