@@ -20,18 +20,20 @@ import logging
 import math
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from densepure_rt import logs
+from densepure_rt.clients import body_of, unless_gone
 from densepure_rt.datasets import LabelledImage, open_images
+from densepure_rt.decoders import Decoders
 from densepure_rt.errors import DensePureError, UsageError
 from densepure_rt.forecast import reach_of
 from densepure_rt.gallery import picture
@@ -41,12 +43,10 @@ from densepure_rt.rounding import raised
 from densepure_rt.runtime.bundle import Bundle, open_bundle
 from densepure_rt.runtime.device import Device, Provider, open_device
 from densepure_rt.samplers import OnDevice
+from densepure_rt.serving import Draining, Served
 from densepure_rt.smoothing import PREDICT_N, SmoothedClassifier, shipped_engine
 from densepure_rt.step_chart import STYLE
-from densepure_rt.uploads import MOST_BYTES, fitted
-
-if TYPE_CHECKING:
-    from densepure_rt.serving import Served
+from densepure_rt.uploads import MOST_BYTES, Fitted
 
 MOST_SAMPLES = 16  # a request
 MOST_READING = 32  # pictures that come at a time, MOST_BYTES each
@@ -60,9 +60,9 @@ class Busy(DensePureError):
     """As many requests wait as may."""
 
 
-def routes(served: Served, provider: Provider = "cpu") -> list[Route]:
+def routes(served: Served, provider: Provider, decoders: Decoders) -> list[Route]:
     """What to mount at the server's root. provider: what the server runs .onnx engines on; see `SecondDevice`."""
-    demo = Demo(served, provider)
+    demo = Demo(served, provider, decoders)
     return [
         Route("/demo/", page(), methods=["GET"]),
         Route("/demo/model", answered(demo.model), methods=["GET"]),
@@ -106,7 +106,7 @@ def answered(handler: Handler) -> Handler:
     async def answer(request: Request) -> Response:
         try:
             return await handler(request)
-        except Busy as error:
+        except (Busy, Draining) as error:
             return JSONResponse({"error": str(error)}, 503, {"Retry-After": str(RETRY_SECONDS)})
         except HTTPException as error:
             return JSONResponse(
@@ -126,9 +126,10 @@ def answered(handler: Handler) -> Handler:
 class Demo:
     """The handlers, and what they share."""
 
-    def __init__(self, served: Served, provider: Provider) -> None:
-        self.served, self.device = served, SecondDevice(served.bundle, provider)
-        self.decoding, self.drawing = Turns(), Turns()
+    def __init__(self, served: Served, provider: Provider, decoders: Decoders) -> None:
+        self.served, self.device, self.decoders = served, SecondDevice(served.bundle, provider), decoders
+        self.decoding, self.drawing = Turns(decoders.most), Turns()
+        self.artist = ThreadPoolExecutor(1, "densepure-rt demo")  # a sample that is under way is never left to itself
         self.reading = 0
         self.facts = facts(served)
 
@@ -137,24 +138,27 @@ class Demo:
 
     async def image(self, request: Request) -> Response:
         content = await self.content(request)
-        async with self.decoding.mine():
-            found = await run_in_threadpool(fitted, content, self.served.bundle.unet.image)
-        shape = [1, *found.pixels.shape]
-        tensor = {"name": "image", "datatype": "UINT8", "shape": shape, "data": found.pixels.ravel().tolist()}
-        return JSONResponse({"input": tensor, "picture": picture(found.pixels), "changes": found.changes})
+        found = await unless_gone(request, self.decoded(content))
+        return await asyncio.to_thread(tensor_of, found)
 
     async def samples(self, request: Request) -> Response:
         first = whole(request, "first", 0, 0, PREDICT_N - 1)
         count = whole(request, "count", 4, 1, MOST_SAMPLES)
         content = await self.content(request)
+        return JSONResponse({"samples": await unless_gone(request, self.drawn(content, first, count))})
+
+    async def decoded(self, content: bytes) -> Fitted:
+        async with self.decoding.mine():
+            return await self.decoders.fitted(content, self.served.bundle.unet.image)
+
+    async def drawn(self, content: bytes, first: int, count: int) -> list[dict[str, Any]]:
+        found = await self.decoded(content)
         async with self.drawing.mine():
-            found = await run_in_threadpool(fitted, content, self.served.bundle.unet.image)
-            drawn = []
-            for sample in range(first, first + count):
-                if await request.is_disconnected():
-                    break
-                drawn.append(await run_in_threadpool(self.draw, found.pixels, sample))
-        return JSONResponse({"samples": drawn})
+            loop = asyncio.get_running_loop()
+            return [
+                await loop.run_in_executor(self.artist, self.draw, found.pixels, sample)
+                for sample in range(first, first + count)
+            ]
 
     async def content(self, request: Request) -> bytes:
         """The picture file that was sent. Raises Busy before any of it is read."""
@@ -180,6 +184,13 @@ class Demo:
             ],
             "label": found.label,
         }
+
+
+def tensor_of(found: Fitted) -> Response:
+    """A picture as the tensor to send to the API, and what was done to it."""
+    shape = [1, *found.pixels.shape]
+    tensor = {"name": "image", "datatype": "UINT8", "shape": shape, "data": found.pixels.ravel().tolist()}
+    return JSONResponse({"input": tensor, "picture": picture(found.pixels), "changes": found.changes})
 
 
 class SecondDevice:
@@ -209,10 +220,10 @@ def smallest_batch(bundle: Bundle) -> int | None:
 
 
 class Turns:
-    """One request at a time, in the order in which they came; one that would have to wait too long is refused."""
+    """Few requests at a time, in the order in which they came; one that would have to wait too long is refused."""
 
-    def __init__(self) -> None:
-        self._lock, self._here = asyncio.Lock(), 0
+    def __init__(self, at_a_time: int = 1) -> None:
+        self._room, self._here = asyncio.Semaphore(at_a_time), 0
 
     @asynccontextmanager
     async def mine(self) -> AsyncIterator[None]:
@@ -220,7 +231,7 @@ class Turns:
             raise Busy(f"{self._here} requests for pictures are waiting, no more are taken: try again in a while")
         self._here += 1
         try:
-            async with self._lock:
+            async with self._room:
                 yield
         finally:
             self._here -= 1
@@ -269,28 +280,7 @@ async def body(request: Request) -> bytes:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if not kind.startswith("image/") and kind not in ("", "application/octet-stream"):
         raise HTTPException(415, f"a picture is sent as image/... or application/octet-stream, got {kind[:40]!r}")
-    if int(request.headers.get("content-length", "0")) > MOST_BYTES:  # said before it is sent, it can be heard
-        raise too_large()
-    try:
-        return await asyncio.wait_for(bounded(request), BODY_SECONDS)
-    except asyncio.TimeoutError:
-        raise HTTPException(408, f"the picture did not come within {BODY_SECONDS:g} s: send a smaller one") from None
-
-
-async def bounded(request: Request) -> bytes:
-    content = bytearray()
-    try:
-        async for part in request.stream():
-            content += part
-            if len(content) > MOST_BYTES:
-                raise too_large()
-        return bytes(content)
-    finally:
-        content.clear()  # an error holds this frame, and wait_for the error, until the garbage is collected
-
-
-def too_large() -> HTTPException:
-    return HTTPException(413, f"a picture of more than {MOST_BYTES:,} bytes is not read: save it smaller")
+    return await body_of(request, "a picture", MOST_BYTES, BODY_SECONDS)
 
 
 def whole(request: Request, name: str, default: int, least: int, most: int) -> int:

@@ -41,6 +41,11 @@ NETPBM = re.compile(  # the header of binary PGM and PPM, netpbm.sourceforge.net
 NETPBM_HEADER = 4096  # bytes, comments included
 BITS_PER_SAMPLE, ORIENTATION, EXTRA_SAMPLES, SAMPLE_FORMAT = 258, 274, 338, 339  # TIFF 6.0, section 8
 PNG_DEPTH_AT = 24  # byte of the bit depth in IHDR, PNG specification 11.2.2
+MOST_SCANS = 100  # of a JPEG; libjpeg's own progressive script has 10
+JPEG_MARKER = re.compile(
+    rb"\xff([^\x00\x01\xd0-\xd7\xff])"
+)  # none that stands alone inside a scan: ITU-T T.81, B.1.1.3
+JPEG_START, JPEG_END, JPEG_SCAN = b"\xff\xd8", 0xD9, 0xDA
 IDX_IMAGES, IDX_LABELS = b"\0\0\x08\x03", b"\0\0\x08\x01"  # uint8 of 3 and of 1 dimensions, yann.lecun.com/exdb/mnist
 GZIP = b"\x1f\x8b"
 PICKLE = b"\x80"  # PROTO, the first opcode of protocol 2 and later: Lib/pickletools.py
@@ -143,6 +148,19 @@ def _shape_moves(found: tuple[int, ...], shape: Shape) -> list[str]:
     return [f"one of {size_text(shape)}: nothing is resized or repeated here"]
 
 
+def require_few_scans(content: bytes, what: str) -> None:
+    """Refuse a JPEG whose scans are so many that it was made to keep its decoder busy: each goes over all its pixels.
+
+    Other content passes. Reads no pixels, in time proportional to the content.
+    """
+    at, scans = content.startswith(JPEG_START) * len(JPEG_START), 0
+    while at and (found := JPEG_MARKER.search(content, at)) and found[1][0] != JPEG_END:
+        scans += found[1][0] == JPEG_SCAN
+        if scans > MOST_SCANS:
+            raise UsageError(f"{what} has more than {MOST_SCANS} scans, which no camera writes: save it anew")
+        at = found.end() + int.from_bytes(content[found.end() : found.end() + 2], "big")
+
+
 def check_image(path: Path, shape: Shape) -> bool:
     """Refuse an image file that cannot become uint8 [C, H, W] without loss; reads only its header.
 
@@ -159,6 +177,9 @@ def read_image(path: Path, shape: Shape) -> Pixels:
     channels, height, width = shape
     with reading(path, "an image"), opened(path, "picture") as file:
         image = _open_image(file, path, shape)
+        if image.format == "JPEG":
+            file.seek(0)
+            require_few_scans(file.read(), str(path))
         if image.format == "PNG":
             image.verify()  # checksums: loading skips those of the pixel data; then the image must be opened anew
             file.seek(0)

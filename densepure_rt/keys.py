@@ -132,8 +132,15 @@ class RotatingSecret:
     """A server's secret, replaced once it is `lifetime` seconds old. Called, it gives the one of now.
 
     Under one secret a wrong answer repeats, and whoever asks about r images finds about r * alpha wrong ones: so it
-    should not last. file: where it is kept, made where there is none; a server that starts again goes on with it, and
-    its age counts from when it was written. public: one that never changes.
+    should not last. It is as old as the one clock says that makes it older: the wall clock may be set back, the
+    monotonic one stands still while the machine sleeps.
+
+    Args:
+        file: Where it is kept, made where there is none; a server that starts again goes on with it, and its age counts
+            from when it was written, by the wall clock.
+        lifetime: Seconds.
+        public: A secret that never changes.
+        now, elapsed: The wall clock and the monotonic one, in seconds.
     """
 
     def __init__(
@@ -142,19 +149,24 @@ class RotatingSecret:
         lifetime: float = math.inf,
         public: bytes | None = None,
         now: Callable[[], float] = time.time,
+        elapsed: Callable[[], float] = time.monotonic,
     ) -> None:
         if public is not None and (file is not None or lifetime < math.inf):
             raise UsageError("a public seed is neither kept nor replaced: leave --key and --rotate out, or --seed")
-        self._file, self._lifetime, self._now = file, lifetime, now
+        self._file, self._lifetime, self._now, self._elapsed = file, lifetime, now, elapsed
         self._lock = threading.Lock()
-        self._secret, self._born = public or (new_secret() if file is None else shared_key(file)), now()
-        if file is not None:
-            self._born = min(self._born, file.stat().st_mtime)
+        self._secret = public or (new_secret() if file is None else shared_key(file))
+        self._begin(0.0 if file is None else max(0.0, now() - file.stat().st_mtime))
+
+    def _begin(self, age: float) -> None:
+        """The secret is so old now, in seconds."""
+        self._born, self._since = self._now() - age, self._elapsed() - age
 
     def __call__(self) -> bytes:
         with self._lock:
-            if self._now() - self._born >= self._lifetime:
-                self._secret, self._born = new_secret(), self._now()
+            if max(self._now() - self._born, self._elapsed() - self._since) >= self._lifetime:
+                self._secret = new_secret()
+                self._begin(0.0)
                 self._keep()
             return self._secret
 

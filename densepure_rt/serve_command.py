@@ -79,8 +79,8 @@ def serve(
     drain: Annotated[
         str,
         typer.Option(
-            help="Time to answer what is open, after SIGTERM or Ctrl-C; a second one ends it. Then a batch has 5 s "
-            "more to end: one that hangs is left, exit code 3."
+            help="Time to answer what is open, after SIGTERM, SIGHUP or Ctrl-C; a second one ends it. Then a batch has "
+            "4 s more to end: one that hangs is left, exit code 3."
         ),
     ] = "20s",
     key: Annotated[
@@ -95,6 +95,9 @@ def serve(
         ),
     ] = None,
     seed: Seed = None,
+    decoders: Annotated[
+        int, typer.Option(help="Processes that decode the pictures that come to /demo/; each is started when needed.")
+    ] = 1,
     no_demo: Annotated[bool, typer.Option("--no-demo", help="No page at /demo/.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say what comes of each request.")] = False,
     log_json: Annotated[
@@ -103,7 +106,7 @@ def serve(
 ) -> None:
     """Serve predictions and certificates over HTTP (Open Inference Protocol v2), with a page to try them.
 
-    Needs pip install 'densepure-rt\\[serve]'. Ends at SIGTERM or Ctrl-C, when all that is open is answered.
+    Needs pip install 'densepure-rt\\[serve]'. Ends at SIGTERM, SIGHUP or Ctrl-C, when all that is open is answered.
     """
     from densepure_rt import logs
     from densepure_rt.keys import RotatingSecret
@@ -113,6 +116,7 @@ def serve(
     with optional("serve", "Starlette, uvicorn and prometheus-client", cure):
         from densepure_rt import server
     from densepure_rt.cross_site import hosts_of
+    from densepure_rt.decoders import Decoders
     from densepure_rt.serving import Service
 
     logs.set_up(verbose, log_json)
@@ -121,6 +125,7 @@ def serve(
     settings = Settings(**asked)
     deadlines = server.Deadlines(seconds_of(deadline, "--deadline"), seconds_of(max_deadline, "--max-deadline"))
     drain_seconds, lifetime = seconds_of(drain, "--drain"), seconds_of(rotate, "--rotate")
+    pictures = Decoders(decoders)
     secret = RotatingSecret(key, lifetime, None if seed is None else seeded_secret(seed))
     if seed is not None:
         stderr.print("seed public: answers are valid only for images fixed before the seed was chosen")
@@ -138,13 +143,13 @@ def serve(
         Service(smoothed, settings, secret, queue) as service,
     ):
         names = hosts_of(listener.getsockname()[0], allow_host or ())
-        app = server.make_app(service, deadlines, not no_demo, provider_of(provider), names)
+        app = server.make_app(service, deadlines, not no_demo, provider_of(provider), names, pictures)
         at = server.address(listener)
 
         def started() -> None:
             print(f"serving predict and certify at {at}" + ("" if no_demo else f", a page at {at}/demo/"), flush=True)
 
-        server.run(app, service, listener, drain_seconds, started)
+        server.run(app, service, listener, drain_seconds, started, pictures)
         if service.stuck:  # its engines cannot be closed, nor would Python end
             logging.shutdown()
             os._exit(EnvironmentFault.exit_code)

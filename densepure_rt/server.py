@@ -14,7 +14,7 @@ import math
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -26,11 +26,13 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
-from starlette.types import ASGIApp
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from densepure_rt import __version__, demo, logs
+from densepure_rt.clients import body_of, unless_gone
+from densepure_rt.connections import MOST_CONNECTIONS, Config, Door, TimedSelector, room_for_connections
 from densepure_rt.cross_site import OwnPages
+from densepure_rt.decoders import Decoders
+from densepure_rt.ending import LastResort
 from densepure_rt.errors import EnvironmentFault, UsageError
 from densepure_rt.inference_protocol import (
     EXTENSIONS,
@@ -46,15 +48,15 @@ from densepure_rt.inference_protocol import (
 )
 from densepure_rt.runtime.device import Provider
 from densepure_rt.served_models import models_of, values_of
-from densepure_rt.server_metrics import REFUSED_CONNECTIONS, Metrics, Outcome
+from densepure_rt.server_metrics import Metrics, Outcome
 from densepure_rt.serving import DeviceFailed, Draining, Full, ModelName, Service
 from densepure_rt.smoothing import Certified, Predicted
 
-MOST_CONNECTIONS = 512  # at a time
 BODY_SECONDS = 10.0  # in which a body has to come
-IDLE_SECONDS = 20.0  # in which a connection has to begin a request, from its start or its last answer
-READ_BYTES = 2**14  # of an answer that does not fit the buffers, to be read in IDLE_SECONDS
-CLOSE_SECONDS = 5.0  # in which connections have to close at the end
+FORCE_SECONDS = 4.5  # after the drain, in which the server has to end; less than 5 s with the end of its process
+ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+LEFT_SECONDS = 0.5  # in which threads have to end that nobody waits for any more
+LARGE_BODY = 2**16  # bytes, beyond which the event loop does not wait while a body is parsed
 JSON_BYTES = 6  # of a value: 255, a comma, a space, and a bracket now and then
 HEAD_BYTES = 2**16  # of a request beside its values
 RETRY_SECONDS = {"full": 1, "draining": 10}  # after which it is worth asking again
@@ -145,7 +147,7 @@ class Api:
     async def answered(self, request: Request, model: Model, came: float) -> tuple[Response, Outcome]:
         """A response and what it is, whatever happens."""
         try:
-            asked = parse_request(model, await self.body(request), request.headers.get(HEADER_LENGTH))
+            asked = await parsed(model, await self.body(request), request.headers.get(HEADER_LENGTH))
             deadline = came + self.deadlines.of(asked)
             work = self.service.answers(cast(ModelName, model.name), list(asked.images), deadline)
             answers = await unless_gone(request, work)
@@ -181,25 +183,7 @@ class Api:
             raise HTTPException(415, f"a request is application/json or application/octet-stream, got {kind[:40]!r}")
         if request.headers.get("content-encoding", "identity") != "identity":
             raise HTTPException(415, "a compressed body is not taken: send it as it is")
-        if int(request.headers.get("content-length", "0")) > self.most_bytes:
-            raise self.too_large
-        try:
-            return await asyncio.wait_for(self.whole(request), BODY_SECONDS)
-        except asyncio.TimeoutError:
-            raise HTTPException(
-                408, f"the body did not come within {BODY_SECONDS:g} s", {"Connection": "close"}
-            ) from None
-
-    async def whole(self, request: Request) -> bytes:
-        body = bytearray()
-        try:
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > self.most_bytes:
-                    raise self.too_large
-            return bytes(body)
-        finally:
-            body.clear()  # an error holds this frame, and wait_for the error, until the garbage is collected
+        return await body_of(request, "a body", self.most_bytes, BODY_SECONDS)
 
     @functools.cached_property
     def most_bytes(self) -> int:
@@ -207,28 +191,11 @@ class Api:
         most_images = max(model.most_images for model in self.models.values())
         return HEAD_BYTES + JSON_BYTES * most_images * math.prod(self.input.shape[1:])
 
-    @property
-    def too_large(self) -> HTTPException:
-        return HTTPException(413, f"a body has {self.most_bytes} bytes at most on this server")
 
-
-async def unless_gone(request: Request, work: Awaitable[list[Predicted] | list[Certified]]) -> Any:
-    """What comes of `work`, which is cancelled when the client hangs up. Raises ClientDisconnect then."""
-    answers, gone = asyncio.ensure_future(work), asyncio.ensure_future(hung_up(request))
-    try:
-        await asyncio.wait({answers, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if answers.done():
-            return answers.result()
-        raise ClientDisconnect
-    finally:
-        for task in (answers, gone):
-            task.cancel()
-        await asyncio.wait({answers, gone})
-
-
-async def hung_up(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+async def parsed(model: Model, body: bytes, header_length: str | None) -> InferRequest:
+    if len(body) > LARGE_BODY:
+        return await asyncio.to_thread(parse_request, model, body, header_length)
+    return parse_request(model, body, header_length)
 
 
 def outcome_of(answers: list[Predicted] | list[Certified]) -> Outcome:
@@ -272,11 +239,15 @@ def make_app(
     with_demo: bool,
     provider: Provider = "cpu",
     names: Collection[str] | None = None,
+    decoders: Decoders | None = None,
 ) -> Starlette:
-    """provider: of the demo's own device; see `demo.routes`. names: that the server goes by; see `cross_site`."""
+    """The application. names: that the server goes by; see `cross_site`.
+
+    provider: Of the demo's own device; decoders: of its pictures, one where none are given; see `demo.routes`.
+    """
     routes = Api(service, deadlines).routes()
     if with_demo:
-        routes += demo.routes(service.served, provider)
+        routes += demo.routes(service.served, provider, decoders or Decoders())
     return Starlette(
         routes=routes,
         middleware=[Middleware(OwnPages, names)],
@@ -287,75 +258,23 @@ def make_app(
 # from its start to its end
 
 
-class PunctualProtocol(H11Protocol):
-    """HTTP/1.1 for clients that may be slow on purpose, or too many.
-
-    One that sends more before it has its answer is hung up on: what it sends would stand before its own hanging up,
-    which would not be seen.
-    """
-
-    waits: asyncio.TimerHandle | None = None  # for a request, or for an answer to be read
-    unread = 0  # bytes of answers, when it began to
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own does
-        super().connection_made(transport)
-        self.wait()
-        if len(self.connections) > MOST_CONNECTIONS:
-            self.app = too_many
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self.waits is not None:
-            self.waits.cancel()
-        super().connection_lost(exc)
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        answering = self.cycle is not None and not (self.cycle.more_body or self.cycle.response_complete)
-        if answering and self.conn.trailing_data[0]:
-            self.transport.abort()
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self.wait()
-
-    def on_response_complete(self) -> None:
-        self.wait()
-        super().on_response_complete()
-
-    def wait(self) -> None:
-        """uvicorn's own timer is stopped by the first byte that comes, and another may come each minute."""
-        if self.waits is not None:
-            self.waits.cancel()
-        self.unread = self.transport.get_write_buffer_size()
-        self.waits = self.loop.call_later(IDLE_SECONDS, self.close_if_idle)
-
-    def close_if_idle(self) -> None:
-        answering = self.cycle is not None and not self.cycle.response_complete
-        if answering and not self.flow.write_paused:
-            return
-        if 0 < self.transport.get_write_buffer_size() <= self.unread - READ_BYTES:
-            self.wait()
-        else:
-            self.transport.abort()  # to close would wait for the client to read the rest
-
-
-async def too_many(scope: Any, receive: Any, send: Any) -> None:
-    REFUSED_CONNECTIONS.inc()
-    response = busy(f"{MOST_CONNECTIONS} connections are open: try again later", "full")
-    response.headers["Connection"] = "close"
-    await response(scope, receive, send)
-
-
 class Server(uvicorn.Server):
-    """uvicorn, without its signal handlers, that says when it has started."""
+    """uvicorn, without its signal handlers and with doors of ours, that says when it has started."""
 
     def __init__(self, config: uvicorn.Config, started: Callable[[], None]) -> None:
         super().__init__(config)
         self.say_started = started
+        self.doors: list[Door] = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        await super().startup([])
+        self.doors += [Door(listener, self) for listener in sockets or []]
         self.say_started()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for door in self.doors:
+            door.close()
+        await super().shutdown(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -384,47 +303,78 @@ def address(listener: socket.socket) -> str:
 
 
 def run(
-    app: Starlette, service: Service, listener: socket.socket, drain_seconds: float, started: Callable[[], None]
+    app: Starlette,
+    service: Service,
+    listener: socket.socket,
+    drain_seconds: float,
+    started: Callable[[], None],
+    decoders: Decoders,
 ) -> None:
-    """Serve until SIGTERM or SIGINT, then answer what is under way, within `drain_seconds`.
+    """Serve until SIGTERM, SIGINT or SIGHUP, then answer what is under way, within `drain_seconds`.
 
-    A second signal answers it at once, by what its samples bear out.
+    A second signal answers it at once, by what its samples bear out. A signal that is ignored stays so. The process
+    ends FORCE_SECONDS after the drain at the latest; once all is answered, LEFT_SECONDS after this returns.
+
+    Raises:
+        EnvironmentFault: When the process may not open enough files.
     """
-    asyncio.run(until_told(Server(config_of(app), started), service, listener, drain_seconds))
+    server, force = Server(Config(app, room_for_connections()), started), LastResort()
+    loop, exit_code = asyncio.SelectorEventLoop(TimedSelector()), EnvironmentFault.exit_code
+    try:
+        loop.run_until_complete(until_told(server, service, listener, drain_seconds, decoders, force))
+        exit_code = exit_code if service.stuck else 0
+    finally:
+        force.within(LEFT_SECONDS, exit_code, "")
+        loop.close()  # waits for no thread
 
 
-def config_of(app: ASGIApp) -> uvicorn.Config:
-    return uvicorn.Config(
-        app,
-        loop="asyncio",
-        http=PunctualProtocol,
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        log_level="critical",
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_keep_alive=math.ceil(IDLE_SECONDS),
-        timeout_graceful_shutdown=int(CLOSE_SECONDS),
-    )
-
-
-async def until_told(server: Server, service: Service, listener: socket.socket, drain_seconds: float) -> None:
+async def until_told(
+    server: Server,
+    service: Service,
+    listener: socket.socket,
+    drain_seconds: float,
+    decoders: Decoders,
+    force: LastResort,
+) -> None:
     ending: list[asyncio.Task[None]] = []
 
     async def drained() -> None:
-        await asyncio.to_thread(service.drain, drain_seconds)
+        await asyncio.to_thread(service.answer_all, drain_seconds)
         server.should_exit = True
+        await asyncio.to_thread(service.end)  # while connections close
 
     def told_to_end() -> None:
         if ending:
             service.stop_all()
         else:
             logs.say("ending: no more requests are taken, those that are there are answered")
+            decoders.close()
             ending.append(asyncio.ensure_future(drained()))
 
+    def hear(*_: object) -> None:  # even while the event loop is held up
+        if not force.set:
+            why = f"the server has not ended {FORCE_SECONDS:g} s after its drain: it is ended by force"
+            force.within(drain_seconds + FORCE_SECONDS, EnvironmentFault.exit_code, why)
+        loop.call_soon_threadsafe(told_to_end)
+
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, told_to_end)
-    await server.serve(sockets=[listener])
+    with heard_by(hear):
+        await server.serve(sockets=[listener])
+        await asyncio.gather(*ending)
+        if left := asyncio.all_tasks() - {asyncio.current_task()}:  # of clients that are gone
+            for task in left:
+                task.cancel()
+            await asyncio.wait(left, timeout=LEFT_SECONDS)
+
+
+@contextlib.contextmanager
+def heard_by(handler: Callable[..., None]) -> Iterator[None]:
+    """Have ENDING signals handled so, and ignored afterwards. One that is ignored before, as by nohup, stays so."""
+    heard = [number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN]
+    for number in heard:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number in heard:
+            signal.signal(number, signal.SIG_IGN)

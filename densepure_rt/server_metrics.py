@@ -17,6 +17,10 @@ Outcome = Literal["answered", "abstained", "stopped", "gone", "full", "draining"
 REFUSED_CONNECTIONS = Counter(  # of the process: they have come to no service yet
     "densepure_rt_refused_connections", "Connections refused because too many were open.", registry=None
 )
+ACCEPT_ERRORS = Counter("densepure_rt_accept_errors", "Times that a connection could not be accepted.", registry=None)
+SLOW_TURNS = Counter(
+    "densepure_rt_slow_turns", "Turns of the event loop that took more than 50 ms of a processor.", registry=None
+)
 SECONDS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)  # of the histogram
 
 
@@ -33,7 +37,8 @@ class Metrics:
             buckets=SECONDS,
             registry=self._registry,
         )
-        self._registry.register(REFUSED_CONNECTIONS)
+        for counter in (REFUSED_CONNECTIONS, ACCEPT_ERRORS, SLOW_TURNS):
+            self._registry.register(counter)
         self._registry.register(ServiceCollector(service))
 
     def count(self, model: str, outcome: Outcome, seconds: float) -> None:

@@ -43,7 +43,7 @@ from densepure_rt.smoothing import (
     prediction_of,
 )
 
-END_SECONDS = 5.0  # in which the batch under way has to end, when all is answered
+END_SECONDS = 4.0  # in which the batch under way has to end, when all is answered
 ModelName = Literal["predict", "certify"]
 Pixels = NDArray[np.uint8]  # [C, H, W]
 
@@ -304,12 +304,20 @@ class Service:
 
         A batch that is under way even then has END_SECONDS more; see `stuck`.
         """
+        self.answer_all(seconds)
+        self.end()
+
+    def answer_all(self, seconds: float) -> None:
+        """Take no more requests, and answer those that there are, by `seconds` from now at the latest."""
         with self._changed:
             self._draining = True
             self._changed.wait_for(lambda: not self._share.undecided, min(seconds, threading.TIMEOUT_MAX))
             self.stop_all()
             self._ended = True
             self._changed.notify_all()
+
+    def end(self) -> None:
+        """Wait for the batch that is under way, END_SECONDS at most; see `stuck`."""
         self._thread.join(END_SECONDS)
         if self.stuck:
             logs.say(f"a batch has not ended in {END_SECONDS:g} s, when all was answered: it is left", logging.ERROR)

@@ -2,7 +2,8 @@
 
 For looking at one picture, not for measuring on a data set: `image_files` resizes nothing, and refuses what this
 crops, scales and turns. A picture of these formats that it would take has the same pixels here. What comes in is
-untrusted: its header is read, and its size judged, before any pixel is decoded.
+untrusted: its header is read, and its size judged, before any pixel is decoded. A server decodes in a child process:
+see `decoder`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from densepure_rt.errors import UsageError
-from densepure_rt.image_files import IMAGE_FORMATS, Pixels, Shape, reading
+from densepure_rt.image_files import IMAGE_FORMATS, Pixels, Shape, reading, require_few_scans
 
 MOST_BYTES = 16 * 2**20  # of a file; a photograph from a phone is 3 to 8 MiB
 MOST_PIXELS = 25_000_000  # 100 MB while they are decoded, as RGBA
@@ -71,6 +72,7 @@ def opened(content: bytes) -> Image.Image:
     """The image, its pixels not decoded yet."""
     if len(content) > MOST_BYTES:
         raise UsageError(f"the picture has {len(content):,} bytes, at most {MOST_BYTES:,} are read: save it smaller")
+    require_few_scans(content, "the picture")
     image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
     if image.width * image.height > MOST_PIXELS:
         raise UsageError(
@@ -95,8 +97,8 @@ def eight_bits(image: Image.Image) -> Changed:
     """Grey of 16 bits as its high bytes, as Pillow reads colour; by itself it would clip them."""
     if not image.mode.startswith("I"):
         return Changed(image)
-    levels = np.asarray(image).astype(np.int64) >> 8
-    return Changed(Image.fromarray(levels.clip(0, 255).astype(np.uint8)), "16 bits a pixel cut to 8")
+    levels = np.asarray(image) >> 8
+    return Changed(Image.fromarray(levels.clip(0, 255, out=levels).astype(np.uint8)), "16 bits a pixel cut to 8")
 
 
 def opaque(image: Image.Image) -> Changed:

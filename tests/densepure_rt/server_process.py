@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,6 +96,17 @@ def serving(*options: object, cwd: Path | None = None, fault: str = "") -> Itera
         process.kill()
         _, said = process.communicate()
     assert "Traceback" not in said, said
+
+
+def children(of: int | None = None) -> list[int]:
+    """The processes that a process has started and that run, by their ids; of this one where none is given."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+            if int(parent) == (of or os.getpid()) and state != "Z":
+                found.append(int(stat.parent.name))
+    return found
 
 
 def until(holds: Callable[[], bool], seconds: float = 30) -> None:

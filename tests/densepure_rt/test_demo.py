@@ -29,13 +29,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.types import Message
 
 from densepure_rt.cross_site import LOOPBACK
 from densepure_rt.datasets import LabelledImage, open_images
+from densepure_rt.decoders import Decoders
 from densepure_rt.demo import MOST_READING, MOST_WAITING, Busy, Demo, Turns, answered, body, facts, smallest_batch
 from densepure_rt.errors import EnvironmentFault
 from densepure_rt.rounding import floored, raised
@@ -103,7 +104,7 @@ def image() -> LabelledImage:
 @pytest.fixture(scope="module")
 def site(classifier: SmoothedClassifier) -> Iterator[Site]:
     """The server; at /hostile one whose classes have hostile names, at /503 and so on one whose models fail so."""
-    bundle = classifier.bundle
+    bundle, decoders = classifier.bundle, Decoders()
     hostile = dataclasses.replace(bundle, classifier=dataclasses.replace(bundle.classifier, class_names=HOSTILE))
     with (
         load(batch=8, threads=1) as other,
@@ -112,10 +113,10 @@ def site(classifier: SmoothedClassifier) -> Iterator[Site]:
             SmoothedClassifier(hostile, other.sampler), Settings(sigma=SIGMA, steps=1), lambda: other.secret
         ) as named,
     ):
-        app = make_app(service, Deadlines(), True, names=LOOPBACK)
+        app = make_app(service, Deadlines(), True, names=LOOPBACK, decoders=decoders)
         pages = [route for route in app.routes if isinstance(route, Route) and route.path.startswith("/demo")]
         mounts = [
-            Mount("/hostile", make_app(named, Deadlines(), True)),
+            Mount("/hostile", make_app(named, Deadlines(), True, decoders=decoders)),
             *(Mount(f"/{status}", routes=[failing(status), *pages]) for status in FAULTS),
             Mount("/", app),
         ]
@@ -127,6 +128,7 @@ def site(classifier: SmoothedClassifier) -> Iterator[Site]:
         yield Site(f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", service)
         server.should_exit = True
         thread.join()
+        decoders.close()
 
 
 def png(pixels: NDArray[np.uint8]) -> bytes:
@@ -250,19 +252,36 @@ def test_a_client_that_does_not_go_on_is_given_up(monkeypatch: pytest.MonkeyPatc
     assert caught.value.status_code == 408
 
 
-def test_nothing_more_is_drawn_for_a_client_that_is_gone(site: Site, image: LabelledImage) -> None:
+def test_nothing_more_is_drawn_for_a_client_that_is_gone(
+    site: Site, image: LabelledImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sent = {"type": "http.request", "body": png(image.pixels), "more_body": False}
-    demo = Demo(site.service.served, "cpu")
+    demo = Demo(site.service.served, "cpu", Decoders())
+    drawn: list[int] = []
 
-    async def drawn(*messages: dict[str, Any]) -> int:
-        return len(json.loads(bytes((await demo.samples(request_of(*messages, query="count=3"))).body))["samples"])
+    def draw(pixels: Any, sample: int) -> dict[str, Any]:
+        time.sleep(0.2)
+        drawn.append(sample)
+        return {}
 
-    assert asyncio.run(drawn(sent)) == 3
-    assert asyncio.run(drawn(sent, {"type": "http.disconnect"})) == 0
+    monkeypatch.setattr(demo, "draw", draw)
+
+    async def ask(*messages: dict[str, Any]) -> Response:
+        return await demo.samples(request_of(*messages, query="count=3"))
+
+    async def ask_twice() -> None:
+        assert len(json.loads(bytes((await ask(sent)).body))["samples"]) == len(drawn) == 3
+        with pytest.raises(ClientDisconnect):
+            await ask(sent, {"type": "http.disconnect"})
+        await asyncio.sleep(0.5)
+        demo.decoders.close()
+
+    asyncio.run(ask_twice())
+    assert len(drawn) <= 4  # one may have been under way
 
 
 def test_few_pictures_come_at_a_time(site: Site, image: LabelledImage) -> None:
-    demo, sent = Demo(site.service.served, "cpu"), png(image.pixels)
+    demo, sent = Demo(site.service.served, "cpu", Decoders()), png(image.pixels)
 
     async def many() -> None:
         silent = [asyncio.ensure_future(demo.image(request_of())) for _ in range(MOST_READING)]
@@ -275,6 +294,7 @@ def test_few_pictures_come_at_a_time(site: Site, image: LabelledImage) -> None:
         await asyncio.wait(silent)
         answer = await demo.image(request_of({"type": "http.request", "body": sent, "more_body": False}))
         assert answer.status_code == 200
+        demo.decoders.close()
 
     asyncio.run(many())
 

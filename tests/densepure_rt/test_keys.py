@@ -123,6 +123,46 @@ def test_a_rotating_secret_is_another_one_after_its_lifetime_and_in_the_file_too
     assert first.hex() not in repr(vars(RotatingSecret)) + repr(secret)
 
 
+@pytest.mark.parametrize("days", [-30, 0])
+def test_a_secret_rotates_when_the_wall_clock_is_set_back_or_stands_still(tmp_path: Path, days: int) -> None:
+    wall, elapsed = Clock(time.time()), Clock(1000.0)
+    secret = RotatingSecret(tmp_path / "secret.key", lifetime=86_400, now=wall, elapsed=elapsed)
+    first = secret()
+    wall.seconds += days * 86_400
+    elapsed.seconds += 86_399
+    assert secret() == first
+    elapsed.seconds += 1
+    second = secret()
+    assert second != first
+    elapsed.seconds += 86_399
+    assert secret() == second
+    elapsed.seconds += 1
+    assert secret() != second
+
+
+def test_a_secret_rotates_after_a_sleep_in_which_the_monotonic_clock_stood_still() -> None:
+    wall = Clock(time.time())
+    secret = RotatingSecret(lifetime=60, now=wall, elapsed=Clock(5.0))
+    first = secret()
+    wall.seconds += 60
+    assert secret() != first
+
+
+def test_a_secret_that_was_written_in_the_future_is_new_and_the_age_of_an_old_one_counts_by_both_clocks(
+    tmp_path: Path,
+) -> None:
+    file, wall, elapsed = tmp_path / "secret.key", Clock(time.time()), Clock(5.0)
+    shared_key(file)
+    for written, left in ((10_000, 60), (-50, 10)):
+        os.utime(file, (wall.seconds + written,) * 2)
+        secret = RotatingSecret(file, lifetime=60, now=wall, elapsed=elapsed)
+        first = secret()
+        elapsed.seconds += left - 1
+        assert secret() == first
+        elapsed.seconds += 2
+        assert secret() != first
+
+
 def test_the_age_of_a_secret_counts_from_when_it_was_written(tmp_path: Path) -> None:
     file = tmp_path / "secret.key"
     old = shared_key(file)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import stat
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +20,9 @@ from PIL import Image
 
 from densepure_rt.datasets import open_images
 from densepure_rt.keys import stored_key
-from tests.densepure_rt.server_process import QUICK, serving, until
+from tests.densepure_rt.server_process import QUICK, children, serving, until
 from tests.densepure_rt.test_cli import Done, cli, here, refused
+from tests.densepure_rt.test_uploads import file_of
 
 assert here  # a fixture
 IMAGES = [image.pixels for image in open_images(None, (1, 28, 28), [str(i) for i in range(10)]).select(60, 3)]
@@ -122,6 +127,58 @@ def test_it_ends_even_when_a_batch_does_not_and_says_so() -> None:
     assert "a batch has not ended in 0.5 s" in said
 
 
+CHILD_SLEEPS = """
+from densepure_rt import decoder
+fault = "import densepure_rt.decoder as d; d.fitted = lambda *_: d.time.sleep(3600); "
+decoder.BOOT = decoder.BOOT.replace("from", fault + "from", 1)
+"""
+
+
+THREAD_SLEEPS = "import time; from densepure_rt import demo; demo.Demo.draw = lambda *_: time.sleep(3600)"
+LOOP_SLEEPS = """
+import time
+from densepure_rt import server
+async def about(*_): time.sleep(3600)
+server.Api.about = about
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "method", "path", "code", "words"),
+    [
+        (CHILD_SLEEPS, "POST", "/demo/image", 0, ""),
+        (THREAD_SLEEPS, "POST", "/demo/samples", 0, ""),
+        (LOOP_SLEEPS, "GET", "/v2", 3, "by force"),
+    ],
+    ids=["a child", "a thread", "the event loop"],
+)
+def test_it_ends_within_its_drain_and_five_seconds_whatever_hangs(
+    fault: str, method: str, path: str, code: int, words: str
+) -> None:
+    picture = file_of(Image.fromarray(IMAGES[0][0]))
+    with serving(*QUICK, "--drain", "0.5s", fault=fault) as running, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(running.ask, method, path, picture if method == "POST" else None)
+        time.sleep(1.5)
+        left, began = children(running.process.pid), time.monotonic()
+        found, said = running.end()
+        took = time.monotonic() - began
+        assert (found, words in said, took < 5.5) == (code, True, True), (found, said, took)
+        assert (len(left) == 1) == (method == "POST")
+        assert not any(Path(f"/proc/{pid}").exists() for pid in left)
+        with suppress(OSError, HTTPException):
+            assert asked.result().status == (503 if path == "/demo/image" else 500)
+
+
+def test_a_signal_that_is_ignored_when_it_starts_is_not_heard() -> None:
+    """As under nohup."""
+    fault = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)"
+    with serving(*QUICK, "--no-demo", fault=fault) as running:
+        running.process.send_signal(signal.SIGHUP)
+        time.sleep(0.5)
+        assert running.ask("GET", "/v2/health/ready").status == 200
+        assert running.end() == (0, "")
+
+
 @pytest.mark.parametrize("package", ["starlette", "uvicorn", "prometheus_client"])
 def test_without_its_packages_it_exits_3_with_the_pip_command(package: str) -> None:
     refused(cli("serve", without=(package,)), 3, "pip install 'densepure-rt[serve]'")
@@ -135,6 +192,7 @@ def test_without_its_packages_it_exits_3_with_the_pip_command(package: str) -> N
         ("--radii 0,x", 2, ["radii"]),
         ("--radii 0 --method radius", 2, ["radii"]),
         ("--queue 0", 2, ["got 0"]),
+        ("--decoders 0", 2, ["--decoders", "got 0"]),
         ("--deadline soon", 2, ["--deadline soon"]),
         ("--deadline 10min", 2, ["--deadline 600 s", "--max-deadline 300 s"]),
         ("--drain 0", 2, ["--drain 0"]),

@@ -25,11 +25,12 @@ from starlette.routing import Route
 from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
 from tritonclient.utils import InferenceServerException
 
+from densepure_rt.connections import Config
 from densepure_rt.datasets import open_images
 from densepure_rt.errors import UsageError
 from densepure_rt.inference_protocol import InferRequest, ProtocolError
 from densepure_rt.served_models import MOST_IMAGES
-from densepure_rt.server import BODY_SECONDS, Deadlines, Server, config_of, listen
+from densepure_rt.server import BODY_SECONDS, Deadlines, Server, listen
 from densepure_rt.server_metrics import REFUSED_CONNECTIONS
 from densepure_rt.smoothing import Certified, Predicted, Settings, load, seeded_secret
 from densepure_rt.uploads import MOST_BYTES
@@ -329,14 +330,14 @@ def test_who_sends_more_before_the_answer_is_hung_up_on_and_takes_the_work_along
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, uvicorn.Server]]:
     """The port of a server of the same protocol that gives connections half a second, and answers with GET /<bytes>."""
-    monkeypatch.setattr("densepure_rt.server.IDLE_SECONDS", 0.5)
+    monkeypatch.setattr("densepure_rt.connections.IDLE_SECONDS", 0.5)
 
     async def answer(request: Request) -> Response:
         return Response(bytes(request.path_params["size"]))
 
     app = Starlette(routes=[Route("/{size:int}", answer)])
     with listen("127.0.0.1", 0) as listener:
-        running = Server(config_of(app), lambda: None)
+        running = Server(Config(app, most_connections=2), lambda: None)
         thread = threading.Thread(target=running.run, args=([listener],))
         thread.start()
         until(lambda: running.started)
@@ -367,8 +368,7 @@ def refused_connections() -> float:
 def test_one_connection_too_many_is_told_to_come_again_and_counted(
     impatient: tuple[int, uvicorn.Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("densepure_rt.server.MOST_CONNECTIONS", 2)
-    monkeypatch.setattr("densepure_rt.server.IDLE_SECONDS", 20)
+    monkeypatch.setattr("densepure_rt.connections.IDLE_SECONDS", 20)
     before = refused_connections()
     port, running = impatient
     with contextlib.ExitStack() as stack:
@@ -502,7 +502,7 @@ def test_a_page_of_another_site_is_refused_and_so_is_a_name_that_is_not_the_serv
 # its end
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_lets_it_answer_what_it_has_and_end_with_0(number: int) -> None:
     with serving(*LONG.split(), "--drain", "2s") as running:
         found: list[Any] = []
