@@ -50,10 +50,7 @@ IDX_IMAGES, IDX_LABELS = b"\0\0\x08\x03", b"\0\0\x08\x01"  # uint8 of 3 and of 1
 GZIP = b"\x1f\x8b"
 PICKLE = b"\x80"  # PROTO, the first opcode of protocol 2 and later: Lib/pickletools.py
 DEFLATE_MAX_RATIO = 1032  # to one, zlib.net/zlib_tech.html
-NPZ_RATIOS = {
-    zipfile.ZIP_STORED: 1,
-    zipfile.ZIP_DEFLATED: DEFLATE_MAX_RATIO,
-}  # what np.savez and savez_compressed write
+NPZ_RATIOS = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: DEFLATE_MAX_RATIO}  # of savez and savez_compressed
 NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 CIFAR_SHAPE = (3, 32, 32)
 CIFAR_RECORD = 1 + 3 * 32 * 32  # bytes: label, then red, green and blue planes; www.cs.toronto.edu/~kriz/cifar.html

@@ -78,8 +78,9 @@ class HostDevice:
         self._handles, self._tickets = itertools.count(), itertools.count()
         self._calls = calls or Calls()
         self._callers, self._process = Callers(callers, self._calls.stop), os.getpid()
-        self._closed = self._held = False  # held: a call has not ended that was told to
+        self._closed = False
         self._outstanding: dict[Future[Any], int] = {}
+        self._left: list[Future[Any]] = []  # calls that were told to end, and may not have ended
         self._mean = self._std = np.empty((0, *self.image_shape), np.float32)
         self._finite = np.empty(0, bool)
         try:
@@ -148,15 +149,19 @@ class HostDevice:
         self._images.clear()
 
     def _end_calls(self) -> None:
-        """End what is outstanding, of which nothing is wanted any more."""
+        """End what is outstanding, of which nothing is wanted any more, as far as STOP_SECONDS allow."""
         running = [future for future in self._outstanding if not (future.cancel() or future.done())]
-        if not running or self._held or self._process != os.getpid():
+        if not running or self._process != os.getpid():
             return
-        self._held = True
+        self._left += running
         self._calls.stop()
-        if not wait(running, STOP_SECONDS).not_done:
+        self._resume(STOP_SECONDS)
+
+    def _resume(self, seconds: float | None) -> None:
+        """Let calls run again once those that were told to end have, if that is so within `seconds`."""
+        if not wait(self._left, seconds).not_done:
             self._calls.resume()
-            self._held = False
+            self._left.clear()
 
     def _first_results(self, feed: Mapping[str, Floats]) -> Sequence[Floats]:
         """Run both networks as batches are run: in a thread that can be left."""
@@ -175,17 +180,15 @@ class HostDevice:
         """
         if self._closed:
             raise UsageError(CLOSED)
-        if self._held:
-            raise EnvironmentFault(
-                f"a batch was given up and has not ended in {STOP_SECONDS:g} s: load the classifier again, with a "
-                f"smaller batch"
-            )
         if self._process == os.getpid():
+            if self._left:
+                self._resume(None)
             return
-        if not (self.survives_fork and all(future.done() for future in self._outstanding)):
+        if not (self.survives_fork and all(future.done() for future in (*self._outstanding, *self._left))):
             raise forked("while its engines were at work" if self.survives_fork else "and its engines are on a GPU")
         self._callers, self._process = Callers(self.in_flight, self._calls.stop), os.getpid()
         self._outstanding.clear()
+        self._resume(0)
 
     def _run_smooth(self, batch: Batch) -> None:
         for handle, sample, slot in zip(batch.image, batch.sample, batch.target, strict=True):

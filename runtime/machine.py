@@ -1,4 +1,4 @@
-"""What this machine computes with: its processor, its free memory, and the GPU libraries that are loaded."""
+"""What this machine computes with: processor, instruction sets, free memory, and the GPU libraries that are loaded."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 CPUINFO, MAPS, MEMINFO = Path("/proc/cpuinfo"), Path("/proc/self/maps"), Path("/proc/meminfo")
+MEMORY_MAX = Path("/sys/fs/cgroup/memory.max")  # of a container: "max" or bytes, docs.kernel.org/admin-guide/cgroup-v2
 # The flags by which ONNX Runtime chooses its kernels, as Linux names them: "flags" of an x86, "Features" of an Arm.
 SETS = re.compile(r"avx|fma|f16c|amx|sse4|asimd|sve|sme(?!p)|i8mm|bf16|fphp", re.ASCII)
 ARM_MODEL = ("CPU implementer", "CPU part", "CPU variant")
@@ -41,12 +42,15 @@ def instruction_sets() -> tuple[str, ...]:
 
 
 def available_memory() -> int | None:
-    """Return the bytes that new work can have without swapping, as Linux estimates them; None where it does not."""
+    """Return the bytes that new work can have, by Linux and the limit of a container; None where none is told."""
+    found = []
     with contextlib.suppress(OSError, ValueError, IndexError):
         for line in MEMINFO.read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("MemAvailable:"):
-                return 1024 * int(line.split()[1])
-    return None
+                found.append(1024 * int(line.split()[1]))
+    with contextlib.suppress(OSError, ValueError):
+        found.append(int(MEMORY_MAX.read_text(encoding="ascii")))
+    return min(found, default=None)
 
 
 def loaded_version(library: str, ask: Callable[[ctypes.CDLL], int | None]) -> int | None:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 
 T = TypeVar("T")
 STOP_SECONDS = 5.0  # for a call that was told to stop; ONNX Runtime looks after each node of a graph
+LAST_SECONDS = 1.0  # more at the end of the process, for those that had their time
 THREAD_NAME = "densepure-rt"
 
 _running: dict[Future[Any], Callable[[], None]] = {}  # the calls of this process, each with what stops it
@@ -108,11 +109,11 @@ def stoppable(function: Callable[[], T], stop: Callable[[], None]) -> T:
         raise
 
 
-def end_calls() -> bool:
-    """Stop every call of this process. Returns whether all have ended, for which they have STOP_SECONDS."""
+def end_calls(seconds: float = STOP_SECONDS) -> bool:
+    """Stop every call of this process. Returns whether all have ended within `seconds`."""
     for stop in list(_running.values()):
         stop()
-    return not wait(list(_running), STOP_SECONDS).not_done
+    return not wait(list(_running), seconds).not_done
 
 
 def leaving_calls(main: Callable[[], None]) -> Callable[[], None]:
@@ -126,7 +127,7 @@ def leaving_calls(main: Callable[[], None]) -> Callable[[], None]:
         try:
             main()
         except SystemExit as ended:
-            if _running and not end_calls():
+            if _running and not end_calls(LAST_SECONDS):
                 _end_at_once(ended)
             raise
 

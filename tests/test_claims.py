@@ -81,7 +81,6 @@ NO_CLAIM = {
     "export/to_onnx.py": "LARGE / 2 ** 30 | torch.finfo(DTYPES[kind]).max | weight_bytes(module) / 2 ** 30",
     "export/unets.py": "high | low",
     "export/zoo/train.py": "smooth_loss",
-    "runtime/host_device.py": "STOP_SECONDS",
     "runtime/noise.py": "float(std)",
     "runtime/schedule.py": "sigma | timestep",
 }

@@ -233,6 +233,21 @@ def test_bad_labels_csv_is_refused(tmp_path: Path, text: str, message: str) -> N
         open_images(tmp_path, GREY, CLASSES)
 
 
+def test_links_that_lead_in_circles_are_followed_by_nothing(tmp_path: Path) -> None:
+    """A folder that holds itself is left out; a picture that is itself is one error."""
+    classes = tmp_path / "classes"
+    save(classes / "trouser" / "a.png", DRAWING[0])
+    (classes / "trouser" / "again").symlink_to(classes, target_is_directory=True)
+    images = read_all(classes)
+    assert (labels(images), [left.count for left in images.left_out]) == ([1], [1])
+    (classes / "trouser" / "b.png").symlink_to(classes / "trouser" / "b.png")
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    (classes / "labels.csv").write_text("file,label\ntrouser/b.png,1\n")
+    for path in (classes, classes / "trouser" / "b.png", tmp_path / "circle"):
+        with pytest.raises(UsageError):
+            open_images(path, GREY, CLASSES)
+
+
 def test_folders_that_say_nothing_clear_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds no images; give a folder of class folders"):
         open_images(tmp_path, GREY, CLASSES)

@@ -10,8 +10,10 @@ from functools import partial
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from densepure_rt.errors import CheckFailed
+from densepure_rt.runtime import host_device
 from densepure_rt.runtime.bundle import Bundle, open_bundle
 from densepure_rt.runtime.device import NOT_FINITE, Floats
 from densepure_rt.runtime.host_device import HostDevice
@@ -128,6 +130,41 @@ def test_a_network_that_raises_its_alarm_makes_a_sample_not_finite(bundle: Bundl
     with closing(device_of(bundle, step)) as device:
         alarmed.set()
         assert labels_by(bundle, device) == [NOT_FINITE] * SAMPLES
+
+
+def test_a_batch_that_does_not_stop_is_waited_for_by_what_comes_next(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a kernel that takes long: nothing may write to slots that are used anew."""
+    monkeypatch.setattr(host_device, "STOP_SECONDS", 0.05)
+    waits, go, ended = threading.Event(), threading.Event(), []
+
+    def step(feed: Mapping[str, Floats]) -> Sequence[Floats]:
+        if waits.is_set():
+            go.wait(30)
+            ended.append(True)
+        return shrink(feed)
+
+    with closing(device_of(bundle, step, callers=1)) as device:
+        chain = make_chain(bundle.unet.schedule, bundle.unet.variance, SIGMA, STEPS)
+        image = device.open_image(PIXELS, KEY, SIGMA, chain.scale)
+        waits.set()
+        loop = decide(device, chain, ((image, sample) for sample in range(SAMPLES)), lambda: Ballot(VOTES))
+        threading.Timer(0.3, go.set).start()
+        monkeypatch.setattr(device, "collect", partial(give_up, device))
+        with pytest.raises(CheckFailed, match="enough"):
+            next(loop)
+        monkeypatch.undo()
+        assert not ended
+        assert labels_by(bundle, device) == list(labels_by_hand(bundle))
+        assert ended
+
+
+def give_up(device: HostDevice) -> tuple[int, NDArray[np.int64] | None]:
+    """Take what is smoothed, then raise, as Ctrl-C would, while a step is under way."""
+    if device._mean.any():
+        raise CheckFailed("enough")
+    return HostDevice.collect(device)
 
 
 def test_networks_that_mix_the_items_of_a_batch_are_refused(bundle: Bundle) -> None:

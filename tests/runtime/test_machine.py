@@ -88,11 +88,16 @@ def test_a_library_that_is_not_loaded_or_has_no_such_function_has_no_version() -
 def test_free_memory_is_what_linux_estimates_and_none_where_it_says_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    path = tmp_path / "meminfo"
+    path, limit = tmp_path / "meminfo", tmp_path / "memory.max"
     monkeypatch.setattr(machine, "MEMINFO", path)
+    monkeypatch.setattr(machine, "MEMORY_MAX", limit)
     assert available_memory() is None
     path.write_text("MemTotal:       8000 kB\nMemFree:          10 kB\nMemAvailable:   2000 kB\n")
     assert available_memory() == 2_048_000
+    for text, expected in (("max\n", 2_048_000), ("1000000\n", 1_000_000), ("9000000\n", 2_048_000)):
+        limit.write_text(text)
+        assert available_memory() == expected
+    limit.unlink()
     for text in ("", "MemAvailable:\n", "MemAvailable: much\n"):
         path.write_text(text)
         assert available_memory() is None

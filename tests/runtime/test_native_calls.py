@@ -127,7 +127,7 @@ while not call.running():
 def test_a_process_ends_with_its_exit_code_although_a_call_does_not_stop(code: str, expected: int) -> None:
     """As one whose single kernel takes minutes: nothing is waited for any longer than told."""
     done = ended(f"""
-native_calls.STOP_SECONDS = 0.2
+native_calls.LAST_SECONDS = 0.2
 
 
 @leaving_calls

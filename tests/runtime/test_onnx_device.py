@@ -539,3 +539,59 @@ def test_a_batch_that_is_given_up_ends_and_the_device_gives_the_same_bits_afterw
         assert trajectory(device, chain, [0, 1], [0, 1], bright) == before
         finish(device, items("smooth", chain, handle, [0], [0]))
         device.submit(items("classify", chain, handle, [0], [0]))  # and `close` ends this one
+
+
+# What a foreign graph may try. Its hash is that of its sidecar, so that nothing else stops it.
+
+CUSTOM_GRAPH = """
+<ir_version: 8, opset_import: ["" : 18, "mine" : 1]>
+classify (float[B,1,4,4] mean) => (float[B,3] logits)
+{
+    logits = mine.Swish(mean)
+}
+"""
+HUGE_GRAPH = """
+<ir_version: 8, opset_import: ["" : 18]>
+classify (float[B,1,4,4] mean) => (float[B,3] logits)
+<int64[2] size = {100000, 1000000}, int64[2] flat = {0, -1}, int64[1] begin = {0}, int64[1] end = {3},
+ int64[1] axis = {1}>
+{
+    flattened = Reshape(mean, flat)
+    first = Slice(flattened, begin, end, axis)
+    huge = ConstantOfShape(size)
+    most = ReduceMax <keepdims = 0> (huge)
+    logits = Add(first, most)
+}
+"""
+
+
+@pytest.mark.parametrize(("graph", "message"), [(CUSTOM_GRAPH, "cannot load"), (HUGE_GRAPH, "classifier.onnx|cannot")])
+def test_a_graph_of_unknown_operators_or_of_400_gigabytes_is_one_error(
+    shipped_copy: Path, graph: str, message: str
+) -> None:
+    bundle = small_bundle(shipped_copy, classifier=graph)
+    with pytest.raises(CheckFailed, match=message):
+        open_device(bundle, 4, 1)
+
+
+@pytest.mark.parametrize("location", ["/etc/hostname", "../outside.data", "sub/../../outside.data", "w.data", "linked"])
+def test_weights_that_the_sidecar_does_not_name_are_not_read(
+    shipped_copy: Path, location: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shipped_copy.parent / "work"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    values = np.array([0.0, -1.2, -1.0], np.float32).tobytes()
+    for place in (folder / "w.data", folder.parent / "outside.data", folder.parent / "w.data"):
+        place.write_bytes(values)
+    for place in (folder / "linked", folder.parent / "linked"):
+        place.symlink_to(folder / "w.data")
+    model = parser.parse_model(CLASSIFY_GRAPH)
+    (edge,) = (tensor for tensor in model.graph.initializer if tensor.name == "edge")
+    edge.CopyFrom(numpy_helper.from_array(np.frombuffer(values, np.float32), "edge"))
+    onnx.external_data_helper.set_external_data(edge, location, 0, len(values))
+    small_bundle(shipped_copy)
+    names = ["low", "middle", "high"]
+    replace_file(shipped_copy.with_name(CLASSIFIER), model.SerializeToString(), image=SHAPE, class_names=names)
+    with pytest.raises(CheckFailed, match="classifier.onnx"):
+        open_device(open_bundle(shipped_copy), 4, 1)
