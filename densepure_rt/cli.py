@@ -619,6 +619,11 @@ def ended() -> int:
         return EnvironmentFault.exit_code
     except OSError as error:
         return not_written(error)
+    except Exception:
+        if not signals.asked():
+            raise
+        tell("stopped")  # compiled code makes errors of many kinds of an interrupt
+        return signals.exit_code()
     return 0
 
 
