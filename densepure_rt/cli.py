@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import io
@@ -17,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
-from densepure_rt import __version__, signals
+from densepure_rt import __version__, logs, signals
 from densepure_rt.audit_commands import audit, replay, reveal
 from densepure_rt.console import Json, Status, be_quiet, duration, plural, rows, stderr, stdout, track
 from densepure_rt.errors import CheckFailed, DensePureError, EnvironmentFault, UsageError
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
 
 # What the forecast says of a device, of all that its manifest does.
 SHOWN = ("provider", "onnxruntime", "tensorrt", "processor", "gpu", "driver_release", "threads", "batch", "workers")
+READER_GONE = 141  # 128 + SIGPIPE, as of a program that the signal ends
 SHIPPED_MAX = 25  # of the 500 shipped images, so that a plain `certify` ends within 10 minutes on 2 cores
 
 
@@ -300,8 +302,6 @@ def predict(
 
     An image is sampled until one class has more than half of all votes but for probability alpha, or n are taken.
     """
-    from densepure_rt import logs
-
     logs.set_up(verbose=False, file=None)
     settings = make_settings(
         context, sigma=sigma, steps=steps, votes=votes, n=n, alpha=alpha, timestep_rule=timestep_rule
@@ -582,25 +582,64 @@ def in_options(error: DensePureError) -> str:
 
 @leaving_calls
 def main() -> None:
-    """The entry point: an error is one message and its exit code."""
+    """The entry point: an error is one message and its exit code, what cannot be written too."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # where the terminal knows fewer characters
+    if sys.stderr is None:  # closed by whoever started it: print would take stdout instead
+        sys.stderr = io.TextIOWrapper(io.FileIO(os.devnull, "w"))
+    code = ended()
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        code = code or not_written(error)
+    sys.exit(code or (EnvironmentFault.exit_code if logs.lost() else 0))
+
+
+def ended() -> int:
+    """Run the command. Returns its exit code, and says of an error what it is."""
+    out = sys.stdout
     try:
         with signals.asking_to_end():
             app()
     except KeyboardInterrupt:  # between a command's end and ours
-        print("stopped", file=sys.stderr)
-        sys.exit(signals.exit_code())
-    except SystemExit as ended:
-        if ended.code and signals.asked():  # click makes 1 of an interrupt that comes before or after a command
-            sys.exit(signals.exit_code())
-        raise
+        tell("stopped")
+        return signals.exit_code()
+    except SystemExit as exit:
+        if sys.stdout is not out:  # click puts another in its place when who reads it is gone
+            return READER_GONE
+        if exit.code and signals.asked():  # click makes 1 of an interrupt that comes before or after a command
+            return signals.exit_code()
+        return int(exit.code or 0)
     except DensePureError as error:
-        print(printable(f"error: {in_options(error)}", keep="\n"), file=sys.stderr)
-        sys.exit(error.exit_code)
+        tell("stopped" if signals.swallowed() else printable(f"error: {in_options(error)}", keep="\n"))
+        return signals.exit_code() if signals.asked() else error.exit_code
     except MemoryError:
-        print("error: this does not fit into memory: ask for a smaller --batch", file=sys.stderr)
-        sys.exit(EnvironmentFault.exit_code)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit stays quiet
-        sys.exit(1)
+        tell("error: this does not fit into memory: ask for a smaller --batch")
+        return EnvironmentFault.exit_code
+    except OSError as error:
+        return not_written(error)
+    except Exception:
+        if not signals.asked():
+            raise
+        tell("stopped")  # compiled code makes errors of many kinds of an interrupt
+        return signals.exit_code()
+    return 0
+
+
+def not_written(error: OSError) -> int:
+    """Say that output could not be written, unless its reader is gone: `| head` has had enough."""
+    if sys.stdout is not None:
+        with contextlib.suppress(OSError):  # of a stream that is no file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit stays quiet
+    if isinstance(error, BrokenPipeError):
+        return READER_GONE
+    where = error.filename or "the output"
+    tell(printable(f"error: cannot write {where} ({error.strerror}): what was done before it is kept"))
+    return EnvironmentFault.exit_code
+
+
+def tell(message: str) -> None:
+    """Print on stderr, if that takes it."""
+    with contextlib.suppress(OSError):
+        print(message, file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import logging
@@ -14,6 +15,7 @@ from densepure_rt.text import printable
 logger = logging.getLogger("densepure_rt")
 logger.addHandler(logging.NullHandler())  # a library is silent until it is told where to speak
 _own: list[logging.Handler] = []
+_lost = False
 FIELDS = "fields"  # the attribute of a log record that holds values beside its message
 
 
@@ -34,6 +36,33 @@ class Plain(logging.Formatter):
         return printable(super().format(record), keep="\n")
 
 
+class Screen(logging.StreamHandler):  # type: ignore[type-arg]  # Python 3.10 takes none
+    """Lines for a person. A terminal that is gone takes none, and nothing is lost."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
+class File(logging.FileHandler):
+    """Lines in a file. When it takes no more, that is said once, and `lost` tells of it."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        global _lost
+        _lost, error = True, sys.exc_info()[1]
+        why = error.strerror if isinstance(error, OSError) else error
+        logger.removeHandler(self)
+        with contextlib.suppress(OSError):
+            self.close()
+        say(f"cannot write the log {self.baseFilename} ({why}): it ends here, and the work goes on", logging.ERROR)
+
+
+def lost() -> bool:
+    """Whether a log could not be written since this was last asked."""
+    global _lost
+    found, _lost = _lost, False
+    return found
+
+
 def say(message: str, level: int = logging.INFO, **fields: object) -> None:
     """Log a message with values by name."""
     logger.log(level, message, extra={FIELDS: fields})
@@ -48,13 +77,13 @@ def set_up(verbose: bool, file: Path | None) -> None:
     while _own:  # of an earlier command in this process
         logger.removeHandler(_own[-1])
         _own.pop().close()
-    screen = logging.StreamHandler(sys.stderr)
+    screen = Screen(sys.stderr)
     screen.setLevel(logging.DEBUG if verbose else logging.WARNING)
     screen.setFormatter(Plain("%(levelname)s: %(message)s"))
     listen(screen)
     if file is not None:
         try:
-            lines = logging.FileHandler(file, encoding="utf-8")
+            lines = File(file, encoding="utf-8")
         except OSError as error:
             raise EnvironmentFault(
                 f"cannot write the log {file} ({error.strerror}): name another --log-json"

@@ -17,6 +17,7 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -96,24 +97,30 @@ def first_line(error: BaseException) -> str:
 
 
 def load_callable(name: str) -> Callable[..., Any]:
-    """What `package.module:function` names, imported with the working directory first. Importing runs the module.
+    """What `package.module:function` names, imported from the working directory only. Importing runs the module.
 
     Raises UsageError when there is no such module or name, when importing fails, or when it cannot be called.
     """
     module_name, _, path = name.partition(":")
     if not all(part.isidentifier() for part in (*module_name.split("."), *path.split("."))):
         raise UsageError(f"{name!r} is not package.module:function")
-    here = str(Path.cwd())
+    here, top = str(Path.cwd()), module_name.partition(".")[0]
+    importlib.invalidate_caches()
+    there = PathFinder.find_spec(top, [here])
+    if there is None:
+        raise UsageError(
+            f"{name}: no module {top!r} in {here}, and only the working directory is looked in: run in the folder that "
+            f"holds it; what an installed package has can be imported in a module there"
+        )
+    if top in sys.modules and getattr(sys.modules[top].__spec__, "origin", None) != there.origin:
+        raise UsageError(f"{name}: another module {top!r} is in use already: give the one in {here} a name of its own")
     sys.path.insert(0, here)
     try:
         found: Any = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing is not None and f"{module_name}.".startswith(f"{missing}."):
-            raise UsageError(
-                f"{name}: no module {missing!r} in {here} or among the installed packages: run in the folder that "
-                f"holds it, or set PYTHONPATH"
-            ) from error
+            raise UsageError(f"{name}: no module {missing!r} in {here}: check its name") from error
         raise UsageError(f"{name}: importing {module_name} ended in {first_line(error)}") from error
     finally:
         sys.path.remove(here)

@@ -658,7 +658,7 @@ def test_a_reader_that_leaves_early_is_no_traceback() -> None:
         running.stdout.close()
         stderr = running.stderr.read()
         running.wait(180)
-    assert running.returncode == 1
+    assert running.returncode == 141  # 128 + SIGPIPE, as of other programs
     assert "Traceback" not in stderr
     assert "Exception ignored" not in stderr
 
@@ -725,3 +725,45 @@ def test_the_papers_preset_keeps_radii_in_multiples_of_sigma(here: Callable[...,
     done = here(*given, "--batch", 4, "--threads", 1)
     assert done.returncode == 0, done.stderr
     assert "radii       0 from 32 samples, 1 from 384 samples" in done.stderr
+
+
+FULL = Path("/dev/full")
+RUN = ROOT / "tests" / "data" / "run-of-0.1.0"
+SAYING = (["--help"], ["--version"], ["inspect", str(ENGINES / "unet.onnx")], ["audit", str(RUN), "--json"])
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("command", [*SAYING, ["predict", *TINY, "--max", "1"]], ids=lambda command: command[0])
+def test_output_that_cannot_be_written_is_one_error_and_exit_code_3(command: list[str]) -> None:
+    with FULL.open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code_without(), *command],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+            timeout=120,
+        )
+    assert done.returncode == 3
+    assert done.stderr.splitlines()[-1].startswith("error: cannot write the output (No space left on device)")
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="there is no /dev/full")
+def test_a_log_that_cannot_be_written_is_said_once_and_the_run_goes_on_to_exit_code_3(tmp_path: Path) -> None:
+    done = densepure_rt("certify", *TINY, "--max", 2, "--seed", 1, "--out", tmp_path / "run", "--log-json", FULL)
+    assert done.returncode == 3
+    assert done.stderr.count("No space left on device") == 1
+    assert "cannot write the log /dev/full" in done.stderr
+    assert (tmp_path / "run" / "seal.json").exists()
+    assert densepure_rt("certify", *TINY, "--max", 2, "--seed", 1, "--out", tmp_path / "run").returncode == 0
+
+
+def test_a_command_without_a_stderr_keeps_its_table_clean(tmp_path: Path) -> None:
+    """As `densepure-rt predict 2>&-`."""
+    command = [sys.executable, "-c", code_without(), "predict", *map(str, TINY), "--max", "2"]
+    shell = ["sh", "-c", 'exec "$@" 2>&-', "sh", *command]
+    done = subprocess.run(shell, stdout=subprocess.PIPE, text=True, env=environment(), timeout=120)
+    assert done.returncode == 0
+    assert [line.count("\t") for line in done.stdout.splitlines()] == [6, 6, 6]

@@ -9,6 +9,7 @@ import itertools
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -70,7 +71,7 @@ class Started:
 
     def end(self) -> int:
         """Wait for it to end. Returns its exit code; of a signal that ended it at once, the number below zero."""
-        self.process.join(120)
+        self.process.join(600)
         if self.process.exitcode is None:
             self.process.kill()
             raise AssertionError(f"it does not end: {self.said.read_text()}")
@@ -133,7 +134,8 @@ def cases(made: Path) -> dict[str, Case]:
 
 
 NAMES = ("certify", "merge", "reveal", "export")
-SLOW = [pytest.param(name, 20, marks=pytest.mark.slow) for name in (*NAMES, "export from PyTorch")]
+SLOW = [pytest.param(name, 20, marks=pytest.mark.slow) for name in NAMES]
+SLOW.append(pytest.param("export from PyTorch", 3, marks=pytest.mark.slow))  # takes 35 s of CPU
 
 
 @pytest.mark.parametrize(("name", "times"), [*((name, 3) for name in NAMES), *SLOW])
@@ -161,7 +163,7 @@ def test_whatever_ends_a_command_at_any_moment_the_same_command_leaves_the_same_
         running.send(number)
         codes.append(running.end())
         assert codes[-1] in (0, -number, 128 + number), (number, said.read_text())
-        assert not {"Traceback", "Exception ignored"} & set(said.read_text().split(" (")), said.read_text()
+        assert not re.search("Traceback|Exception ignored|damaged", said.read_text()), said.read_text()
         if codes[-1] == 0:  # it was done before
             assert case.kept(out) == expected
             out = fresh()
@@ -206,6 +208,20 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
         assert process.stdout.readline() == "first\n"
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == -signal.SIGINT
+
+
+def test_a_signal_that_compiled_code_swallows_is_heard_after_it() -> None:
+    """As pydantic does: here it comes while an object is let go of, where no error can be raised."""
+    code = (
+        "import os, signal, time; from densepure_rt import signals\n"
+        "class Last:\n"
+        "    def __del__(self): os.kill(os.getpid(), signal.SIGTERM); [None for _ in range(9)]\n"
+        "with signals.asking_to_end():\n"
+        "    try: one = Last(); del one; print(signals.swallowed()); time.sleep(60)\n"
+        "    except KeyboardInterrupt: print(signals.swallowed(), signals.exit_code())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\nFalse 143\n", "")
 
 
 def test_a_signal_that_was_ignored_before_stays_ignored() -> None:

@@ -422,7 +422,7 @@ def test_network_of_a_module_in_the_working_directory(module: str, what: str) ->
         (":wants", r"\(\) ended in TypeError: .*path"),
         ("_broken:make", "importing .*_broken ended in ModuleNotFoundError: .*a_package_that_is_nowhere"),
         ("_syntax:f", "importing .*_syntax ended in SyntaxError"),
-        ("_nowhere:make", "no module '.*_nowhere' in .*PYTHONPATH"),
+        ("_nowhere:make", "no module '.*_nowhere' in .*only the working directory"),
         (".inner:make", "importing|no module"),
         ("", "is not package.module:function"),
         (":a b", "is not package.module:function"),
@@ -434,5 +434,13 @@ def test_what_cannot_be_called_is_one_line(module: str, what: str, said: str) ->
     assert "\n" not in str(caught.value)
 
 
-def test_function_of_an_installed_package_is_found() -> None:
-    assert load_callable("math:ceil")(0.5) == 1
+@pytest.mark.parametrize("name", ["math:ceil", "torch.nn:Linear", "http.server:HTTPServer"])
+def test_function_of_an_installed_package_is_not_looked_for(module: str, name: str) -> None:
+    with pytest.raises(UsageError, match="only the working directory is looked in"):
+        load_callable(name)
+
+
+def test_a_module_whose_name_is_taken_is_not_mistaken_for_another(module: str) -> None:
+    Path("json.py").write_text("def dumps(): raise SystemExit")
+    with pytest.raises(UsageError, match="another module 'json' is in use already"):
+        load_callable("json:dumps")
