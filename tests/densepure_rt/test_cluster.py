@@ -91,8 +91,12 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
 
 
 def at_work(fleet: Fleet) -> list[Member]:
-    """The workers with tasks that none has died of, nor three were late with: else their images might fail."""
-    busy = [(member, list(member.tasks.values())) for member in list(fleet.members) if member.engines]
+    """The workers with tasks that none has died of, nor three were late with: else their images might fail.
+
+    They have done some before, so that it is known how long one may take.
+    """
+    known = [member for member in list(fleet.members) if member.engines and member.samples]
+    busy = [(member, list(member.tasks.values())) for member in known]
     return [member for member, tasks in busy if tasks and not any(p.deaths or p.late > 2 for p in tasks)]
 
 
