@@ -147,19 +147,21 @@ def keeping_signals() -> Iterator[None]:
         yield
         return
     before = {number: signal.getsignal(number) for number in signals.ASKING}
-    missed = False
+    asked = False
     try:
         yield
     except SystemExit as ended:
-        missed = ended.code == signal.SIGTERM
-        if not missed:
+        asked = ended.code == signal.SIGTERM
+        if not asked:
             raise
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
-        if missed:
-            ray.shutdown()
-            signal.raise_signal(signal.SIGTERM)
+            if handler is not None:
+                signal.signal(number, handler)
+    if asked:
+        ray.shutdown()
+        signal.raise_signal(signal.SIGTERM)
+        raise SystemExit(128 + signal.SIGTERM)  # it was to be ignored, and Ray has not started for it
 
 
 def without_empty(python_path: str) -> str:

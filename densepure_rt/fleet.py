@@ -460,7 +460,7 @@ class _Driver:
         self.failures += 1
         if self.failures >= FAILURES:
             raise EnvironmentFault(
-                f"{FAILURES} images in a row were each lost with {DEATHS} workers, so that the fault is more likely "
+                f"{FAILURES} images in a row have failed, each with several workers, so that the fault is more likely "
                 f"the engine's or the machines' ({cause}): {KEPT} that is mended"
             )
         pixels = self.fleet.images[handle].pixels

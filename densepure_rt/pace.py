@@ -6,7 +6,8 @@ from collections import deque
 
 SLOW = 4.0  # times the longest recent task of the others
 LEAST = 3.0  # seconds that any task has: to start a worker again takes about as long
-UNKNOWN = 300.0  # seconds that a task has at least, while none was done
+EXPECTED = 30.0  # seconds that a task has at least, while none was done and it is known what one should take
+UNKNOWN = 300.0  # seconds that it has while nothing is known
 RECENT = 64  # tasks that count
 LATES = 5  # times in a row, each with twice the time of the one before, before there is no use in another
 
@@ -14,8 +15,8 @@ LATES = 5  # times in a row, each with twice the time of the one before, before 
 class Pace:
     """How long tasks of one kind take.
 
-    The first task of each worker counts apart: it may compile kernels and take memory. expected: seconds of a task
-    before one was done, by what was measured otherwise.
+    The first task of each worker counts apart: it may compile kernels and take memory. expected: seconds of a task by
+    what was measured before the first; 0 where nothing was.
     """
 
     def __init__(self, expected: float = 0.0) -> None:
@@ -36,5 +37,8 @@ class Pace:
     def limit(self, worker: int, first: bool, doublings: int = 0) -> float:
         """Seconds after which a task of this worker is late. doublings: of them, for what was late before."""
         longest = self.longest(worker, first)
-        usual = max(UNKNOWN, SLOW * self.expected) if longest is None else max(LEAST, SLOW * longest)
+        if longest is not None:
+            usual = max(LEAST, SLOW * longest)
+        else:
+            usual = max(EXPECTED, SLOW * self.expected) if self.expected else UNKNOWN
         return usual * 2.0**doublings

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from densepure_rt.pace import LEAST, SLOW, UNKNOWN, Pace
+from densepure_rt.pace import EXPECTED, LEAST, SLOW, UNKNOWN, Pace
 
 
 def test_while_nothing_is_known_a_task_has_the_time_that_it_is_expected_to_take_and_more() -> None:
     assert Pace().limit(1, first=True) == UNKNOWN
+    assert Pace(expected=0.1).limit(1, first=True) == EXPECTED
     assert Pace(expected=1000).limit(1, first=True) == 1000 * SLOW
 
 
