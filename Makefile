@@ -24,7 +24,7 @@ DEV_EXTRAS := cpu,export,report,cluster,serve,dev
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo accuracy table paired load test test-fast test-slow test-gpu lint test-pythons demo-pythons \
+.PHONY: help demo accuracy table paired load soak test test-fast test-slow test-gpu lint test-pythons demo-pythons \
   lock check-install zoo engines schemas clean distclean python
 
 help: ## list the targets
@@ -51,6 +51,10 @@ paired: $(USE) $(FAST) ## sequential and fixed certificates of 100 images on equ
 	  --seed 1 --out runs/paired/sequential
 	.venv/bin/densepure-rt certify --engine $(FAST) --sigma 0.25 --method fixed --n 10000 --steps 1 --skip 5 --max 100 \
 	  --seed 1 --out runs/paired/fixed
+
+SECONDS ?= 600
+soak: $(DEV) ## a server under attack for ten minutes (SECONDS=600), every good answer compared; ends in a table
+	$(ENV)/bin/python -m tests.soak --seconds $(SECONDS)
 
 load: $(DEV) ## 200 connections held for a minute at a server, every answer compared
 	$(ENV)/bin/python -m tests.load
