@@ -66,8 +66,8 @@ test: $(DEV) ## all tests
 	$(ENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 # What test-fast leaves out: tests/export, which exports networks, and these, which certify, serve or drive a browser.
-NOT_FAST = $(patsubst %,densepure_rt/test_%.py,audit audit_commands certify_run cli cluster demo doctor falsifier \
-  falsify_run forecast gallery inspection ledger merge model_commands replay report_page run_folder sequential \
+NOT_FAST = $(patsubst %,densepure_rt/test_%.py,audit audit_commands certify_run cli cluster connections decoder \
+  decoders demo doctor falsifier falsify_run forecast gallery inspection ledger merge model_commands replay report_page run_folder sequential \
   serve_command server serving shards smoothing triton_model) \
   $(patsubst %,runtime/test_%.py,bundle fork kernels onnx_device other_cpus providers reverse tensorrt_device_on_host)
 
