@@ -62,14 +62,12 @@ def bomb(scans: int) -> bytes:
 
 
 async def bombs(target: Target, scans: int = 100) -> None:
-    """Send a picture that takes seconds to decode, and wait for its answer, or for some of it."""
+    """Send a picture that takes seconds to decode, and wait for its answer, or for half a second."""
     content = bomb(scans)
-    while time.monotonic() < target.end:
-        async with target.connected() as (reader, writer):
-            writer.write(target.head("/demo/image", len(content)) + content)
-            with contextlib.suppress(asyncio.TimeoutError):
-                patience = min(random.choice((0.5, 20.0)), max(0.1, target.end - time.monotonic()))
-                await asyncio.wait_for(reader.read(100), patience)
+    async with target.connected() as (reader, writer):
+        writer.write(target.head("/demo/image", len(content)) + content)
+        patience = min(random.choice((0.5, 20.0)), max(0.1, target.end - time.monotonic()))
+        await asyncio.wait_for(reader.read(100), patience)
 
 
 async def aborts(target: Target) -> None:
