@@ -27,7 +27,7 @@ DEV_EXTRAS := cpu,export,report,cluster,serve,dev
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo accuracy table paired load test test-fast test-slow fuzz test-gpu lint test-pythons demo-pythons \
+.PHONY: help demo accuracy table paired load soak test test-fast test-slow fuzz test-gpu lint test-pythons demo-pythons \
   lock check-install sbom licences zoo engines schemas clean distclean python
 
 help: ## list the targets
@@ -55,6 +55,10 @@ paired: $(USE) $(FAST) ## sequential and fixed certificates of 100 images on equ
 	.venv/bin/densepure-rt certify --engine $(FAST) --sigma 0.25 --method fixed --n 10000 --steps 1 --skip 5 --max 100 \
 	  --seed 1 --out runs/paired/fixed
 
+SECONDS ?= 600
+soak: $(DEV) ## a server under attack for ten minutes (SECONDS=600), every good answer compared; ends in a table
+	$(ENV)/bin/python -m tests.soak --seconds $(SECONDS)
+
 load: $(DEV) ## 200 connections held for a minute at a server, every answer compared
 	$(ENV)/bin/python -m tests.load
 
@@ -65,8 +69,8 @@ test: $(DEV) ## all tests
 	$(ENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 # What test-fast leaves out: tests/export, which exports networks, and these, which certify, serve or drive a browser.
-NOT_FAST = $(patsubst %,densepure_rt/test_%.py,audit audit_commands certify_run cli cluster demo doctor falsifier \
-  falsify_run forecast gallery inspection ledger merge model_commands replay report_page run_folder sequential \
+NOT_FAST = $(patsubst %,densepure_rt/test_%.py,audit audit_commands certify_run cli cluster connections decoder \
+  decoders demo doctor falsifier falsify_run forecast gallery inspection ledger merge model_commands replay report_page run_folder sequential \
   serve_command server serving shards smoothing triton_model) \
   $(patsubst %,runtime/test_%.py,bundle fork kernels onnx_device other_cpus providers reverse tensorrt_device_on_host)
 

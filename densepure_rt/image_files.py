@@ -41,10 +41,9 @@ NETPBM = re.compile(  # the header of binary PGM and PPM, netpbm.sourceforge.net
 NETPBM_HEADER = 4096  # bytes, comments included
 BITS_PER_SAMPLE, ORIENTATION, EXTRA_SAMPLES, SAMPLE_FORMAT = 258, 274, 338, 339  # TIFF 6.0, section 8
 PNG_DEPTH_AT = 24  # byte of the bit depth in IHDR, PNG specification 11.2.2
-MOST_SCANS = 100  # of a JPEG; libjpeg's own progressive script has 10
-JPEG_MARKER = re.compile(
-    rb"\xff([^\x00\x01\xd0-\xd7\xff])"
-)  # none that stands alone inside a scan: ITU-T T.81, B.1.1.3
+MOST_SCANS = 100  # of a JPEG, as in libtiff (tif_jpeg.c); libjpeg's own progressive script has 10
+# One that begins a segment: not what stands alone inside a scan, ITU-T T.81, B.1.1.3.
+JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")
 JPEG_START, JPEG_END, JPEG_SCAN = b"\xff\xd8", 0xD9, 0xDA
 IDX_IMAGES, IDX_LABELS = b"\0\0\x08\x03", b"\0\0\x08\x01"  # uint8 of 3 and of 1 dimensions, yann.lecun.com/exdb/mnist
 GZIP = b"\x1f\x8b"
@@ -174,7 +173,7 @@ def read_image(path: Path, shape: Shape) -> Pixels:
     channels, height, width = shape
     with reading(path, "an image"), opened(path, "picture") as file:
         image = _open_image(file, path, shape)
-        if image.format == "JPEG":
+        if image.format in ("JPEG", "MPO"):  # MPO: what Pillow makes of a JPEG that says it has several pictures
             file.seek(0)
             require_few_scans(file.read(), str(path))
         if image.format == "PNG":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import logging
 import math
 import signal
@@ -318,6 +319,8 @@ def run(
     Raises:
         EnvironmentFault: When the process may not open enough files.
     """
+    gc.collect()
+    gc.freeze()  # what is there stays: to look through it again would hold the event loop up
     server, force = Server(Config(app, room_for_connections()), started), LastResort()
     loop, exit_code = asyncio.SelectorEventLoop(TimedSelector()), EnvironmentFault.exit_code
     try:

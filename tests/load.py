@@ -75,10 +75,10 @@ def timed(model: str, seconds: Sequence[float]) -> str:
 class Expected:
     """What the classifier itself says of each image, and of as many samples of it as there was time for."""
 
-    def __init__(self, images: Sequence[LabelledImage], settings: Settings) -> None:
+    def __init__(self, images: Sequence[LabelledImage], settings: Settings, secret: bytes | None = None) -> None:
         predict = Settings(settings.sigma, settings.steps, settings.votes, n=PREDICT_N, alpha=settings.alpha)
         self._images, self._settings, self._labels = images, settings, Labels()
-        with load(secret=seeded_secret(SEED)) as classifier:
+        with load(secret=secret or seeded_secret(SEED)) as classifier:
             self._predicted = list(classifier.predict_each(images, predict))
             self._certified = list(classifier.certify_each(images, settings, journal=self._labels))
 
@@ -123,10 +123,14 @@ def read(content: bytes, length: str | None) -> dict[str, list[Any]]:
     return {name: [v.decode() if isinstance(v, bytes) else v for v in values] for name, values in found.items()}
 
 
-def check(found: dict[str, list[Any]], expected: Expected, model: str, image: int, report: Report) -> bool:
+def differences(found: dict[str, list[Any]], expected: Expected, model: str, image: int) -> list[str]:
+    """The outputs of an answer that are not those that are expected."""
     wanted = expected.values(model, image, found["n"][0], found["stopped"][0])
-    wrong = [f"{name} {found[name]}" for name, value in wanted.items() if found[name] != np.asarray(value).tolist()]
-    if wrong:
+    return [f"{name} {found[name]}" for name, value in wanted.items() if found[name] != np.asarray(value).tolist()]
+
+
+def check(found: dict[str, list[Any]], expected: Expected, model: str, image: int, report: Report) -> bool:
+    if wrong := differences(found, expected, model, image):
         report.wrong.append(f"{model} of image {image}: {', '.join(wrong)}")
     report.stopped += found["stopped"][0]
     return not wrong

@@ -51,9 +51,10 @@ NO_CLAIM = {
         | 1000000.0 * seconds.median | 1000000.0 * seconds.upper | found.sigma | gflops | load | others | ratio.lower
         | ratio.median | ratio.upper | route.gflops | work""",
     "densepure_rt/cli.py": "2 * sigma | sigma | summary.samples | value",
+    "densepure_rt/clients.py": "seconds",
     "densepure_rt/cluster.py": "some.get(name, 0) | timeout",
     "densepure_rt/console.py": "value",
-    "densepure_rt/demo.py": "BODY_SECONDS",
+    "densepure_rt/decoders.py": "DECODE_SECONDS",
     "densepure_rt/doctor.py": "seconds",
     "densepure_rt/elements.py": "round(value, 2)",
     "densepure_rt/fleet.py": "rate",
@@ -66,7 +67,7 @@ NO_CLAIM = {
     "densepure_rt/report.py": "identity.sigma | settings.sigma",
     "densepure_rt/report_page.py": "total / max(1, report.done)",
     "densepure_rt/rounding.py": "found",
-    "densepure_rt/server.py": "1000 * self.most | BODY_SECONDS | asked.deadline_ms | self.default | self.most",
+    "densepure_rt/server.py": "1000 * self.most | FORCE_SECONDS | asked.deadline_ms | self.default | self.most",
     "densepure_rt/serving.py": "END_SECONDS",
     "densepure_rt/smoothing.py": "self.image | self.run",
     "densepure_rt/step_chart.py": """(TOP + HEIGHT - BOTTOM) / 2 | 100 * share | LEFT | WIDTH | at - 4 | bottom | height

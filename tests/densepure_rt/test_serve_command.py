@@ -134,6 +134,18 @@ decoder.BOOT = decoder.BOOT.replace("from", fault + "from", 1)
 """
 
 
+def test_who_hangs_up_takes_the_picture_along_and_the_next_one_is_read() -> None:
+    picture = file_of(Image.fromarray(IMAGES[0][0]))
+    head = f"POST /demo/image HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(picture)}\r\n\r\n".encode()
+    with serving(*QUICK, fault=CHILD_SLEEPS) as running:
+        for _ in range(2):  # the second has waited for nothing that the first left
+            with socket.create_connection((running.host, running.port)) as connection:
+                connection.sendall(head + picture)
+                until(lambda: len(children(running.process.pid)) == 1)
+            until(lambda: children(running.process.pid) == [], 5)
+        assert running.end() == (0, "")
+
+
 THREAD_SLEEPS = "import time; from densepure_rt import demo; demo.Demo.draw = lambda *_: time.sleep(3600)"
 LOOP_SLEEPS = """
 import time

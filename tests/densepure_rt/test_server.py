@@ -7,8 +7,11 @@ import io
 import json
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,7 +37,8 @@ from densepure_rt.server import BODY_SECONDS, Deadlines, Server, listen
 from densepure_rt.server_metrics import REFUSED_CONNECTIONS
 from densepure_rt.smoothing import Certified, Predicted, Settings, load, seeded_secret
 from densepure_rt.uploads import MOST_BYTES
-from tests.densepure_rt.server_process import QUICK, ServerProcess, serving, until
+from tests.densepure_rt.server_process import QUICK, ROOT, ServerProcess, serving, until
+from tests.densepure_rt.test_image_files import scan_bomb
 
 SEED = 1
 SETTINGS = Settings(sigma=0.5, steps=0, votes=1, n=160, alpha=0.05)  # as QUICK says
@@ -408,6 +412,46 @@ def test_bodies_that_are_broken_off_leave_nothing_in_memory() -> None:
                 connection.close()
             time.sleep(1)
         until(lambda: running.memory() < before + 2**26)  # a sixth of what 24 bodies are
+
+
+def attacked(running: ServerProcess, seconds: float, processes: int) -> tuple[list[float], Counter[int]]:
+    """How long health took, and what requests got, under four senders of one-byte chunks and two scan bombs."""
+    kinds = ["chunks"] * 4 + ["bombs"] * 2
+    command = [sys.executable, "-m", "tests.attackers", running.host, str(running.port), str(seconds)]
+    attackers = [subprocess.Popen([*command, *kinds[i::processes]], cwd=ROOT) for i in range(processes)]
+    took: list[float] = []
+    statuses = Counter[int]()
+    with contextlib.ExitStack() as stack:
+        for each in attackers:
+            stack.enter_context(each)
+        while any(each.poll() is None for each in attackers):
+            began = time.monotonic()
+            assert running.ask("GET", "/v2/health/live").status == 200
+            took.append(time.monotonic() - began)
+            if len(took) % 10 == 0:
+                statuses[running.ask("POST", "/v2/models/predict/infer", certify_json(IMAGES[:1]), **JSON).status] += 1
+            time.sleep(0.02)
+    return took, statuses
+
+
+def test_no_turn_of_the_event_loop_takes_long_under_attack_and_good_requests_are_answered() -> None:
+    with serving(*QUICK) as running:
+        took, statuses = attacked(running, seconds=4, processes=1)
+        assert running.metrics()["densepure_rt_slow_turns_total"] == 0
+        assert set(statuses) == {200}
+        assert len(took) > 20
+        assert np.percentile(took, 90) < 1  # a machine under load: see the slow test for what holds
+        until(lambda: running.ask("POST", "/demo/image", scan_bomb(28, 2)).status == 200)
+        assert running.end() == (0, "")
+
+
+@pytest.mark.slow
+def test_health_takes_less_than_a_tenth_of_a_second_under_attack() -> None:
+    with serving(*QUICK) as running:
+        took, statuses = attacked(running, seconds=30, processes=6)
+        assert running.metrics()["densepure_rt_slow_turns_total"] == 0
+        assert set(statuses) == {200}
+        assert np.percentile(took, 99) < 0.1
 
 
 def test_an_error_that_nobody_expected_is_told_in_json_and_logged(tmp_path: Path) -> None:
