@@ -1,6 +1,6 @@
 # `make demo` and `make test` are all that a fresh machine with Python and make needs.
 # PYTHON=python3.12 picks the interpreter; PIP_FLAGS and PYTEST_ARGS are passed on; JOBS test files run at a time.
-# SECONDS is how long fuzz takes. CUDA=12 is for drivers of CUDA 12: it has pins and a development environment of its own.
+# SECONDS is how long fuzz and soak take. CUDA=12 is for drivers of CUDA 12: it has pins and a development environment of its own.
 
 PYTHON ?= python3
 PIP_FLAGS ?=
@@ -55,7 +55,6 @@ paired: $(USE) $(FAST) ## sequential and fixed certificates of 100 images on equ
 	.venv/bin/densepure-rt certify --engine $(FAST) --sigma 0.25 --method fixed --n 10000 --steps 1 --skip 5 --max 100 \
 	  --seed 1 --out runs/paired/fixed
 
-SECONDS ?= 600
 soak: $(DEV) ## a server under attack for ten minutes (SECONDS=600), every good answer compared; ends in a table
 	$(ENV)/bin/python -m tests.soak --seconds $(SECONDS)
 
