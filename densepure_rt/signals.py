@@ -89,8 +89,10 @@ def _raise_again(hook: Callable[[sys.UnraisableHookArgs], object], ignored: sys.
 
 
 def _send(number: signal.Signals) -> None:
-    """Send a signal to the main thread, which may be asleep."""
+    """Send a signal to the main thread, which may be asleep, if it still listens."""
     main = threading.main_thread().ident
+    if signal.getsignal(number) is not _interrupt:
+        return
     if hasattr(signal, "pthread_kill") and main is not None:
         signal.pthread_kill(main, number)
     else:

@@ -34,7 +34,7 @@ COMMANDS: dict[str, tuple[object, ...]] = {
 }
 
 
-QUICK = ("certify", "report", "replay", "export", "serve", "doctor")  # each has imports that others lack
+QUICK = ("certify", "report", "export", "serve")  # each has imports that others lack
 
 
 @pytest.fixture(scope="module")
