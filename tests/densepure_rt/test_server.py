@@ -447,6 +447,7 @@ def test_no_turn_of_the_event_loop_takes_long_under_attack_and_good_requests_are
 
 @pytest.mark.slow
 def test_health_takes_less_than_a_tenth_of_a_second_under_attack() -> None:
+    """On two cores that nobody else uses: six attackers, a decoder and this client share them with the server."""
     with serving(*QUICK) as running:
         took, statuses = attacked(running, seconds=30, processes=6)
         assert running.metrics()["densepure_rt_slow_turns_total"] == 0
