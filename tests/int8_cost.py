@@ -1,7 +1,7 @@
 """`python -m tests.int8_cost ENGINE...`: what exact int8 costs on a CPU without VNNI, in instructions.
 
-valgrind's CPU has AVX2 and nothing newer. The instructions of a call are those that a process of eleven calls takes beyond
-one of a single call, divided by ten.
+valgrind's CPU has AVX2 and nothing newer. The instructions of a call are those that a process of eleven calls takes
+beyond one of a single call, divided by ten.
 """
 
 from __future__ import annotations
