@@ -97,6 +97,7 @@ HEAVY = {
     "safetensors",
     "tensorrt_rtx",
     "torch",
+    "tritonclient",
 }
 
 
