@@ -24,7 +24,7 @@ import ray
 from numpy.typing import NDArray
 
 from densepure_rt import logs
-from densepure_rt.console import plural
+from densepure_rt.console import duration, plural
 from densepure_rt.errors import EnvironmentFault
 from densepure_rt.pace import LATES, Pace
 from densepure_rt.records import canonical
@@ -421,7 +421,7 @@ class _Driver:
         took = self.now - member.since
         if not member.tasks:
             if member.opening is not None and took > WAIT:
-                self.replace(member, f"it has not opened its engines in {took:.0f} s", self.fleet.lates)
+                self.replace(member, f"it has not opened its engines in {duration(took)}", self.fleet.lates)
             return
         (ref, portion), *behind = member.tasks.items()
         alone = all(other is member for other in self.fleet.there)
@@ -429,8 +429,8 @@ class _Driver:
         if took <= self.pace.limit(member.number, member.fresh, doublings) or ray.wait([ref], timeout=0)[0]:
             return
         longest = self.pace.longest(member.number, member.fresh)
-        others = "none was done before" if longest is None else f"the longest before took {longest:.1f} s"
-        cause = f"no answer to a task in {took:.1f} s, and {others}"
+        others = "none was done before" if longest is None else f"the longest before took {duration(longest)}"
+        cause = f"no answer to a task in {duration(took)}, and {others}"
         member.tasks.clear()
         member.late += 1
         self.replace(member, cause, self.fleet.lates)

@@ -106,15 +106,15 @@ KINDS = ("killed", "stopped", "continued", "slowed")
 class Chaos:
     """Workers are killed, stopped for good or for a while, and slowed down ten times, one at a time, at random.
 
-    kinds: of KINDS, those that may come. every: seconds between them, at least and at most. most: of them. pids: the
-    processes that something was done to, by what it was.
+    kinds: of KINDS, those that may come. every: seconds between them, at least and at most. most: of them. done: what
+    was done, and how often.
     """
 
     def __init__(
         self, fleet: Fleet, seed: int, kinds: Sequence[str], every: tuple[float, float], most: float = math.inf
     ) -> None:
         self.fleet, self.draw, self.kinds, self.every, self.most = fleet, random.Random(seed), kinds, every, most
-        self.pids: dict[int, str] = {}
+        self.done = Counter[str]()
         self.over = threading.Event()
         self.thread = threading.Thread(target=self.run)
 
@@ -127,11 +127,13 @@ class Chaos:
         self.thread.join()
 
     def run(self) -> None:
-        while len(self.pids) < self.most and not self.over.wait(self.draw.uniform(*self.every)):
+        gone = set[int]()
+        while self.done.total() < self.most and not self.over.wait(self.draw.uniform(*self.every)):
             there = {member.engines.pid for member in at_work(self.fleet) if member.engines}
-            if self.fleet.started and (fresh := sorted(there - self.pids.keys())):
-                pid, kind = self.draw.choice(fresh), self.draw.choice(self.kinds)
-                self.pids[pid] = kind
+            if self.fleet.started and (left := sorted(there - gone)):
+                pid, kind = self.draw.choice(left), self.draw.choice(self.kinds)
+                self.done[kind] += 1
+                gone |= {pid} if kind in ("killed", "stopped") else set()
                 with contextlib.suppress(ProcessLookupError):  # it was given up a moment ago
                     getattr(self, kind)(pid)
 
@@ -168,11 +170,10 @@ def test_whatever_happens_to_workers_the_results_are_those_of_one_process(
                 runs += 1
                 certified(classifier, tmp_path / f"run{runs}", images)
                 assert contents(tmp_path / f"run{runs}") == alone
-        done = Counter(chaos.pids.values())
         with capsys.disabled():
-            what = ", ".join(f"{count} {kind}" for kind, count in sorted(done.items()))
+            what = ", ".join(f"{count} {kind}" for kind, count in sorted(chaos.done.items()))
             print(f"\n{runs} runs with workers {what}: {fleet.lost} were lost and {fleet.late} late")
-        assert fleet.lost <= done["killed"]  # one that was killed as a run ended is not missed
+        assert fleet.lost <= chaos.done["killed"]  # one that was killed as a run ended is not missed
         assert fleet.lost + fleet.late >= 1
     assert not any(finding.faults for finding in audit.audit(tmp_path / "run1"))
 
@@ -184,7 +185,7 @@ def test_a_worker_that_is_stopped_is_named_its_work_is_drawn_elsewhere_and_its_l
     with cluster(workers=workers) as (fleet, classifier):
         with Chaos(fleet, seed=1, kinds=["continued"], every=(1.0, 1.0), most=1) as chaos:
             certified(classifier, tmp_path / "run", some_images())
-        assert (len(chaos.pids), fleet.lost, fleet.late) == (1, 0, 1)
+        assert (chaos.done.total(), fleet.lost, fleet.late) == (1, 0, 1)
         assert "1 late so far" in fleet.status()
     assert contents(tmp_path / "run") == alone
     [late] = [said for said in caplog.messages if "is late" in said]
