@@ -23,6 +23,8 @@ DEV := $(ENV)/.installed
 GPU := $(ENV)/.installed-tensorrt
 TOOLS := .venv-tools/.installed
 EDGE := .venv-edge/.installed
+# Files in their order: those that take longest are not those with most tests, and come early.
+SPREAD = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 DEV_EXTRAS := cpu,export,report,cluster,serve,dev
 
 .DEFAULT_GOAL := help
@@ -65,7 +67,7 @@ $(FAST): | $(DEV)
 	$(ENV)/bin/densepure-rt export --precision int8-cpu --out $(dir $(FAST))
 
 test: $(DEV) ## all tests
-	$(ENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+	$(ENV)/bin/python -m pytest $(SPREAD) $(PYTEST_ARGS)
 
 # What test-fast leaves out: tests/export, which exports networks, and these, which certify, serve or drive a browser.
 NOT_FAST = $(patsubst %,densepure_rt/test_%.py,audit audit_commands certify_run cli cluster connections decoder \
@@ -74,7 +76,7 @@ NOT_FAST = $(patsubst %,densepure_rt/test_%.py,audit audit_commands certify_run 
   $(patsubst %,runtime/test_%.py,bundle fork kernels onnx_device other_cpus providers reverse tensorrt_device_on_host)
 
 test-fast: $(DEV) ## a minute's check while developing: the part of test that exports, certifies and serves nothing
-	$(ENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS) tests/test_house.py tests/runtime \
+	$(ENV)/bin/python -m pytest $(SPREAD) $(PYTEST_ARGS) tests/test_house.py tests/runtime \
 	  tests/densepure_rt $(NOT_FAST:%=--ignore tests/%)
 
 test-slow: $(DEV) ## the tests that take minutes each

@@ -72,11 +72,17 @@ def engines_are_probed_once() -> None:
     What a test puts in an engine's place (another sidecar or file, a network of its own) is probed anew, and so is all
     that another process opens.
     """
+    from onnxruntime import InferenceSession
+
     from densepure_rt.runtime import host_device, onnx_device
 
     found: dict[tuple[object, ...], Probed] = {}
+    network = onnx_device.Network
 
     def remembered(device: HostDevice, bundle: Bundle, any_batch: bool) -> Probed:
+        networks = (device._step, device._classify)
+        if not all(type(each) is network and type(each.session) is InferenceSession for each in networks):
+            return host_device.HostDevice._probe(device, bundle, any_batch)
         key = (repr(bundle.unet), repr(bundle.classifier), device.batch, device.facts["provider"], any_batch)
         if key not in found:
             found[key] = host_device.HostDevice._probe(device, bundle, any_batch)

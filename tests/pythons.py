@@ -77,7 +77,8 @@ def demo(python: Path, out: Path) -> bool:
 
 def suite(python: Path, jobs: int, extra: Sequence[str]) -> tuple[bool, str]:
     """The default tests: whether they passed, and in what numbers."""
-    command: list[str | Path] = [python, "-m", "pytest", "--light", "-q", "-n", str(jobs), "--dist", "loadfile", *extra]
+    spread = ["-n", str(jobs), "--dist", "loadfile", "--no-loadscope-reorder"]
+    command: list[str | Path] = [python, "-m", "pytest", "--light", "-q", *spread, *extra]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     *_, last = done.stdout.splitlines() or [""]
     passed = re.search(r"(\d+) passed", last)

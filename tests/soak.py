@@ -28,7 +28,7 @@ from densepure_rt.inference_protocol import HEADER_LENGTH
 from densepure_rt.keys import stored_key
 from densepure_rt.smoothing import Settings
 from tests.attackers import Target, attack
-from tests.densepure_rt.server_process import ServerProcess, children, serving
+from tests.densepure_rt.server_process import ServerProcess, decoders, serving
 from tests.load import MODELS, Expected, body_of, differences, read
 
 SETTINGS = Settings(sigma=0.5, steps=0, votes=1, n=128, alpha=0.05)  # the classifier alone: this is about the server
@@ -226,9 +226,9 @@ def run(seconds: float, say: Callable[[str], None] = print) -> Report:
         key = Path(folder) / "secret.key"
         with serving(*given, "--key", key) as server:
             report = asyncio.run(Soak(server, key, images, seconds).run())
-            decoders = children(server.process.pid)
+            children = decoders(server.process.pid)
             report.exit_code, report.said = server.end()
-        if left := [pid for pid in decoders if Path(f"/proc/{pid}").exists()]:
+        if left := [pid for pid in children if Path(f"/proc/{pid}").exists()]:
             report.wrong.append(f"processes are left: {left}")
     compare(report, images)
     for line in report.lines():

@@ -109,7 +109,8 @@ BY_NAME = re.compile(
     r'read_text\(|read_bytes\(|\.open\("r|\.open\(newline|onnx\.load\(|fromfile\(|(?<![\w.])(?<!def )open\('
 )
 OWN = {  # files of this program, of the kernel, or checked by a line before
-    "machine.py": {"/proc/stat", "CPUINFO", "MAPS"},
+    "machine.py": {"/proc/stat", "CPUINFO", "MAPS", "MEMINFO", "MEMORY_MAX"},
+    "decoder.py": {"/proc/self/statm"},
     "demo.py": {"resources.files"},
     "report_page.py": {"resources.files"},
     "tensorrt_device.py": {"files("},

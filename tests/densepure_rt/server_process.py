@@ -98,13 +98,14 @@ def serving(*options: object, cwd: Path | None = None, fault: str = "") -> Itera
     assert "Traceback" not in said, said
 
 
-def children(of: int | None = None) -> list[int]:
-    """The processes that a process has started and that run, by their ids; of this one where none is given."""
+def decoders(of: int | None = None) -> list[int]:
+    """The decoders that a process has started and that run, by their ids; of this one where none is given."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it has ended
             state, parent = stat.read_text().rpartition(")")[2].split()[:2]
-            if int(parent) == (of or os.getpid()) and state != "Z":
+            program = stat.with_name("cmdline").read_bytes()
+            if int(parent) == (of or os.getpid()) and state != "Z" and b"densepure_rt.decoder" in program:
                 found.append(int(stat.parent.name))
     return found
 

@@ -11,7 +11,7 @@ from densepure_rt import decoder
 from densepure_rt.decoders import Decoders
 from densepure_rt.errors import UsageError
 from densepure_rt.serving import Draining
-from tests.densepure_rt.server_process import children, until
+from tests.densepure_rt.server_process import decoders, until
 from tests.densepure_rt.test_decoder import GOOD, GREY
 
 NAP = "import densepure_rt.decoder as d\nfitted = d.fitted\nd.fitted = lambda c, s: d.time.sleep({}) or fitted(c, s)\n"
@@ -31,12 +31,12 @@ def test_as_many_work_at_a_time_as_there_are(monkeypatch: pytest.MonkeyPatch) ->
         began = time.monotonic()
         found = await asyncio.gather(*(pool.fitted(GOOD, GREY) for _ in range(2)))
         assert [each.changes for each in found] == [(), ()]
-        assert len(children()) == 2
+        assert len(decoders()) == 2
         pool.close()
         return time.monotonic() - began
 
     assert asyncio.run(both()) < 1.9
-    until(lambda: children() == [], 5)
+    until(lambda: decoders() == [], 5)
 
 
 def test_the_picture_of_a_caller_that_goes_is_given_up_and_the_next_one_is_read(
@@ -48,10 +48,10 @@ def test_the_picture_of_a_caller_that_goes_is_given_up_and_the_next_one_is_read(
         sleepy(monkeypatch, 3600)
         asking = asyncio.ensure_future(pool.fitted(GOOD, GREY))
         await asyncio.sleep(0.5)
-        assert len(children()) == 1
+        assert len(decoders()) == 1
         asking.cancel()
         await asyncio.wait([asking])
-        await asyncio.to_thread(until, lambda: children() == [], 5)
+        await asyncio.to_thread(until, lambda: decoders() == [], 5)
         monkeypatch.undo()
         assert (await pool.fitted(GOOD, GREY)).changes == ()
         pool.close()
@@ -70,7 +70,7 @@ def test_a_picture_has_so_long_and_no_longer(monkeypatch: pytest.MonkeyPatch) ->
         pool.close()
 
     asyncio.run(late())
-    until(lambda: children() == [], 5)
+    until(lambda: decoders() == [], 5)
 
 
 def test_when_the_server_ends_nothing_is_left_and_whoever_waits_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +86,7 @@ def test_when_the_server_ends_nothing_is_left_and_whoever_waits_is_told(monkeypa
                 await asyncio.wait_for(each, 5)
 
     asyncio.run(ended())
-    until(lambda: children() == [], 5)
+    until(lambda: decoders() == [], 5)
 
 
 def test_there_is_one_or_more() -> None:

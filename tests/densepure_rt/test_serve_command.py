@@ -20,7 +20,7 @@ from PIL import Image
 
 from densepure_rt.datasets import open_images
 from densepure_rt.keys import stored_key
-from tests.densepure_rt.server_process import QUICK, children, serving, until
+from tests.densepure_rt.server_process import QUICK, decoders, serving, until
 from tests.densepure_rt.test_cli import Done, cli, here, refused
 from tests.densepure_rt.test_uploads import file_of
 
@@ -141,8 +141,8 @@ def test_who_hangs_up_takes_the_picture_along_and_the_next_one_is_read() -> None
         for _ in range(2):  # the second has waited for nothing that the first left
             with socket.create_connection((running.host, running.port)) as connection:
                 connection.sendall(head + picture)
-                until(lambda: len(children(running.process.pid)) == 1)
-            until(lambda: children(running.process.pid) == [], 5)
+                until(lambda: len(decoders(running.process.pid)) == 1)
+            until(lambda: decoders(running.process.pid) == [], 5)
         assert running.end() == (0, "")
 
 
@@ -171,7 +171,7 @@ def test_it_ends_within_its_drain_and_five_seconds_whatever_hangs(
     with serving(*QUICK, "--drain", "0.5s", fault=fault) as running, ThreadPoolExecutor(1) as pool:
         asked = pool.submit(running.ask, method, path, picture if method == "POST" else None)
         time.sleep(1.5)
-        left, began = children(running.process.pid), time.monotonic()
+        left, began = decoders(running.process.pid), time.monotonic()
         found, said = running.end()
         took = time.monotonic() - began
         assert (found, words in said, took < 5.5) == (code, True, True), (found, said, took)
@@ -212,7 +212,7 @@ def test_without_its_packages_it_exits_3_with_the_pip_command(package: str) -> N
         ("--seed 1 --rotate 24h", 2, ["--rotate"]),
         ("--seed 1 --key x", 2, ["--key"]),
         ("--key /nowhere/x", 3, ["/nowhere/x"]),
-        ("--key /dev/null", 2, ["/dev/null is no key"]),
+        ("--key /dev/null", 3, ["cannot read the key /dev/null", "it is a device"]),
         ("--port -1", 2, ["--port", "-1"]),
         ("--port 65536", 2, ["--port", "65536"]),
         ("--allow-host http://example.org", 2, ["--allow-host", "http://example.org"]),

@@ -94,8 +94,12 @@ class Named(NamedTuple):
 
 
 @pytest.fixture
-def toys(monkeypatch: pytest.MonkeyPatch) -> str:
-    """A module `toys` with networks to name."""
+def toys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """A module `toys` with networks to name, in the working directory."""
+    (tmp_path / "toys.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "toys", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
 
     class Wrapping(nn.Module):
         def __init__(self, wrap: Callable[[Tensor], Any]) -> None:
@@ -105,7 +109,7 @@ def toys(monkeypatch: pytest.MonkeyPatch) -> str:
         def forward(self, x: Tensor) -> Any:
             return self.wrap(self.toy(x))
 
-    module: Any = types.ModuleType("toys")
+    module: Any = importlib.import_module("toys")
     module.Toy = Toy
     module.half = lambda: Toy().half()
     module.large = lambda: Toy(48)
@@ -128,7 +132,6 @@ def toys(monkeypatch: pytest.MonkeyPatch) -> str:
         "map_": lambda y: y[:, :, None],
     }.items():
         setattr(module, name, lambda wrap=wrap: Wrapping(wrap))
-    monkeypatch.setitem(sys.modules, "toys", module)
     return "toys:"
 
 

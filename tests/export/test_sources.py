@@ -789,10 +789,11 @@ def test_damaged_checkpoint_is_one_error(tmp_path: Path) -> None:
     refused(tmp_path, 1, [str(path), "damaged", "again"], "--unet", path, *FLAGS)
 
 
-def test_weights_of_nan_are_one_error(tmp_path: Path) -> None:
-    path = checkpoint(tmp_path, state() | {"out.2.bias": torch.full((3,), math.nan)})
-    given = ["--unet", path, *FLAGS, "--classifier", "torch.nn:Flatten", "--pixel-range", "0,1"]
-    refused(tmp_path, 1, ["UNet's weights hold NaN", "out.2.bias"], *given)
+def test_weights_of_nan_are_one_error(here: Path) -> None:
+    path = checkpoint(here, state() | {"out.2.bias": torch.full((3,), math.nan)})
+    (here / "flat.py").write_text("from torch.nn import Flatten")
+    given = ["--unet", path, *FLAGS, "--classifier", "flat:Flatten", "--pixel-range", "0,1"]
+    refused(here, 1, ["UNet's weights hold NaN", "out.2.bias"], *given)
 
 
 def test_size_that_the_unet_cannot_halve_is_one_error(tmp_path: Path) -> None:

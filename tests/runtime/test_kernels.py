@@ -387,7 +387,7 @@ class Networks:
     def get_inputs(self) -> list[SimpleNamespace]:
         return [SimpleNamespace(shape=["batch"])]
 
-    def run(self, _: Sequence[str], feed: Mapping[str, Floats]) -> list[Floats]:
+    def run(self, _: Sequence[str], feed: Mapping[str, Floats], options: object = None) -> list[Floats]:
         return self.step(**feed) if "std" in feed else self.classify(**feed)
 
     def step(self, mean: Floats, std: Floats, noise: Floats, t: Floats, coef: Floats) -> list[Floats]:
