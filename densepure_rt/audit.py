@@ -101,7 +101,8 @@ def audit(path: Path, images: ImageSet | None = None) -> list[Finding]:
     try:
         if not (path / LEDGER).exists():
             raise CheckFailed(f"{LEDGER} is missing")
-        with Ledger(path / LEDGER, read_only=True) as ledger:
+        most = manifest.identity.rule.most_samples
+        with Ledger(path / LEDGER, read_only=True, most_labels=most) as ledger:
             findings.append(check_ledger(ledger, manifest))
             done = list(ledger.done())
             checks += [

@@ -55,17 +55,22 @@ Labels = NDArray[np.int32]
 
 
 class DoneImage(NamedTuple):
-    """place: in the order of the run's images. blob: its labels, packed. record, timing: lines of JSON."""
+    """place: in the order of the run's images. blob: its labels, packed. record, timing: lines of JSON.
+
+    most_labels: that an image of the run can have, whatever its timing says.
+    """
 
     place: int
     idx: int
     blob: bytes
     record: str
     timing: str
+    most_labels: int = MOST_LABELS
 
     def labels(self) -> Labels:
-        """Unpack its labels. Raises CheckFailed when these are none, or more than its timing says."""
-        return unpacked(self.blob, parsed(TimingRecord, self.timing, f"the timing of image {self.idx}").samples)
+        """Unpack its labels. Raises CheckFailed when these are none, or more than its timing says or the run allows."""
+        said = parsed(TimingRecord, self.timing, f"the timing of image {self.idx}").samples
+        return unpacked(self.blob, min(said, self.most_labels))
 
 
 def packed(labels: Sequence[int] | Labels) -> bytes:
@@ -157,7 +162,7 @@ class Ledger:
 
     Ctrl-C may come between any two steps: a commit that is repeated writes the same rows again.
 
-    most_labels: of an image under way, at most. Raises EnvironmentFault when it cannot be written or another process
+    most_labels: of an image, at most. Raises EnvironmentFault when it cannot be written or another process
     has it, CheckFailed when it is damaged or is no ledger of this program.
     """
 
@@ -318,7 +323,7 @@ class Ledger:
         for row in self._ascending("select place, idx, labels, record, timing from images order by place"):
             if tuple(map(type, row)) != (int, int, bytes, str, str):
                 raise CheckFailed(f"{self.path} is damaged: an image has fields of other types")
-            yield DoneImage(*row)
+            yield DoneImage(*row, self.most_labels)
 
     def _ascending(self, query: str, *values: int) -> Iterator[tuple[Any, ...]]:
         """Rows whose first column ascends. Raises CheckFailed where it does not: damaged pages can go in circles."""

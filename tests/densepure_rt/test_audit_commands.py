@@ -103,7 +103,13 @@ VIEW = """
 """
 TRIGGER = "create trigger u after insert on images begin delete from images; end;"
 BOMB = f"update images set labels = x'{zlib.compress(bytes(4 * 10**8), 9).hex()}'"  # 389 KB
-HOSTILE = {"a view without an end": VIEW, "a trigger": TRIGGER, "a blob of 100 million labels": BOMB}
+CLAIMED = f"{BOMB}; update images set timing = json_set(timing, '$.samples', 100000000)"
+HOSTILE = {
+    "a view without an end": VIEW,
+    "a trigger": TRIGGER,
+    "a blob of 100 million labels": BOMB,
+    "a blob of 100 million labels, which the timing claims": CLAIMED,
+}
 TINY = ("--max", 1, "--steps", 0, "--n", 100, "--sigma", 0.1, "--seed", 1, "--batch", 16, "--threads", 1, "--quiet")
 
 
@@ -137,7 +143,7 @@ def test_a_hostile_ledger_is_one_error_before_two_seconds_of_work(
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the kernel does not say what a process held")
-@pytest.mark.parametrize("statements", [VIEW, BOMB], ids=["view", "bomb"])
+@pytest.mark.parametrize("statements", [VIEW, BOMB, CLAIMED], ids=["view", "bomb", "claimed bomb"])
 def test_an_audit_of_a_hostile_ledger_stays_below_300_mib(certified: Path, tmp_path: Path, statements: str) -> None:
     run = hostile(certified, tmp_path / "run", statements)
     code = (
