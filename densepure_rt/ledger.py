@@ -173,6 +173,10 @@ class Ledger:
         refuse_unfit(path)
         with saying(path):
             address = f"{path.resolve().as_uri()}?mode={'ro' if read_only else 'rwc'}"
+            if not read_only and path.exists():  # judged before the pragmas below write to it
+                with contextlib.closing(sqlite3.connect(address, uri=True, timeout=BUSY)) as database:
+                    database.execute("pragma trusted_schema = off")
+                    self._refuse_foreign(database)
             self._database = sqlite3.connect(address, uri=True, timeout=BUSY, isolation_level=None)
             try:
                 self._open()
@@ -184,19 +188,19 @@ class Ledger:
         self._database.execute("pragma trusted_schema = off")
         if self.read_only:
             self._database.execute("pragma query_only = on")
-            self._refuse_foreign()
+            self._refuse_foreign(self._database)
             return
         self._database.executescript(
             "pragma locking_mode = exclusive; pragma journal_mode = wal; pragma synchronous = normal"
         )
         with self._transaction():  # takes the lock, or raises
-            self._refuse_foreign()
+            self._refuse_foreign(self._database)
         self._database.executescript(TABLES)
         self._file = identity_of(self.path)
 
-    def _refuse_foreign(self) -> None:
+    def _refuse_foreign(self, database: sqlite3.Connection) -> None:
         """Raise CheckFailed when the schema has anything that is not ours: a view and a trigger run when it is read."""
-        if strange := schema(self._database) - own_schema():
+        if strange := schema(database) - own_schema():
             kind, name, *_ = max(strange, key=str)  # view, trigger, table, index
             raise CheckFailed(
                 f"{self.path} is no ledger of this program: it declares the {kind} {name!r} otherwise than one, which "
@@ -323,7 +327,7 @@ class Ledger:
         for row in self._ascending("select place, idx, labels, record, timing from images order by place"):
             if tuple(map(type, row)) != (int, int, bytes, str, str):
                 raise CheckFailed(f"{self.path} is damaged: an image has fields of other types")
-            yield DoneImage(*row, self.most_labels)
+            yield DoneImage(*row)._replace(most_labels=self.most_labels)
 
     def _ascending(self, query: str, *values: int) -> Iterator[tuple[Any, ...]]:
         """Rows whose first column ascends. Raises CheckFailed where it does not: damaged pages can go in circles."""

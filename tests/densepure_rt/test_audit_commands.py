@@ -83,6 +83,17 @@ def test_replay_warns_and_goes_on_where_the_engines_compute_otherwise_than_in_th
     assert "does not say how its machine computed" in told_of(tmp_path / "run", None)
 
 
+def test_revealing_a_run_whose_seed_is_public_is_refused_and_writes_nothing(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(OLD_RUN, run)
+    done = cli("reveal", run)
+    assert done.returncode == 2
+    assert "its seed is public already" in done.stderr
+    assert {file.name: file.read_bytes() for file in run.iterdir()} == {
+        file.name: file.read_bytes() for file in OLD_RUN.iterdir()
+    }
+
+
 @pytest.mark.parametrize("secret", ["zz", "ab", "00" * 31 + "0", "\n"])
 def test_a_revealed_secret_that_is_none_is_one_error(run: Path, secret: str) -> None:
     there = json.loads((run / "manifest.json").read_text())
