@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
 import sqlite3
 import subprocess
@@ -153,17 +154,47 @@ def test_a_hostile_ledger_is_one_error_before_two_seconds_of_work(
         assert done.stderr.count("error:") == code
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the kernel does not say what a process held")
-@pytest.mark.parametrize("statements", [VIEW, BOMB, CLAIMED], ids=["view", "bomb", "claimed bomb"])
-def test_an_audit_of_a_hostile_ledger_stays_below_300_mib(certified: Path, tmp_path: Path, statements: str) -> None:
-    run = hostile(certified, tmp_path / "run", statements)
+PROC = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the kernel does not say what a process held")
+
+
+def most_mib_and_exit_code(*command: object) -> tuple[int, int]:
+    """Of a command in a process of its own: what it held in memory at most, and how it ended."""
     code = (
-        f"import sys; sys.argv = ['densepure-rt', 'audit', {str(run)!r}]\n"
+        f"import sys; sys.argv = {['densepure-rt', *map(str, command)]!r}\n"
         "from densepure_rt.cli import main\n"
+        "ended = None\n"
         "try: main()\n"
-        "except SystemExit as ended: print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0], ended.code)"
+        "except SystemExit as error: ended = error\n"
+        "held = open('/proc/self/status').read().split('VmHWM:')[1].split()[0]\n"
+        "print(held, (ended and ended.code) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=60)
     most_kib, exit_code = map(int, done.stdout.splitlines()[-1].split())
+    return most_kib // 2**10, exit_code
+
+
+@PROC
+@pytest.mark.parametrize("statements", [VIEW, BOMB, CLAIMED], ids=["view", "bomb", "claimed bomb"])
+def test_an_audit_of_a_hostile_ledger_stays_below_300_mib(certified: Path, tmp_path: Path, statements: str) -> None:
+    run = hostile(certified, tmp_path / "run", statements)
+    most_mib, exit_code = most_mib_and_exit_code("audit", run)
     assert exit_code == 1
-    assert most_kib < 300 * 2**10
+    assert most_mib < 300
+
+
+@PROC
+@pytest.mark.parametrize("name", ["results.jsonl", "falsify.jsonl"])
+def test_a_sparse_results_file_of_half_a_gibibyte_is_one_error_below_300_mib(
+    certified: Path, tmp_path: Path, name: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(certified, run)
+    (run / name).touch()
+    os.truncate(run / name, 2**29)
+    most_mib, exit_code = most_mib_and_exit_code("audit", run)
+    assert exit_code == 1
+    assert most_mib < 300
+    if name == "results.jsonl":
+        most_mib, exit_code = most_mib_and_exit_code("report", run, "--out", tmp_path / "r.html")
+        assert exit_code == 3
+        assert most_mib < 300
