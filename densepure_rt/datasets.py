@@ -370,7 +370,8 @@ def _labels_of(found: Sequence[str], class_names: Sequence[str], where: str) -> 
 
 
 def _known_labels(found: Sequence[str], class_names: Sequence[str]) -> list[int | None]:
-    """Return the label of each name; None where the model does not know it."""
+    """Return the label of each name; None where the model does not know it. Both are compared as a sidecar has them."""
+    found, class_names = list(map(printable, found)), list(map(printable, class_names))
     exact, by_slug = _unambiguous(class_names), _unambiguous([_slug(name) for name in class_names])
     labels = [exact.get(name, by_slug.get(_slug(name))) for name in found]
     if None in labels and all(re.fullmatch(r"[0-9]{1,9}", name) for name in found):

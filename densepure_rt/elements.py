@@ -1,8 +1,13 @@
-"""HTML and SVG from Python values: what comes in as text is escaped, always, so that no name can become markup."""
+"""HTML and SVG from Python values: what comes in as text is escaped, always, so that no name can become markup.
+
+It is made printable too, but for its lines' ends: a control of a terminal or of the direction of text is written out.
+"""
 
 from __future__ import annotations
 
 from html import escape
+
+from densepure_rt.text import printable
 
 VOID = {"br", "hr", "img", "meta"}  # have no end tag
 
@@ -17,7 +22,7 @@ def element(name: str, *children: str | None, **attributes: str | float | None) 
     Attributes are named as in HTML with `_` for `-`; a trailing `_` (class_) is dropped.
     """
     words = (
-        f' {key.rstrip("_").replace("_", "-")}="{escape(shown(value))}"'
+        f' {key.rstrip("_").replace("_", "-")}="{escaped(shown(value))}"'
         for key, value in attributes.items()
         if value is not None
     )
@@ -27,7 +32,13 @@ def element(name: str, *children: str | None, **attributes: str | float | None) 
 
 def joined(*children: str | None) -> Html:
     """Children side by side, without an element around them."""
-    return Html("".join(child if isinstance(child, Html) else escape(child) for child in children if child is not None))
+    return Html(
+        "".join(child if isinstance(child, Html) else escaped(child) for child in children if child is not None)
+    )
+
+
+def escaped(text: str) -> str:
+    return escape(printable(text, keep="\n"))
 
 
 def shown(value: str | float) -> str:

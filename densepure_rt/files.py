@@ -10,6 +10,7 @@ import errno
 import hashlib
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -30,6 +31,7 @@ MOST_BYTES: dict[Kind, int] = {
     "log": 64 * MIB,  # of older tools; 50,000 images of ImageNet take 3 MiB
     "array": 128 * MIB,  # 16 million labels of 8 bytes; published runs have 100,000
 }
+LONGEST_LINE = 16 * MIB  # of a results file; one with a hundred radii takes 12 KiB
 OTHERS = (
     (stat.S_ISFIFO, "a named pipe"),
     (stat.S_ISDIR, "a folder"),
@@ -80,6 +82,22 @@ def content(path: Path, kind: Kind) -> bytes:
             if len(found) + len(grown) > MOST_BYTES[kind]:
                 raise UnfitFile(errno.EFBIG, f"it has more bytes than any {kind}", str(path))
     return found + grown if grown else found
+
+
+def lines(path: Path, kind: Kind) -> Iterator[bytes]:
+    """Yield a file's lines without their ends; a last one that does not end is left out.
+
+    One is held at a time: a sparse file of gigabytes costs no more than LONGEST_LINE. Raises as `content` does, and
+    UnfitFile where a line is longer.
+    """
+    size = 0
+    with opened(path, kind) as file:
+        while (line := file.readline(LONGEST_LINE + 1)).endswith(b"\n"):
+            if (size := size + len(line)) > MOST_BYTES[kind]:
+                raise UnfitFile(errno.EFBIG, f"it has more bytes than any {kind}", str(path))
+            yield line[:-1]
+    if len(line) > LONGEST_LINE:
+        raise UnfitFile(errno.EFBIG, f"it has a line of more than {LONGEST_LINE:,} bytes", str(path))
 
 
 def text(path: Path, kind: Kind) -> str:

@@ -55,17 +55,22 @@ Labels = NDArray[np.int32]
 
 
 class DoneImage(NamedTuple):
-    """place: in the order of the run's images. blob: its labels, packed. record, timing: lines of JSON."""
+    """place: in the order of the run's images. blob: its labels, packed. record, timing: lines of JSON.
+
+    most_labels: that an image of the run can have, whatever its timing says.
+    """
 
     place: int
     idx: int
     blob: bytes
     record: str
     timing: str
+    most_labels: int = MOST_LABELS
 
     def labels(self) -> Labels:
-        """Unpack its labels. Raises CheckFailed when these are none, or more than its timing says."""
-        return unpacked(self.blob, parsed(TimingRecord, self.timing, f"the timing of image {self.idx}").samples)
+        """Unpack its labels. Raises CheckFailed when these are none, or more than its timing says or the run allows."""
+        said = parsed(TimingRecord, self.timing, f"the timing of image {self.idx}").samples
+        return unpacked(self.blob, min(said, self.most_labels))
 
 
 def packed(labels: Sequence[int] | Labels) -> bytes:
@@ -157,7 +162,7 @@ class Ledger:
 
     Ctrl-C may come between any two steps: a commit that is repeated writes the same rows again.
 
-    most_labels: of an image under way, at most. Raises EnvironmentFault when it cannot be written or another process
+    most_labels: of an image, at most. Raises EnvironmentFault when it cannot be written or another process
     has it, CheckFailed when it is damaged or is no ledger of this program.
     """
 
@@ -168,6 +173,10 @@ class Ledger:
         refuse_unfit(path)
         with saying(path):
             address = f"{path.resolve().as_uri()}?mode={'ro' if read_only else 'rwc'}"
+            if not read_only and path.exists():  # judged before the pragmas below write to it
+                with contextlib.closing(sqlite3.connect(address, uri=True, timeout=BUSY)) as database:
+                    database.execute("pragma trusted_schema = off")
+                    self._refuse_foreign(database)
             self._database = sqlite3.connect(address, uri=True, timeout=BUSY, isolation_level=None)
             try:
                 self._open()
@@ -179,19 +188,19 @@ class Ledger:
         self._database.execute("pragma trusted_schema = off")
         if self.read_only:
             self._database.execute("pragma query_only = on")
-            self._refuse_foreign()
+            self._refuse_foreign(self._database)
             return
         self._database.executescript(
             "pragma locking_mode = exclusive; pragma journal_mode = wal; pragma synchronous = normal"
         )
         with self._transaction():  # takes the lock, or raises
-            self._refuse_foreign()
+            self._refuse_foreign(self._database)
         self._database.executescript(TABLES)
         self._file = identity_of(self.path)
 
-    def _refuse_foreign(self) -> None:
+    def _refuse_foreign(self, database: sqlite3.Connection) -> None:
         """Raise CheckFailed when the schema has anything that is not ours: a view and a trigger run when it is read."""
-        if strange := schema(self._database) - own_schema():
+        if strange := schema(database) - own_schema():
             kind, name, *_ = max(strange, key=str)  # view, trigger, table, index
             raise CheckFailed(
                 f"{self.path} is no ledger of this program: it declares the {kind} {name!r} otherwise than one, which "
@@ -318,7 +327,7 @@ class Ledger:
         for row in self._ascending("select place, idx, labels, record, timing from images order by place"):
             if tuple(map(type, row)) != (int, int, bytes, str, str):
                 raise CheckFailed(f"{self.path} is damaged: an image has fields of other types")
-            yield DoneImage(*row)
+            yield DoneImage(*row)._replace(most_labels=self.most_labels)
 
     def _ascending(self, query: str, *values: int) -> Iterator[tuple[Any, ...]]:
         """Rows whose first column ascends. Raises CheckFailed where it does not: damaged pages can go in circles."""

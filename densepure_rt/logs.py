@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from densepure_rt.errors import EnvironmentFault
-from densepure_rt.text import printable
+from densepure_rt.text import all_printable, printable
 
 logger = logging.getLogger("densepure_rt")
 logger.addHandler(logging.NullHandler())  # a library is silent until it is told where to speak
@@ -25,8 +25,9 @@ class JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         time = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc)
         said = {"time": time.isoformat(timespec="milliseconds"), "level": record.levelname.lower()}
-        fields = getattr(record, FIELDS, {})
-        return printable(json.dumps(said | {"message": record.getMessage()} | fields, ensure_ascii=False, default=str))
+        said |= {"message": record.getMessage()} | getattr(record, FIELDS, {})
+        plain = json.loads(json.dumps(said, default=str))  # paths and tuples as JSON has them
+        return json.dumps(all_printable(plain), ensure_ascii=False)
 
 
 class Plain(logging.Formatter):

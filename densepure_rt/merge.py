@@ -106,8 +106,8 @@ def read_parts(paths: Sequence[Path]) -> list[Part]:
 
 def read_part(path: Path, manifest: Manifest) -> Part:
     """A complete shard. Raises CheckFailed when it is not what was sealed, or when that could be no shard."""
-    images = {}
-    with Ledger(path / LEDGER, read_only=True) as ledger:
+    images, most = {}, manifest.identity.rule.most_samples
+    with Ledger(path / LEDGER, read_only=True, most_labels=most) as ledger:
         refuse_unsealed(path, ledger)
         for image in ledger.done():
             check_image(image, manifest, path / LEDGER)
@@ -267,7 +267,8 @@ def write_run(out: Path, manifest: Manifest, secret: bytes | None, parts: Sequen
 
 
 def images_of(part: Part) -> Iterator[DoneImage]:
-    with Ledger(part.path / LEDGER, read_only=True) as ledger:
+    most = part.manifest.identity.rule.most_samples
+    with Ledger(part.path / LEDGER, read_only=True, most_labels=most) as ledger:
         for image in ledger.done():
             if part.images.get(image.place) != image.idx:
                 raise CheckFailed(f"{part.path} was written to while it was merged: merge again")

@@ -201,9 +201,10 @@ def markdown(reports: Sequence[RunReport]) -> str:
 
 
 def plain_cell(text: str) -> str:
-    """Text that Markdown takes for nothing else: names come from files."""
+    """Text that Markdown and a terminal take for nothing else: names come from files."""
     marks = "\\`*_[]<>|#!&~$"
-    return text if set(text) <= {"-", ":"} else "".join(f"\\{c}" if c in marks else c for c in " ".join(text.split()))
+    text = printable(" ".join(text.split()))
+    return text if set(text) <= {"-", ":"} else "".join(f"\\{c}" if c in marks else c for c in text)
 
 
 def accuracy_lines(reports: Sequence[RunReport]) -> list[Line]:

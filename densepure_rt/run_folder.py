@@ -192,15 +192,9 @@ def reveal(path: Path, key: Path | None = None) -> str:
     Raises UsageError where there is no secret to reveal, or `key` holds another one; CheckFailed when the folder was
     tampered with.
     """
+    secret_to_reveal(path)  # before the ledger is opened, which writes to it
     with writing(path), Ledger(path / LEDGER) as ledger:
-        manifest = read_manifest(path)
-        secret = stored_key(path / KEY) or stored_key(path / REVEALED)
-        if secret is None and (revealed := manifest.provenance.revealed_secret) is not None:
-            secret = bytes.fromhex(revealed)
-        if secret is None:
-            public = manifest.identity.public_seed is not None
-            why = "its seed is public already" if public else f"{KEY} is missing"
-            raise UsageError(f"the run in {path} has no secret to reveal: {why}")
+        manifest, secret = secret_to_reveal(path)
         if hashlib.sha256(secret).hexdigest() != manifest.identity.secret_commitment:
             raise CheckFailed(f"{path / KEY} is not the key that the run committed itself to")
         sealed = (path / SEAL).exists()
@@ -215,6 +209,19 @@ def reveal(path: Path, key: Path | None = None) -> str:
         if sealed:
             seal(path, ledger)
     return secret.hex()
+
+
+def secret_to_reveal(path: Path) -> tuple[Manifest, bytes]:
+    """The manifest of a run and its secret. Raises UsageError where there is no secret to reveal."""
+    manifest = read_manifest(path)
+    secret = stored_key(path / KEY) or stored_key(path / REVEALED)
+    if secret is None and (revealed := manifest.provenance.revealed_secret) is not None:
+        secret = bytes.fromhex(revealed)
+    if secret is None:
+        public = manifest.identity.public_seed is not None
+        why = "its seed is public already" if public else f"{KEY} is missing"
+        raise UsageError(f"the run in {path} has no secret to reveal: {why}")
+    return manifest, secret
 
 
 class RunFolder:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -51,14 +53,21 @@ def read_attacks(path: Path) -> tuple[AttackRecord, ...] | None:
 
 
 def read_lines(path: Path, kind: type[T]) -> list[T]:
-    whole, _, _ = content(path, "results file").rpartition(b"\n")
-    lines = whole.split(b"\n") if whole else []
-    return [parsed(kind, line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+    with reading(path):
+        lines = enumerate(files.lines(path, "results file"), start=1)
+        return [parsed(kind, line, f"{path}, line {number}") for number, line in lines]
 
 
 def content(path: Path, kind: Kind = "run file") -> bytes:
-    try:
+    with reading(path):
         return files.content(path, kind)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn an OSError into one clear message."""
+    try:
+        yield
     except FileNotFoundError:
         raise UsageError(f"{path.parent} holds no whole run: {path.name} is missing") from None
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ from tests.densepure_rt.command_line import code_without, environment
 from tests.test_house import imports
 
 ROOT = Path(__file__).resolve().parent.parent
-RUN = ROOT / "tests" / "data" / "run-of-0.1.0"
+OLD_RUN = ROOT / "tests" / "data" / "run-of-0.1.0"
+RUN = Path("run-of-0.1.0")
 TINY = ("--steps", 0, "--max", 1, "--n", 32, "--threads", 1)
 COMMANDS: dict[str, tuple[object, ...]] = {
     "certify": ("certify", *TINY, "--seed", 1, "--out", "run"),
@@ -46,6 +48,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert {"pydantic", "numpy", "onnxruntime", "torch", "ray", "json"} <= names
     for name in names | {"sitecustomize", "usercustomize"}:
         (folder / f"{name}.py").write_text(f"raise SystemExit('planted {name} was imported')\n")
+    shutil.copytree(OLD_RUN, folder / RUN)  # a command may write to it
     return folder
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import shutil
 import sqlite3
 import subprocess
@@ -83,6 +84,17 @@ def test_replay_warns_and_goes_on_where_the_engines_compute_otherwise_than_in_th
     assert "does not say how its machine computed" in told_of(tmp_path / "run", None)
 
 
+def test_revealing_a_run_whose_seed_is_public_is_refused_and_writes_nothing(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(OLD_RUN, run)
+    done = cli("reveal", run)
+    assert done.returncode == 2
+    assert "its seed is public already" in done.stderr
+    assert {file.name: file.read_bytes() for file in run.iterdir()} == {
+        file.name: file.read_bytes() for file in OLD_RUN.iterdir()
+    }
+
+
 @pytest.mark.parametrize("secret", ["zz", "ab", "00" * 31 + "0", "\n"])
 def test_a_revealed_secret_that_is_none_is_one_error(run: Path, secret: str) -> None:
     there = json.loads((run / "manifest.json").read_text())
@@ -103,7 +115,13 @@ VIEW = """
 """
 TRIGGER = "create trigger u after insert on images begin delete from images; end;"
 BOMB = f"update images set labels = x'{zlib.compress(bytes(4 * 10**8), 9).hex()}'"  # 389 KB
-HOSTILE = {"a view without an end": VIEW, "a trigger": TRIGGER, "a blob of 100 million labels": BOMB}
+CLAIMED = f"{BOMB}; update images set timing = json_set(timing, '$.samples', 100000000)"
+HOSTILE = {
+    "a view without an end": VIEW,
+    "a trigger": TRIGGER,
+    "a blob of 100 million labels": BOMB,
+    "a blob of 100 million labels, which the timing claims": CLAIMED,
+}
 TINY = ("--max", 1, "--steps", 0, "--n", 100, "--sigma", 0.1, "--seed", 1, "--batch", 16, "--threads", 1, "--quiet")
 
 
@@ -136,17 +154,47 @@ def test_a_hostile_ledger_is_one_error_before_two_seconds_of_work(
         assert done.stderr.count("error:") == code
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the kernel does not say what a process held")
-@pytest.mark.parametrize("statements", [VIEW, BOMB], ids=["view", "bomb"])
-def test_an_audit_of_a_hostile_ledger_stays_below_300_mib(certified: Path, tmp_path: Path, statements: str) -> None:
-    run = hostile(certified, tmp_path / "run", statements)
+PROC = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the kernel does not say what a process held")
+
+
+def most_mib_and_exit_code(*command: object) -> tuple[int, int]:
+    """Of a command in a process of its own: what it held in memory at most, and how it ended."""
     code = (
-        f"import sys; sys.argv = ['densepure-rt', 'audit', {str(run)!r}]\n"
+        f"import sys; sys.argv = {['densepure-rt', *map(str, command)]!r}\n"
         "from densepure_rt.cli import main\n"
+        "ended = None\n"
         "try: main()\n"
-        "except SystemExit as ended: print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0], ended.code)"
+        "except SystemExit as error: ended = error\n"
+        "held = open('/proc/self/status').read().split('VmHWM:')[1].split()[0]\n"
+        "print(held, (ended and ended.code) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), timeout=60)
     most_kib, exit_code = map(int, done.stdout.splitlines()[-1].split())
+    return most_kib // 2**10, exit_code
+
+
+@PROC
+@pytest.mark.parametrize("statements", [VIEW, BOMB, CLAIMED], ids=["view", "bomb", "claimed bomb"])
+def test_an_audit_of_a_hostile_ledger_stays_below_300_mib(certified: Path, tmp_path: Path, statements: str) -> None:
+    run = hostile(certified, tmp_path / "run", statements)
+    most_mib, exit_code = most_mib_and_exit_code("audit", run)
     assert exit_code == 1
-    assert most_kib < 300 * 2**10
+    assert most_mib < 300
+
+
+@PROC
+@pytest.mark.parametrize("name", ["results.jsonl", "falsify.jsonl"])
+def test_a_sparse_results_file_of_half_a_gibibyte_is_one_error_below_300_mib(
+    certified: Path, tmp_path: Path, name: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(certified, run)
+    (run / name).touch()
+    os.truncate(run / name, 2**29)
+    most_mib, exit_code = most_mib_and_exit_code("audit", run)
+    assert exit_code == 1
+    assert most_mib < 300
+    if name == "results.jsonl":
+        most_mib, exit_code = most_mib_and_exit_code("report", run, "--out", tmp_path / "r.html")
+        assert exit_code == 3
+        assert most_mib < 300

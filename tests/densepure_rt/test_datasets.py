@@ -26,6 +26,7 @@ from PIL import Image
 from densepure_rt.datasets import ImageSet, open_images
 from densepure_rt.errors import UsageError
 from densepure_rt.runtime import machine
+from densepure_rt.text import printable
 
 ROOT = Path(__file__).resolve().parents[2]
 GREY, COLOUR = (1, 6, 5), (3, 6, 5)
@@ -173,6 +174,17 @@ def test_class_folders_are_matched_by_name_not_by_sort_order(tmp_path: Path) -> 
     assert images.labelled
     assert [image.idx for image in images] == list(range(6))
     assert (stack(images)[0, 0] == DRAWING[1]).all()
+
+
+def test_a_class_name_with_a_control_of_direction_is_known_by_folder_and_by_table(tmp_path: Path) -> None:
+    """A sidecar's class names are made printable when it is read; names of folders come as they are."""
+    name = "\u200f\u05d0"
+    classes = (printable(name), "b")
+    for label, folder in enumerate((name, "b")):
+        save(tmp_path / folder / "x.png", DRAWING[label])
+    assert labels(read_all(tmp_path, classes=classes)) == [0, 1]
+    (tmp_path / "labels.csv").write_text(f"file,label\nb/x.png,{name}\n", encoding="utf-8")
+    assert labels(read_all(tmp_path, classes=classes)) == [0]
 
 
 def test_class_folders_may_be_numbers(tmp_path: Path) -> None:

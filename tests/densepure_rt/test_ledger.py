@@ -262,14 +262,16 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("statements", FOREIGN.values(), ids=FOREIGN.keys())
-def test_a_ledger_that_declares_anything_else_is_not_read(tmp_path: Path, statements: str) -> None:
+def test_a_ledger_that_declares_anything_else_is_neither_read_nor_written(tmp_path: Path, statements: str) -> None:
     path = tmp_path / "ledger.sqlite"
     Ledger(path).close()
     with contextlib.closing(sqlite3.connect(path)) as database:
         database.executescript(statements)
+    before = path.read_bytes()
     for read_only in (True, False):
         with pytest.raises(CheckFailed, match="is no ledger of this program: it declares"):
             Ledger(path, read_only)
+        assert path.read_bytes() == before
 
 
 def test_pages_that_go_in_circles_are_damage_and_no_endless_run(tmp_path: Path) -> None:

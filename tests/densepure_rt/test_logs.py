@@ -35,6 +35,17 @@ def test_what_is_logged_is_a_json_object_a_line_with_its_values(tmp_path: Path) 
     assert (second["level"], second["where"]) == ("warning", "runs/a")
 
 
+def test_what_steers_a_terminal_is_written_out_in_lines_that_are_still_json(tmp_path: Path) -> None:
+    logs.set_up(verbose=False, file=tmp_path / "log.jsonl")
+    logs.say("a\x7fb\x9b31m", where=Path("c\x9bd"), names=("e\u202e", "T\u00e4sche"))
+    (line,) = (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    said = json.loads(line)
+    assert said["message"] == r"a\x7fb\x9b31m"
+    assert said["where"] == r"c\x9bd"
+    assert said["names"] == [r"e\u202e", "T\u00e4sche"]
+    assert line.isprintable()
+
+
 def test_a_log_is_appended_to(tmp_path: Path) -> None:
     for _ in range(2):
         logs.set_up(verbose=False, file=tmp_path / "log.jsonl")

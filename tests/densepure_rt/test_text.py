@@ -99,6 +99,7 @@ def test_what_a_foreign_manifest_says_steers_no_terminal(bundle: Path, tmp_path:
     assert cli("certify", *TINY, "--out", run).returncode == 0
     manifest = json.loads((run / "manifest.json").read_text())
     manifest["identity"] |= {"processor": "\x1b]0;owned\x07", "class_names": HOSTILE[1:] + ["0"]}
+    manifest["identity"] |= {"precision": "\x1b[31m\u202e", "tie_rule": "\x9b31m\u2066"}
     manifest["provenance"] |= {"host": "\x1b[2J", "argv": ["a\x9bb"]}
     manifest["identity_sha256"] = "0" * 64
     (run / "manifest.json").write_text(json.dumps(manifest))
@@ -106,10 +107,14 @@ def test_what_a_foreign_manifest_says_steers_no_terminal(bundle: Path, tmp_path:
         ("audit", run),
         ("replay", run, "--image", 0),
         ("compare", run, run),
-        ("report", run, "--out", tmp_path / "r"),
+        ("report", run, "--also", "svg,md", "--out", tmp_path / "r.html"),
     ):
         done = cli(*command)
         assert fit_to_show(done), (command, done)
+    for name, holds in (("r.html", r"\x1b[31m\u202e"), ("r.md", r"\\x1b\[31m\\u202e"), ("r.svg", "")):
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        assert holds in text
+        assert {c for c in text if c != "\n" and printable(c) != c} == set()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names of files are Unicode elsewhere")
