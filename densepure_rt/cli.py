@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import errno
 import io
 import json
 import os
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
 # What the forecast says of a device, of all that its manifest does.
 SHOWN = ("provider", "onnxruntime", "tensorrt", "processor", "gpu", "driver_release", "threads", "batch", "workers")
 READER_GONE = 141  # 128 + SIGPIPE, as of a program that the signal ends
+UNWRITTEN = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EBADF, errno.EPIPE, errno.EROFS)
 SHIPPED_MAX = 25  # of the 500 shipped images, so that a plain `certify` ends within 10 minutes on 2 cores
 
 
@@ -96,8 +98,8 @@ Max = Annotated[
 Key = Annotated[
     Path | None,
     typer.Option(
-        help="File with the secret that all noise is keyed with, made where there is none; not with --seed. To reveal "
-        "one run makes public what all runs of its key file are keyed with."
+        help="Regular file, no pipe, with the secret that keys all noise, made where there is none; not with --seed. "
+        "To reveal one run makes public what all runs of its key file are keyed with."
     ),
 ]
 
@@ -618,7 +620,11 @@ def ended() -> int:
         tell("error: this does not fit into memory: ask for a smaller --batch")
         return EnvironmentFault.exit_code
     except OSError as error:
-        return not_written(error)
+        if error.errno in UNWRITTEN:
+            return not_written(error)
+        where = "" if error.filename is None else f"{error.filename}: "
+        tell(printable(f"error: {where}{error.strerror or error}"))
+        return EnvironmentFault.exit_code
     except Exception:
         if not signals.asked():
             raise

@@ -109,10 +109,17 @@ class Job(JobConfig):
         return super()._serialize()
 
 
-def connect(address: str) -> None:
-    """Join the cluster that is named, or start one on this machine. Raises UsageError or EnvironmentFault."""
+def connect(address: str) -> str:
+    """Join the cluster that is named, or start one on this machine.
+
+    Returns the address that was taken: RAY_ADDRESS where it begins with ray:// and `LOCAL` was asked for. Raises
+    UsageError or EnvironmentFault.
+    """
+    asked = f"--cluster {address}"
+    if address == LOCAL and (named := os.environ.get("RAY_ADDRESS", "")).startswith(REMOTE):
+        address, asked = named, f"RAY_ADDRESS={named}"
     if address != LOCAL and not re.fullmatch(f"{REMOTE}.+:[0-9]+", address):
-        raise UsageError(f"--cluster {address} is not known: ray, or ray://HOST:PORT")
+        raise UsageError(f"{asked} is not known: ray, or ray://HOST:PORT")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent home
     ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False  # under "uv run" workers import a copy of the working directory
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "ignore_reinit_error": True}
@@ -138,6 +145,7 @@ def connect(address: str) -> None:
             f"Ray cannot be reached at {head} ({why}): name the port that its head listens at; a cluster that asks for "
             f"a token needs RAY_AUTH_MODE=token, and the token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
         ) from error
+    return address
 
 
 @contextlib.contextmanager
@@ -207,7 +215,7 @@ def open_fleet(
     for option, count in (("--threads", recipe.threads), ("--workers", workers)):
         if count is not None and count < 1:
             raise UsageError(f"{option} {count}: it is a count from 1 up")
-    connect(address)
+    address = connect(address)
     try:
         needs = {"GPU": 1.0, "CPU": 1.0} if needs_gpu(recipe) else {"CPU": float(recipe.threads)}
         count = workers or room_for(needs)

@@ -145,7 +145,8 @@ class Demo:
         first = whole(request, "first", 0, 0, PREDICT_N - 1)
         count = whole(request, "count", 4, 1, MOST_SAMPLES)
         content = await self.content(request)
-        return JSONResponse({"samples": await unless_gone(request, self.drawn(content, first, count))})
+        drawn = await unless_gone(request, self.drawn(content, first, count))
+        return await asyncio.to_thread(JSONResponse, {"samples": drawn})
 
     async def decoded(self, content: bytes) -> Fitted:
         async with self.decoding.mine():

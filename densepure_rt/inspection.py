@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from densepure_rt.errors import CheckFailed, UsageError
+from densepure_rt.errors import CheckFailed, UsageError, raise_interrupt
 from densepure_rt.files import content
 from densepure_rt.runtime.bundle import OPTIONAL, ClassifierSidecar, StepSidecar, read_sidecar, sha256_of
 from densepure_rt.runtime.device import CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, STEP_INPUTS, STEP_OUTPUTS
@@ -57,7 +57,8 @@ def onnx_graph(engine: Path) -> dict[str, Any] | None:
     """Inputs, outputs and node counts of an ONNX file, or None without the onnx package."""
     try:
         import onnx
-    except Exception:  # not there, or broken: what it would add is not needed
+    except Exception as error:  # not there, or broken: what it would add is not needed
+        raise_interrupt(error)
         return None
     try:
         model = onnx.load_model_from_string(content(engine, "model"))

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from densepure_rt.benchmark_tables import print_benchmark
 from densepure_rt.console import Json, Status, plural, stderr, stdout, track
-from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
+from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError, raise_interrupt
 from densepure_rt.model_options import ModelOptions, with_models
 from densepure_rt.optional import optional
 from densepure_rt.options import ProviderName
@@ -633,7 +633,8 @@ def gradient_proposals(bundle: Bundle, settings: Settings) -> Proposals:
     try:
         from densepure_rt.export.eot_pgd import eot_pgd
         from densepure_rt.export.sources import open_models, refuse_other_models
-    except Exception:  # PyTorch is not there, or fails when it is imported: the other attacks need none of it
+    except Exception as error:  # PyTorch is not there, or fails when it is imported: the other attacks need none of it
+        raise_interrupt(error)
         return no_proposals
     unet, classifier = open_models(ModelOptions())
     try:

@@ -85,7 +85,10 @@ def serve(
     ] = "20s",
     key: Annotated[
         Path | None,
-        typer.Option(help="File with the secret that keys all noise, made where there is none; default: a new one."),
+        typer.Option(
+            help="Regular file, no pipe, with the secret that keys all noise, made where there is none; default: a new "
+            "one."
+        ),
     ] = None,
     rotate: Annotated[
         str | None,

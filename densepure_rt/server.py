@@ -251,7 +251,7 @@ def make_app(
         routes += demo.routes(service.served, provider, decoders or Decoders())
     return Starlette(
         routes=routes,
-        middleware=[Middleware(OwnPages, names)],
+        middleware=[Middleware(OwnPages, names=names)],
         exception_handlers={HTTPException: http_error, Exception: our_error},
     )
 

@@ -7,7 +7,8 @@ from typing import Any
 
 # Control characters, lone surrogates, separators of lines and paragraphs: Unicode Standard, table 4-4.
 UNFIT = ("Cc", "Cs", "Zl", "Zp")
-TURNING = set("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # bidi controls, UAX 9, section 2
+# Bidi controls: UAX 9, section 2.
+TURNING = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 def printable(text: str, keep: str = "") -> str:

@@ -750,6 +750,15 @@ def test_output_that_cannot_be_written_is_one_error_and_exit_code_3(command: lis
     assert "Exception ignored" not in done.stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="a working directory cannot be removed elsewhere")
+def test_a_working_directory_that_is_gone_is_not_taken_for_output_that_cannot_be_written(tmp_path: Path) -> None:
+    code = f"import os; os.chdir({str(tmp_path)!r}); os.rmdir({str(tmp_path)!r}); {code_without()}"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "report", "run"], capture_output=True, text=True, env=environment(), timeout=120
+    )
+    assert (done.returncode, done.stderr) == (3, "error: No such file or directory\n")
+
+
 @pytest.mark.skipif(not FULL.exists(), reason="there is no /dev/full")
 def test_a_log_that_cannot_be_written_is_said_once_and_the_run_goes_on_to_exit_code_3(tmp_path: Path) -> None:
     done = densepure_rt("certify", *TINY, "--max", 2, "--seed", 1, "--out", tmp_path / "run", "--log-json", FULL)

@@ -8,6 +8,7 @@ import math
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import packages_distributions
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -501,6 +503,45 @@ def test_a_head_in_the_environment_that_does_not_answer_is_said_at_once(monkeypa
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     with pytest.raises(EnvironmentFault, match="cannot be reached at 127.0.0.1:9"):
         connect("ray")
+
+
+HEAD = """
+import sys
+import ray
+from ray.util.client.server.server import serve
+
+ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=128 << 20)
+server = serve("127.0.0.1", int(sys.argv[1]))
+print("ready", flush=True)
+sys.stdin.read()
+server.stop(0)
+"""
+OUTSIDE = """
+import sys
+from densepure_rt.cluster import Recipe, open_fleet
+
+fleet = open_fleet(sys.argv[1], Recipe(None, None, 8, 1, "cpu", None, False), 1)
+print(len(fleet.members), fleet.heads)
+fleet.close()
+"""
+
+
+def test_the_environment_may_name_a_cluster_that_is_asked_from_outside() -> None:
+    """Its head's internal ports are not watched then: they may not be reached from there."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment |= {"RAY_AUTH_MODE": "disabled"}  # Ray's own default, which other tests here change
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", HEAD, str(port)], env=environment, **pipes) as head:
+        assert "ready\n" in iter(head.stdout.readline, "")  # type: ignore[union-attr]
+        remote = f"ray://127.0.0.1:{port}"
+        outside, named = [sys.executable, "-c", OUTSIDE, "ray"], {"RAY_ADDRESS": remote}
+        try:
+            done = subprocess.run(outside, env=environment | named, text=True, capture_output=True, timeout=60)
+        finally:
+            head.stdin.close()  # type: ignore[union-attr]
+        assert done.stdout == f"1 [('127.0.0.1', {port})]\n", done.stderr
 
 
 def test_more_workers_than_there_is_room_for_and_engines_that_are_not_there_are_refused() -> None:

@@ -280,6 +280,29 @@ def test_nothing_more_is_drawn_for_a_client_that_is_gone(
     assert len(drawn) <= 4  # one may have been under way
 
 
+def test_the_samples_become_json_off_the_event_loop(
+    site: Site, image: LabelledImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    demo, rendered = Demo(site.service.served, "cpu", Decoders()), []
+
+    class Recording(JSONResponse):
+        def render(self, content: Any) -> bytes:
+            rendered.append(threading.current_thread())
+            return super().render(content)
+
+    async def ask() -> Response:
+        try:
+            sent = {"type": "http.request", "body": png(image.pixels), "more_body": False}
+            return await demo.samples(request_of(sent, query="count=1"))
+        finally:
+            demo.decoders.close()
+
+    monkeypatch.setattr("densepure_rt.demo.JSONResponse", Recording)
+    answer = asyncio.run(ask())
+    assert len(json.loads(bytes(answer.body))["samples"]) == len(rendered) == 1
+    assert rendered[0] is not threading.current_thread()
+
+
 def test_few_pictures_come_at_a_time(site: Site, image: LabelledImage) -> None:
     demo, sent = Demo(site.service.served, "cpu", Decoders()), png(image.pixels)
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from densepure_rt.errors import CheckFailed, UsageError
-from densepure_rt.inspection import inspect
+from densepure_rt.inspection import inspect, onnx_graph
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINES = ROOT / "engines"
@@ -166,3 +166,12 @@ def test_a_binary_sidecar_is_refused(bundle: Path) -> None:
     (bundle / "unet.onnx.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(CheckFailed, match="not a text file"):
         inspect(bundle / "unet.onnx")
+
+
+def test_ctrl_c_while_onnx_is_imported_is_no_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled code makes an ImportError of it."""
+    (tmp_path / "onnx.py").write_text("raise ImportError('initialization failed') from KeyboardInterrupt()")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "onnx", raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        onnx_graph(tmp_path / "unet.onnx")

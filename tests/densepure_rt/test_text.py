@@ -33,7 +33,7 @@ STEERING = set("\x1b\x07\x9b\r\u2028\u202e\ud800\0")
         ("\x1b]0;x\x07\x9b", "\\x1b]0;x\\x07\\x9b"),
         ("\ud800x", "\\ud800x"),
         ("\udcff", "\\udcff"),
-        ("\u2028\u202e", "\\u2028\\u202e"),
+        ("\u2028\u202e\u061c", "\\u2028\\u202e\\u061c"),
     ],
 )
 def test_what_steers_is_written_out_and_the_rest_stays(text: str, shown: str) -> None:
