@@ -60,7 +60,7 @@ if TYPE_CHECKING:
 # What the forecast says of a device, of all that its manifest does.
 SHOWN = ("provider", "onnxruntime", "tensorrt", "processor", "gpu", "driver_release", "threads", "batch", "workers")
 READER_GONE = 141  # 128 + SIGPIPE, as of a program that the signal ends
-UNWRITTEN = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EBADF, errno.EPIPE, errno.EROFS)
+UNWRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF, errno.EPIPE, errno.EROFS)
 SHIPPED_MAX = 25  # of the 500 shipped images, so that a plain `certify` ends within 10 minutes on 2 cores
 
 
