@@ -165,7 +165,7 @@ def secret_of(run: Path, manifest: Manifest) -> bytes:
 
 
 def counted_label(run: Path, idx: int, place: int, most: int) -> int | None:
-    """What the ledger says of an image's sample, of `most`; None where it has not come to it."""
+    """Return the label that the ledger has for a sample, None where there is none yet. most: labels of an image."""
     from densepure_rt.ledger import NAME, Ledger
 
     with Ledger(run / NAME, read_only=True, most_labels=most) as ledger:

@@ -584,7 +584,7 @@ def in_options(error: DensePureError) -> str:
 
 @leaving_calls
 def main() -> None:
-    """The entry point: an error is one message and its exit code, what cannot be written too."""
+    """Run the command line: any error, also of output that cannot be written, is one message and its exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # where the terminal knows fewer characters
     if sys.stderr is None:  # closed by whoever started it: print would take stdout instead
@@ -625,10 +625,10 @@ def ended() -> int:
         where = "" if error.filename is None else f"{error.filename}: "
         tell(printable(f"error: {where}{error.strerror or error}"))
         return EnvironmentFault.exit_code
-    except Exception:
+    except Exception:  # compiled code makes errors of many kinds of an interrupt: any other is a fault of ours
         if not signals.asked():
             raise
-        tell("stopped")  # compiled code makes errors of many kinds of an interrupt
+        tell("stopped")
         return signals.exit_code()
     return 0
 

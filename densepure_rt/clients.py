@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 async def body_of(request: Request, what: str, most: int, seconds: float) -> bytes:
-    """All of a request's body.
+    """Read all of a request's body.
 
     Args:
         what: The body in words, such as "a picture".
@@ -45,7 +45,7 @@ async def bounded(request: Request, most: int, too_large: HTTPException) -> byte
 
 
 async def unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """What comes of `work`, which is cancelled when the client hangs up. Raises ClientDisconnect then."""
+    """Return the result of `work`. When the client hangs up, cancel it and raise ClientDisconnect."""
     answer, gone = asyncio.ensure_future(work), asyncio.ensure_future(hung_up(request))
     try:
         await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)

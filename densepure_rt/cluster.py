@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 from ray._private import ray_constants
-from ray._raylet import Config  # type: ignore[attr-defined]
+from ray._raylet import Config  # type: ignore[attr-defined]  # compiled, and without types
 from ray.job_config import JobConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as NodeAffinity
 
@@ -190,7 +190,7 @@ def host_and_port(head: str) -> tuple[str, int]:
 
 
 def heads_of(address: str) -> list[tuple[str, int]]:
-    """Where the cluster that this process has joined listens: its head, and the part of it on this machine."""
+    """Return host and port of the cluster's head, and of its part on this machine where the driver is inside it."""
     if address.startswith(REMOTE):
         return [host_and_port(address)]
     context = ray.get_runtime_context()

@@ -61,7 +61,7 @@ class TimedSelector(selectors.DefaultSelector):
 
 
 class Events(h11.Connection):
-    """The events that a client sends: no more than its allowance, and no body that is mostly framing."""
+    """Parse what a client sends: no more events than its allowance, and no body that is mostly framing."""
 
     allowance = 0
     fault: str | None = None
@@ -191,7 +191,7 @@ class PunctualProtocol(H11Protocol):
 
     @property
     def answering(self) -> bool:
-        """Whether a request has begun whose answer is not complete."""
+        """Say whether a request has begun whose answer is not complete."""
         return self.cycle is not None and not self.cycle.response_complete
 
     def handle_events(self) -> None:
@@ -261,7 +261,7 @@ def only_urgent(app: Any) -> Any:
 
 
 def room_for_connections() -> int:
-    """As many as the process may have descriptors for. Raises EnvironmentFault where that is none."""
+    """Count the connections that the descriptor limit leaves room for. Raises EnvironmentFault where that is none."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return MOST_CONNECTIONS

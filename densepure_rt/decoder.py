@@ -48,7 +48,7 @@ class Decoder:
 
     @property
     def usable(self) -> bool:
-        """Whether it may be given another picture: it has not been killed, and did not die."""
+        """Say whether it may be given another picture: it has not been killed, and did not die."""
         return not self._killed
 
     def fitted(self, content: bytes, shape: Shape) -> Fitted:

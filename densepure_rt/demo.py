@@ -188,7 +188,7 @@ class Demo:
 
 
 def tensor_of(found: Fitted) -> Response:
-    """A picture as the tensor to send to the API, and what was done to it."""
+    """Answer with a picture as the tensor to send to the API, and with what was done to it."""
     shape = [1, *found.pixels.shape]
     tensor = {"name": "image", "datatype": "UINT8", "shape": shape, "data": found.pixels.ravel().tolist()}
     return JSONResponse({"input": tensor, "picture": picture(found.pixels), "changes": found.changes})

@@ -73,7 +73,7 @@ def opened(path: Path, kind: Kind) -> BinaryIO:
 
 
 def content(path: Path, kind: Kind) -> bytes:
-    """A file's bytes. Raises as `check` does, also where the file grows beyond the limit while it is read."""
+    """Read a file's bytes. Raises as `check` does, also where the file grows beyond the limit while it is read."""
     with opened(path, kind) as file:
         found = file.read(os.fstat(file.fileno()).st_size)
         grown = bytearray()
@@ -101,7 +101,7 @@ def lines(path: Path, kind: Kind) -> Iterator[bytes]:
 
 
 def text(path: Path, kind: Kind) -> str:
-    """Likewise, as text in UTF-8. Raises UnicodeDecodeError when it is none."""
+    """Read a file as text in UTF-8. Raises as `content` does, and UnicodeDecodeError when it is none."""
     return content(path, kind).decode("utf-8")
 
 

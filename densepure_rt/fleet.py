@@ -111,7 +111,7 @@ class Drawn(NamedTuple):
 
 
 class Portion(NamedTuple):
-    """What one task draws.
+    """Name the samples that one task draws.
 
     suspect: it was lost, and goes alone now. deaths: of workers that had this image alone. late: how many workers did
     not end it in time. done_before: tasks that were done when it was first late.
@@ -206,7 +206,7 @@ class Fleet:
         return 1 / sum(1 / seconds for seconds in found)
 
     def pace(self, chain: Chain, votes: int) -> Pace:
-        """Of such tasks, as long as the fleet lasts."""
+        """Return the pace of tasks with this chain and these votes. It lasts as long as the fleet."""
         calls: dict[Kind, int] = {"smooth": 1, "step": 1 + votes * len(chain), "classify": votes}
         a_sample = sum(count * self.measured.get(kind, 0.0) for kind, count in calls.items())
         return self.paces.setdefault((len(chain), votes), Pace(BATCHES_A_TASK * self.engines.batch * a_sample))
@@ -224,12 +224,12 @@ class Fleet:
 
     @property
     def lost(self) -> int:
-        """How often a worker died, raised an error or could not open its engines."""
+        """Count how often a worker died, raised an error or could not open its engines."""
         return sum(self.losses.values())
 
     @property
     def late(self) -> int:
-        """How often a worker did not end its task in time."""
+        """Count how often a worker did not end its task in time."""
         return sum(self.lates.values())
 
     @property

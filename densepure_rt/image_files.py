@@ -270,7 +270,7 @@ def read_npz(path: Path, shape: Shape) -> tuple[Pixels, list[int] | None, list[i
 
 
 class MemberHeader(NamedTuple):
-    """What the header of an .npy member promises. size: of the array, in bytes."""
+    """Hold what the header of an .npy member promises. size: of the array, in bytes."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]

@@ -159,7 +159,7 @@ class RotatingSecret:
         self._begin(0.0 if file is None else max(0.0, now() - file.stat().st_mtime))
 
     def _begin(self, age: float) -> None:
-        """The secret is so old now, in seconds."""
+        """Count the secret's age on both clocks from now on. age: in seconds."""
         self._born, self._since = self._now() - age, self._elapsed() - age
 
     def __call__(self) -> bytes:

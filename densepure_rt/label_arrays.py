@@ -182,7 +182,7 @@ def files_of(path: Path, sigma: float | None) -> tuple[float, dict[tuple[int, in
 
 
 def parsed_labels(content: bytes, what: str, classes: int = MAX_CLASSES, most: int = MAX_LABELS) -> Labels:
-    """The labels [n] in the bytes of an .npy file. Raises UsageError when it is none, CheckFailed for other labels.
+    """Parse the labels [n] of an .npy file. Raises UsageError when it is none, CheckFailed for other labels.
 
     most: labels that are taken.
     """

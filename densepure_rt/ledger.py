@@ -93,7 +93,7 @@ def unpacked(blob: bytes, most: int = MOST_LABELS) -> Labels:
 
 
 def schema(database: sqlite3.Connection) -> set[tuple[str, str, str, str | None]]:
-    """What a database declares: (type, name, table, SQL) each. SQLite wrote the indices without SQL itself."""
+    """List what a database declares: (type, name, table, SQL) each. SQLite wrote the indices without SQL itself."""
     return set(database.execute("select type, name, tbl_name, sql from sqlite_master"))
 
 
@@ -127,7 +127,7 @@ def saying(path: Path) -> Iterator[None]:
 
 
 def identity_of(path: Path) -> tuple[int, int] | None:
-    """Which file it is, whatever it is called: device and inode; None where there is none."""
+    """Return a file's device and inode, which no other name changes; None where there is no file."""
     try:
         found = path.stat()
     except OSError:

@@ -58,7 +58,7 @@ class File(logging.FileHandler):
 
 
 def lost() -> bool:
-    """Whether a log could not be written since this was last asked."""
+    """Say whether a log could not be written since this was last asked."""
     global _lost
     found, _lost = _lost, False
     return found

@@ -13,7 +13,7 @@ LATES = 5  # times in a row, each with twice the time of the one before, before 
 
 
 class Pace:
-    """How long tasks of one kind take.
+    """Learn how long tasks of one kind take.
 
     The first task of each worker counts apart: it may compile kernels and take memory. expected: seconds of a task by
     what was measured before the first; 0 where nothing was.

@@ -212,7 +212,7 @@ def reveal(path: Path, key: Path | None = None) -> str:
 
 
 def secret_to_reveal(path: Path) -> tuple[Manifest, bytes]:
-    """The manifest of a run and its secret. Raises UsageError where there is no secret to reveal."""
+    """Return the manifest of a run and its secret. Raises UsageError where there is no secret to reveal."""
     manifest = read_manifest(path)
     secret = stored_key(path / KEY) or stored_key(path / REVEALED)
     if secret is None and (revealed := manifest.provenance.revealed_secret) is not None:

@@ -242,7 +242,7 @@ def make_app(
     names: Collection[str] | None = None,
     decoders: Decoders | None = None,
 ) -> Starlette:
-    """The application. names: that the server goes by; see `cross_site`.
+    """Make the application. names: that the server goes by; see `cross_site`.
 
     provider: Of the demo's own device; decoders: of its pictures, one where none are given; see `demo.routes`.
     """

@@ -26,12 +26,12 @@ _swallowed = False
 
 
 def asked() -> bool:
-    """Whether a signal has come since the command began."""
+    """Say whether a signal has come since the command began."""
     return _received is not None
 
 
 def swallowed() -> bool:
-    """Whether the last one was lost in compiled code, so that an error which comes now may be made of it."""
+    """Say whether the last signal was lost in compiled code, so that an error that comes now may be made of it."""
     return _swallowed
 
 

@@ -97,7 +97,7 @@ def first_line(error: BaseException) -> str:
 
 
 def load_callable(name: str) -> Callable[..., Any]:
-    """What `package.module:function` names, imported from the working directory only. Importing runs the module.
+    """Import what `package.module:function` names, from the working directory only. This runs the module.
 
     Raises UsageError when there is no such module or name, when importing fails, or when it cannot be called.
     """

@@ -31,7 +31,7 @@ class OpenImage:
 
 
 class Calls:
-    """The calls of a device's two networks, as far as they can be ended: plain functions run to their end."""
+    """Run the calls of a device's two networks, and end them where they can be: plain functions run to their end."""
 
     def stop(self) -> None:
         """End the calls that are running, and those that begin, soon. From any thread, and more than once."""

@@ -88,6 +88,7 @@ def engines_are_probed_once() -> None:
             found[key] = host_device.HostDevice._probe(device, bundle, any_batch)
         return found[key]
 
+    # mypy takes no function in the place of a method.
     onnx_device.OnnxDevice._probe = remembered  # type: ignore[assignment, method-assign]
 
 

@@ -76,7 +76,7 @@ class Target(NamedTuple):
 
 @dataclass
 class Found:
-    """What became of a target's cases. memory: bytes beyond what was there before."""
+    """Count what became of a target's cases. memory: bytes beyond what was there before."""
 
     target: str
     cases: int = 0
@@ -305,7 +305,7 @@ def too_long(number: int, frame: FrameType | None) -> None:
 
 
 def peak() -> int:
-    """The most memory that this process has had, in bytes."""
+    """Return the most memory that this process has had, in bytes."""
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return 1024 * int(found[1]) if found else 0
 

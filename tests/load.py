@@ -124,7 +124,7 @@ def read(content: bytes, length: str | None) -> dict[str, list[Any]]:
 
 
 def differences(found: dict[str, list[Any]], expected: Expected, model: str, image: int) -> list[str]:
-    """The outputs of an answer that are not those that are expected."""
+    """List the outputs of an answer that are not those that are expected."""
     wanted = expected.values(model, image, found["n"][0], found["stopped"][0])
     return [f"{name} {found[name]}" for name, value in wanted.items() if found[name] != np.asarray(value).tolist()]
 

@@ -61,7 +61,7 @@ class State(NamedTuple):
 
 @dataclass
 class Part:
-    """What happened in a part of the time. health: seconds that it took."""
+    """Count what happened in a part of the time. health: seconds that it took."""
 
     answers: int = 0
     statuses: Counter[int] = field(default_factory=Counter)

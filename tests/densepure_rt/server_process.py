@@ -99,7 +99,7 @@ def serving(*options: object, cwd: Path | None = None, fault: str = "") -> Itera
 
 
 def decoders(of: int | None = None) -> list[int]:
-    """The decoders that a process has started and that run, by their ids; of this one where none is given."""
+    """List the decoders that a process has started and that run, by their ids; of this one where none is given."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it has ended

@@ -415,7 +415,7 @@ def test_bodies_that_are_broken_off_leave_nothing_in_memory() -> None:
 
 
 def attacked(running: ServerProcess, seconds: float, processes: int) -> tuple[list[float], Counter[int]]:
-    """How long health took, and what requests got, under four senders of one-byte chunks and two scan bombs."""
+    """Measure how long health took, and what requests got, under four senders of one-byte chunks and two scan bombs."""
     kinds = ["chunks"] * 4 + ["bombs"] * 2
     command = [sys.executable, "-m", "tests.attackers", running.host, str(running.port), str(seconds)]
     attackers = [subprocess.Popen([*command, *kinds[i::processes]], cwd=ROOT) for i in range(processes)]

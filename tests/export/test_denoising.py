@@ -67,7 +67,7 @@ def judged(network: DiffusionModel, pixels: Pixels, synthetic: bool = False) -> 
 
 
 def covariance() -> Tensor:
-    """Of pixels, float32 [64, 64]: near ones vary together."""
+    """Make the covariance of pixels, float32 [64, 64]: near ones vary together."""
     place = torch.arange(SIDE, dtype=torch.float32)
     along = torch.exp(-((place[:, None] - place) ** 2) / (2 * 2.0**2))
     return 0.16 * torch.kron(along, along)
@@ -120,7 +120,7 @@ class Timed(nn.Module):
 
 @given(st.floats(1e-3, 1), st.floats(1e-3, 20), st.floats(-1, 1))
 def test_shrinkage_is_the_best_affine_estimate(variance: float, noise: float, mean: float) -> None:
-    """Of any w y + b, whose error is (w - 1)^2 variance + w^2 noise + (b - (1 - w) mean)^2."""
+    """Compute the error of any w y + b, which is (w - 1)^2 variance + w^2 noise + (b - (1 - w) mean)^2."""
     found = shrinkage_error(variance, noise)
 
     def error(w: float, b: float) -> float:
