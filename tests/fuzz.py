@@ -58,7 +58,7 @@ OUT = ROOT / "runs" / "fuzz"
 SHAPE, CLASSES = (1, 6, 5), ("a", "b", "c")
 COLOUR = (3, 32, 32)
 LONGEST = 5.0  # seconds of a case
-MOST_MEMORY = 300 * 2**20  # bytes, beyond what the process had before its first case
+MOST_MEMORY = 300 * 2**20  # bytes, beyond what the process held before the case
 LATE = 20.0  # seconds after which a process that should have ended is taken for hung
 
 Read = Callable[[Path], object]
@@ -76,7 +76,7 @@ class Target(NamedTuple):
 
 @dataclass
 class Found:
-    """Count what became of a target's cases. memory: bytes beyond what was there before."""
+    """Count what became of a target's cases. memory: the most bytes that one case added to those of its process."""
 
     target: str
     cases: int = 0
@@ -305,14 +305,21 @@ def too_long(number: int, frame: FrameType | None) -> None:
 
 
 def peak() -> int:
-    """Return the most memory that this process has had, in bytes."""
+    """Return the most memory that this process has held since `forget_peak`, in bytes."""
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     return 1024 * int(found[1]) if found else 0
 
 
-def one_case(target: Target, path: Path, data: bytes, found: Found, before: int) -> None:
+def forget_peak() -> None:
+    """Set the peak to what is held now: memory that fork brought along and was then freed would hide a case's own."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def one_case(target: Target, path: Path, data: bytes, found: Found) -> None:
     """Write a case, read it and count what came of it."""
     path.write_bytes(data)
+    forget_peak()
+    before = peak()
     fault = None
     started = time.perf_counter()
     signal.setitimer(signal.ITIMER_REAL, LONGEST)
@@ -357,19 +364,19 @@ def attack(target: Target, folder: Path, seconds: float, seed: int) -> None:
         place.mkdir()
     else:
         shutil.copytree(target.around, place)
-    found, before = Found(target.name), peak()
+    found = Found(target.name)
     signal.signal(signal.SIGALRM, too_long)
     warnings.simplefilter("ignore")
     with (folder / "said").open("wb") as said:
         os.dup2(said.fileno(), sys.stderr.fileno())  # decoders in C complain there
     path, draw, end = place / target.file, random.Random(f"{seed} {target.name}"), time.monotonic() + seconds
     for whole in target.seeds:
-        one_case(target, path, whole, found, before)
+        one_case(target, path, whole, found)
         if found.rejected:
             found.faults["a whole file is refused"] = kept(target, whole)
             break
     while time.monotonic() < end:
-        one_case(target, path, damaged(draw.choice(target.seeds), draw), found, before)
+        one_case(target, path, damaged(draw.choice(target.seeds), draw), found)
     (folder / "found.json").write_text(json.dumps(asdict(found)))
 
 

@@ -89,6 +89,20 @@ def test_what_is_neither_an_answer_nor_a_refusal_is_a_fault_whose_input_is_kept(
     assert (kept.read_bytes() == b"whole") == (read is refuses)
 
 
+def test_memory_that_fork_brought_along_does_not_hide_that_of_a_case(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fuzz, "MOST_MEMORY", 2**25)
+    brought = [bytearray(4 * fuzz.MOST_MEMORY)]
+
+    def frees_then_grows(path: Path) -> None:
+        brought.clear()
+        grows(path)
+
+    found = found_by(frees_then_grows, tmp_path, 1.0)
+    assert any("MiB" in what for what in found.faults), found
+
+
 def test_a_seed_gives_the_same_cases_again() -> None:
     data = b'{"a": [1, 2.5, null], "name": "x"}'
     cases = [damaged(data, random.Random(seed)) for seed in range(200)]
