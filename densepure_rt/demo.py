@@ -45,7 +45,6 @@ from densepure_rt.runtime.device import Device, Provider, open_device
 from densepure_rt.samplers import OnDevice
 from densepure_rt.serving import Draining, Served
 from densepure_rt.smoothing import PREDICT_N, SmoothedClassifier, shipped_engine
-from densepure_rt.step_chart import STYLE
 from densepure_rt.uploads import MOST_BYTES, Fitted
 
 MOST_SAMPLES = 16  # a request
@@ -73,8 +72,7 @@ def routes(served: Served, provider: Provider, decoders: Decoders) -> list[Route
 
 def page() -> Handler:
     """Serves the page. It may run its own script and style alone, and ask this server alone."""
-    text = (resources.files("densepure_rt") / "data" / "demo.html").read_text(encoding="utf-8")
-    text = text.replace("/* the reports' colours */", STYLE)
+    text = data("demo.html").replace("/* theme.css */", data("theme.css"))
     policy = (
         f"default-src 'none'; script-src {inline_hash(text, 'script')}; style-src {inline_hash(text, 'style')}; "
         "img-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
@@ -91,6 +89,11 @@ def page() -> Handler:
         return HTMLResponse(text, headers=headers)
 
     return serve
+
+
+def data(name: str) -> str:
+    """Read a text that ships with the package."""
+    return (resources.files("densepure_rt") / "data" / name).read_text(encoding="utf-8")
 
 
 def inline_hash(text: str, tag: str) -> str:

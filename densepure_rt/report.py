@@ -7,7 +7,9 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
+
+from markupsafe import Markup
 
 from densepure_rt.accuracy import (
     Curve,
@@ -28,9 +30,6 @@ from densepure_rt.rounding import exact, floored_share
 from densepure_rt.run_reader import Run
 from densepure_rt.step_chart import COLOURS, Axis, Line, falling, rising, step_chart
 from densepure_rt.text import printable
-
-if TYPE_CHECKING:
-    from densepure_rt.elements import Html
 
 WEAKEST = 25  # images listed of a run
 WHY: Mapping[Abstention, str] = {
@@ -227,7 +226,7 @@ def accuracy_name(reports: Sequence[RunReport]) -> str:
     return "certified accuracy" if all(report.curve.labelled for report in reports) else "share certified"
 
 
-def accuracy_chart(reports: Sequence[RunReport], alone: bool = False) -> Html:
+def accuracy_chart(reports: Sequence[RunReport], alone: bool = False) -> Markup:
     words = f"{accuracy_name(reports)} over the l2 radius of {', '.join(report.name for report in reports)}"
     return step_chart(accuracy_lines(reports), accuracy_axis(reports), accuracy_name(reports), words, alone)
 
@@ -246,7 +245,7 @@ def samples_lines(reports: Sequence[RunReport]) -> list[Line]:
     return lines
 
 
-def samples_chart(reports: Sequence[RunReport]) -> Html:
+def samples_chart(reports: Sequence[RunReport]) -> Markup:
     words = f"share of images over the samples they took, of {', '.join(report.name for report, _ in own(reports))}"
     return step_chart(samples_lines(reports), samples_axis(reports), "share of images", words)
 

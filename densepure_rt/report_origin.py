@@ -3,72 +3,63 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from densepure_rt.console import plural
-from densepure_rt.elements import Html, element
 from densepure_rt.import_reader import FlagRecord, ImportedRun
 from densepure_rt.records import Manifest
 from densepure_rt.report import RunReport, imported, own
-from densepure_rt.report_parts import facts_table, folded, leaves, section, table
-from densepure_rt.rounding import raised
+from densepure_rt.rounding import exact, raised
 from densepure_rt.run_reader import Run
 
 SOURCES = 3  # named in the text of an import
 LISTED_SOURCES = 100  # in its facts; a folder of label arrays has two for each image and seed
 FLAGGED = 5  # images of a flag
-READ = {
-    "log": (
-        "A log of another tool, as it stands: nothing was sampled again. Each radius is the lower end of what prints "
-        "so; what contradicts itself, or its n and alpha where they are known, counts as an abstention."
-    ),
-    "label arrays": (
-        "Labels that another tool sampled, voted and certified again by this one: what network and noise they come "
-        "from is not known."
-    ),
-}
 
 
-def imported_section(reports: Sequence[RunReport]) -> Html | None:
-    """What the imported results are, and what is wrong with them."""
-    notes = [note for report, found in imported(reports) for note in imported_note(report.name, found)]
-    return section("Imported results", *notes) if notes else None
+@dataclass(frozen=True)
+class Flag:
+    unsound: bool
+    words: str
 
 
-def imported_note(name: str, found: ImportedRun) -> Iterator[Html]:
-    origin = found.origin
+@dataclass(frozen=True)
+class ImportedNote:
+    """What imported results are, and what is wrong with them. kind: of what was read."""
+
+    name: str
+    kind: str
+    sources: list[str]
+    flags: list[Flag]
+
+
+def imported_notes(reports: Sequence[RunReport]) -> list[ImportedNote]:
+    return [imported_note(report.name, found) for report, found in imported(reports)]
+
+
+def imported_note(name: str, found: ImportedRun) -> ImportedNote:
     sources = [f"{source}, SHA-256 {sha256}" for source, sha256 in sources_of(found)]
-    more = len(sources) - SOURCES
-    yield element("h3", name)
-    yield element("p", READ[origin.settings.kind])
-    yield element(
-        "ul",
-        *(element("li", source) for source in sources[:SOURCES]),
-        element("li", f"and {plural(more, 'other file')}") if more > 0 else None,
-    )
-    if not origin.flags:
-        yield element("p", "No flag was raised.")
-        return
-    yield element("p", "Flags that were raised:")
-    yield element("ul", *(flag_item(flag) for flag in sorted(origin.flags, key=lambda flag: not flag.unsound)))
+    more = [f"and {plural(len(sources) - SOURCES, 'other file')}"] if len(sources) > SOURCES else []
+    flags = sorted(found.origin.flags, key=lambda flag: not flag.unsound)
+    return ImportedNote(name, found.origin.settings.kind, sources[:SOURCES] + more, [flag_of(flag) for flag in flags])
 
 
-def flag_item(flag: FlagRecord) -> Html:
+def flag_of(flag: FlagRecord) -> Flag:
     some = ", ".join(map(str, flag.images[:FLAGGED])) + (", ..." if len(flag.images) > FLAGGED else "")
     which = f"{plural(len(flag.images), 'image')} ({some}): " if flag.images else ""
-    kind = element("strong", "unsound: ") if flag.unsound else "note: "
-    return element("li", kind, f"{flag.name}: {which}{flag.says}")
+    return Flag(flag.unsound, f"{flag.name}: {which}{flag.says}")
 
 
 def sources_of(found: ImportedRun) -> list[tuple[str, str]]:
-    """Each file that was read, without the folders that it lay in, and its SHA-256."""
+    """List each file that was read, without the folders that it lay in, and its SHA-256."""
     return [(re.split(r"[/\\]", name)[-1], sha256) for name, sha256 in found.origin.sources_sha256.items()]
 
 
-def parity_section(reports: Sequence[RunReport]) -> Html | None:
-    """How far the engines' ONNX files are from PyTorch, where runs have it written down."""
-    rows = []
+def parity_rows(reports: Sequence[RunReport]) -> list[tuple[str, ...]]:
+    """Say how far the engines' ONNX files are from PyTorch, where runs have it written down."""
+    rows: list[tuple[str, ...]] = []
     for report, run in own(reports):
         if parity := run.manifest.provenance.parity:
             compared, differing = (
@@ -76,21 +67,17 @@ def parity_section(reports: Sequence[RunReport]) -> Html | None:
             )
             worst = raised(parity.relative_l2, figures=2)
             rows.append((report.name, parity.by, f"{parity.comparisons:,}", worst, compared, differing))
-    head = ("", "evaluated by", "comparisons", "worst relative L2", "labels compared", "differing")
-    words = (
-        "Of the engine's ONNX file against float32 PyTorch on equal inputs, when it was exported. The certificates do "
-        "not rest on it: they are about the engine as it ran. A plan built from the file rounds otherwise again."
-    )
-    return section("How far the engine is from PyTorch", table(head, rows, words)) if rows else None
+    return rows
 
 
-def provenance_section(reports: Sequence[RunReport]) -> Html:
-    folds = []
+def provenance(reports: Sequence[RunReport]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """List the facts of each report under its name."""
+    found = []
     for report in reports:
         source = report.source
         facts = run_facts(report, source.manifest) if isinstance(source, Run) else imported_facts(source)
-        folds.append(folded(report.name, facts_table(facts)))
-    return section("What was run", *folds)
+        found.append((report.name, list(facts)))
+    return found
 
 
 def run_facts(report: RunReport, manifest: Manifest) -> Iterator[tuple[str, str]]:
@@ -110,3 +97,22 @@ def imported_facts(found: ImportedRun) -> Iterator[tuple[str, str]]:
     yield from ((f"SHA-256 of {name}", sha256) for name, sha256 in sources[:LISTED_SOURCES])
     if len(sources) > LISTED_SOURCES:
         yield "and", f"{len(sources) - LISTED_SOURCES:,} other files, which imported.json lists"
+
+
+def leaves(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Flatten a nested record to names and readable values; what is None is left out."""
+    for key, item in value.items():
+        name = f"{prefix}{key.replace('_', ' ')}"
+        if isinstance(item, Mapping):
+            yield from leaves(item, f"{name}: ")
+        elif isinstance(item, list | tuple):
+            if item:
+                yield name, ", ".join(readable(part) for part in item)
+        elif item is not None:
+            yield name, readable(item)
+
+
+def readable(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "(" + ", ".join(f"{name} {readable(part)}" for name, part in value.items()) + ")"
+    return exact(value) if isinstance(value, float) else str(value)

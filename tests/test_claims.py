@@ -56,7 +56,6 @@ NO_CLAIM = {
     "densepure_rt/console.py": "value",
     "densepure_rt/decoders.py": "DECODE_SECONDS",
     "densepure_rt/doctor.py": "seconds",
-    "densepure_rt/elements.py": "round(value, 2)",
     "densepure_rt/fleet.py": "rate",
     "densepure_rt/import_command.py": "sigma",
     "densepure_rt/label_arrays.py": "value",
@@ -70,8 +69,8 @@ NO_CLAIM = {
     "densepure_rt/server.py": "1000 * self.most | FORCE_SECONDS | asked.deadline_ms | self.default | self.most",
     "densepure_rt/serving.py": "END_SECONDS",
     "densepure_rt/smoothing.py": "self.image | self.run",
-    "densepure_rt/step_chart.py": """(TOP + HEIGHT - BOTTOM) / 2 | 100 * share | LEFT | WIDTH | at - 4 | bottom | height
-        | tick | top | x(place) | y | y_of(share)""",
+    "densepure_rt/step_chart.py": "100 * share | at - 4 | bottom | tick | top | x(place) | y_of(share)",
+    "densepure_rt/templates.py": "round(value, 2)",
     "densepure_rt/triton_model.py": "self.max_deadline_ms",
     "export/agreement.py": "found.sigma",
     "export/denoising.py": "declared.timestep_scale | end | scale | sigma | start",

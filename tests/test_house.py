@@ -112,7 +112,6 @@ OWN = {  # files of this program, of the kernel, or checked by a line before
     "machine.py": {"/proc/stat", "CPUINFO", "MAPS", "MEMINFO", "MEMORY_MAX"},
     "decoder.py": {"/proc/self/statm"},
     "demo.py": {"resources.files"},
-    "report_page.py": {"resources.files"},
     "tensorrt_device.py": {"files("},
     "image_files.py": {"np.fromfile"},
     "to_onnx.py": {"onnx.load(str(path)"},

@@ -15,7 +15,7 @@ from densepure_rt.datasets import open_images
 from densepure_rt.gallery import choose, picture
 from tests.densepure_rt.made_runs import Made, record_of
 from tests.densepure_rt.test_cli import Done, cli, here, refused
-from tests.densepure_rt.test_elements import Seen
+from tests.densepure_rt.test_templates import Seen
 
 __all__ = ["here"]
 TINY = "certify --steps 2 --votes 3 --sigma 0.25 --n 40 --max 2 --batch 4 --threads 1".split()

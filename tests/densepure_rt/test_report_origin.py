@@ -19,10 +19,10 @@ from densepure_rt.report_page import page
 from densepure_rt.runtime.bundle import Accuracy
 from tests.densepure_rt.made_runs import Made, make_run
 from tests.densepure_rt.test_cli import Done, here, refused
-from tests.densepure_rt.test_elements import Seen
 from tests.densepure_rt.test_import_reader import RADII, edited, log_imported
 from tests.densepure_rt.test_report import Tables
 from tests.densepure_rt.test_report_page import OUTSIDE, attacks
+from tests.densepure_rt.test_templates import Seen
 
 __all__ = ["here"]
 # (label, predict, radius as printed) as DDS writes them: a running total as `correct`, -1 and 0.0 for an abstention

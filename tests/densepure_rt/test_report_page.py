@@ -19,7 +19,7 @@ from densepure_rt.report import report_of
 from densepure_rt.report_page import page
 from densepure_rt.run_reader import read_run
 from tests.densepure_rt.made_runs import SEQUENTIAL, Made, make_run
-from tests.densepure_rt.test_elements import Seen
+from tests.densepure_rt.test_templates import Seen
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 BROWSER = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
