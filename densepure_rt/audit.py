@@ -24,6 +24,7 @@ from densepure_rt.datasets import ImageSet
 from densepure_rt.errors import CheckFailed, DensePureError, EnvironmentFault
 from densepure_rt.files import Kind
 from densepure_rt.forecast import reach_of
+from densepure_rt.json_files import page, parsed, read_lines
 from densepure_rt.keys import stored_key
 from densepure_rt.ledger import NAME as LEDGER
 from densepure_rt.ledger import DoneImage, Labels, Ledger
@@ -37,8 +38,6 @@ from densepure_rt.records import (
     Seal,
     Summary,
     TimingRecord,
-    page,
-    parsed,
 )
 from densepure_rt.rounding import exact
 from densepure_rt.run_folder import (
@@ -56,7 +55,6 @@ from densepure_rt.run_folder import (
     results_of,
     shard_of,
 )
-from densepure_rt.run_reader import read_lines
 from densepure_rt.runtime.bundle import MAX_STEPS
 from densepure_rt.runtime.device import NOT_FINITE
 from densepure_rt.runtime.noise import NOISE_LAW, image_sha256, smoothing_law, vote_law

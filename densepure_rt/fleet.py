@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from densepure_rt import logs
 from densepure_rt.console import duration, plural
 from densepure_rt.errors import EnvironmentFault
+from densepure_rt.json_files import canonical
 from densepure_rt.pace import LATES, Pace
-from densepure_rt.records import canonical
 from densepure_rt.runtime.bundle import Bundle
 from densepure_rt.runtime.device import Kind, forked
 from densepure_rt.runtime.noise import Key

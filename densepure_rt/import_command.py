@@ -167,8 +167,8 @@ def report(found: Imported, grid: Sequence[float]) -> dict[str, Any]:
 
 def write(found: Imported, grid: Sequence[float], folder: Path) -> None:
     """Keep the claims, rounded down, and what they were made of."""
+    from densepure_rt.json_files import writing
     from densepure_rt.legacy_logs import COLUMNS
-    from densepure_rt.run_folder import writing
 
     table = ["\t".join(COLUMNS), *(tsv_line(claim) for claim in found.claims)]
     records = [json.dumps(dataclasses.asdict(claim) | {"correct": claim.correct}) for claim in found.claims]

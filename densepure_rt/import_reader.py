@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Literal
 
 from densepure_rt.errors import CheckFailed, UsageError
-from densepure_rt.records import STRICT, Count, Label, Probability, Radius, Sha256, Text, parsed
+from densepure_rt.json_files import STRICT, Count, Label, Probability, Radius, Sha256, Text, content, parsed, read_lines
 from densepure_rt.run_folder import MANIFEST
-from densepure_rt.run_reader import Run, content, read_lines, read_run
+from densepure_rt.run_reader import Run, read_run
 
 ORIGIN = "imported.json"
 

@@ -31,7 +31,8 @@ from numpy.typing import NDArray
 
 from densepure_rt import files
 from densepure_rt.errors import CheckFailed, EnvironmentFault
-from densepure_rt.records import TimingRecord, parsed
+from densepure_rt.json_files import parsed
+from densepure_rt.records import TimingRecord
 from densepure_rt.runtime.reverse import Outcome
 from densepure_rt.scheduling import Taken
 

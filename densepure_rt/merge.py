@@ -23,19 +23,11 @@ from densepure_rt.certify_run import radii_of, settings_of, summarize
 from densepure_rt.console import plural
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.forecast import reach_of
+from densepure_rt.json_files import content, parsed, writing
 from densepure_rt.keys import stored_key
 from densepure_rt.ledger import NAME as LEDGER
 from densepure_rt.ledger import DoneImage, Ledger
-from densepure_rt.records import (
-    AttackRecord,
-    ImageRecord,
-    Manifest,
-    MergedShard,
-    Provenance,
-    Summary,
-    TimingRecord,
-    parsed,
-)
+from densepure_rt.records import AttackRecord, ImageRecord, Manifest, MergedShard, Provenance, Summary, TimingRecord
 from densepure_rt.run_folder import (
     ATTACKS,
     KEY,
@@ -50,9 +42,8 @@ from densepure_rt.run_folder import (
     refuse_broken_seal,
     refuse_unrecorded_arithmetic,
     reveal,
-    writing,
 )
-from densepure_rt.run_reader import content, read_attacks
+from densepure_rt.run_reader import read_attacks
 from densepure_rt.shards import Shard
 from densepure_rt.smoothing import commitment
 from densepure_rt.text import printable

@@ -1,8 +1,4 @@
-"""What the files of a run folder hold, as types: read and checked by them, and their JSON Schemas made of them.
-
-A file that somebody else may have written is never trusted to have the right fields, types or ranges: `parsed` says in
-one line what is wrong with it.
-"""
+"""What the files of a run folder hold, as types: read and checked by them, and their JSON Schemas made of them."""
 
 from __future__ import annotations
 
@@ -11,30 +7,21 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field
 
 from densepure_rt.certification import Result
-from densepure_rt.errors import CheckFailed
+from densepure_rt.json_files import STRICT, Count, Label, Probability, Radius, Sha256, Text, adapter, canonical
 from densepure_rt.runtime.bundle import Accuracy
 from densepure_rt.runtime.schedule import Schedule, TimestepRule, Variance
 from densepure_rt.shards import PATTERN, Shard
-from densepure_rt.text import printable
 
 SCHEMA_VERSION: Literal[2] = 2
-STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-Text = Annotated[str, AfterValidator(printable)]  # what is shown, and part of no hash
-Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Secret = Annotated[str, Field(pattern="^([0-9a-f]{2}){32,}$")]
-Count = Annotated[int, Field(ge=0)]
-Probability = Annotated[float, Field(ge=0, le=1)]
-Radius = Annotated[float, Field(ge=0)]
-Label = Annotated[int, Field(ge=0)]
 ShardName = Annotated[str, Field(pattern=PATTERN), AfterValidator(lambda name: str(Shard.parsed(name)))]
 Method = Literal["fixed", "sequential", "radius"]
 Abstention = Literal["gave up", "at n", "out of reach", "out of time"]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -363,13 +350,6 @@ SCHEMAS: Mapping[str, type[Any]] = {
 }
 
 
-_adapters: dict[type[Any], TypeAdapter[Any]] = {}  # making one takes longer than reading a thousand records by it
-
-
-def adapter(kind: type[T]) -> TypeAdapter[T]:
-    return _adapters.setdefault(kind, _adapters.get(kind) or TypeAdapter(kind))
-
-
 def json_schema(name: str) -> dict[str, Any]:
     """The JSON Schema (draft 2020-12) of one of SCHEMAS."""
     schema = adapter(SCHEMAS[name]).json_schema()
@@ -377,31 +357,6 @@ def json_schema(name: str) -> dict[str, Any]:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "$id": f"densepure-rt/{name}/{SCHEMA_VERSION}",
     } | schema
-
-
-def parsed(kind: type[T], content: str | bytes, what: str) -> T:
-    """`content` as JSON of this kind; what: the file, as messages name it. Raises CheckFailed with the first fault."""
-    try:
-        return adapter(kind).validate_json(content)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise CheckFailed(f"{what} is damaged{f', at {where}' if where else ''}: {first['msg']}") from None
-
-
-def canonical(value: Any) -> bytes:
-    """JSON with sorted keys and no spaces: equal values give equal bytes."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
-
-
-def line(value: Any) -> str:
-    """A record as a line of JSON, its fields in their order."""
-    return json.dumps(asdict(value), ensure_ascii=False) + "\n"
-
-
-def page(value: Any) -> str:
-    """A manifest or a summary as a file."""
-    return json.dumps(asdict(value), indent=2, ensure_ascii=False) + "\n"
 
 
 if __name__ == "__main__":  # make schemas

@@ -18,10 +18,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import errno
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -34,6 +32,7 @@ from PIL import Image
 from densepure_rt import files
 from densepure_rt.certification import Certificate
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
+from densepure_rt.json_files import line, page, parsed, replaced, writing
 from densepure_rt.keys import retire, shared_key, store_key, stored_key
 from densepure_rt.ledger import NAME as LEDGER
 from densepure_rt.ledger import Ledger
@@ -46,9 +45,6 @@ from densepure_rt.records import (
     Seal,
     Summary,
     TimingRecord,
-    line,
-    page,
-    parsed,
 )
 from densepure_rt.rounding import floored
 from densepure_rt.runtime.noise import image_sha256
@@ -61,7 +57,6 @@ RESULTS = ("results.tsv", "results.jsonl", "timing.jsonl")
 ATTACKS = "falsify.jsonl"
 SEALED = (MANIFEST, *RESULTS, SUMMARY)  # and the ledger's content; and ATTACKS, where there is one
 MOST_FIELDS = 4  # that a message names of those in which two identities differ
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 ABSTAIN = -1  # in the TSV alone, as in locuslab/smoothing
 
 
@@ -400,17 +395,6 @@ def brief(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def replaced(path: Path, text: str) -> None:
-    """Write a file whole, or leave the one that is there. What a link of its name points to is never written."""
-    new = path.with_name(f"{path.name}.new")
-    new.unlink(missing_ok=True)
-    with new.open("x", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
-
-
 @contextmanager
 def closed_on_failure(folder: RunFolder) -> Iterator[None]:
     try:
@@ -418,16 +402,3 @@ def closed_on_failure(folder: RunFolder) -> Iterator[None]:
     except BaseException:
         folder.close()
         raise
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn an OSError into one clear message."""
-    try:
-        yield
-    except OSError as error:
-        repair = "free some space, or " if error.errno in NO_SPACE else ""
-        raise EnvironmentFault(
-            f"cannot write {error.filename or path} ({error.strerror}): {repair}choose another folder with --out; "
-            f"what was written so far is kept"
-        ) from error

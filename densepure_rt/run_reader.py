@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
-from densepure_rt import files
-from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
-from densepure_rt.files import Kind
-from densepure_rt.records import AttackRecord, ImageRecord, Manifest, Summary, TimingRecord, parsed
+from densepure_rt.errors import CheckFailed
+from densepure_rt.json_files import content, parsed, read_lines
+from densepure_rt.records import AttackRecord, ImageRecord, Manifest, Summary, TimingRecord
 from densepure_rt.run_folder import ATTACKS, SUMMARY, read_manifest
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -50,25 +44,3 @@ def read_run(path: Path) -> Run:
 def read_attacks(path: Path) -> tuple[AttackRecord, ...] | None:
     """The attacks on a run's certificates; None where none were asked for."""
     return tuple(read_lines(path / ATTACKS, AttackRecord)) if (path / ATTACKS).exists() else None
-
-
-def read_lines(path: Path, kind: type[T]) -> list[T]:
-    with reading(path):
-        lines = enumerate(files.lines(path, "results file"), start=1)
-        return [parsed(kind, line, f"{path}, line {number}") for number, line in lines]
-
-
-def content(path: Path, kind: Kind = "run file") -> bytes:
-    with reading(path):
-        return files.content(path, kind)
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turn an OSError into one clear message."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise UsageError(f"{path.parent} holds no whole run: {path.name} is missing") from None
-    except OSError as error:
-        raise EnvironmentFault(f"cannot read {path} ({error.strerror})") from error

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from densepure_rt.certify_run import abstention
 from densepure_rt.inference_protocol import Model, Tensor
-from densepure_rt.records import canonical
+from densepure_rt.json_files import canonical
 from densepure_rt.runtime.noise import NOISE_LAW, smoothing_law, vote_law
 from densepure_rt.sequential import RADIUS_LOSS
 from densepure_rt.serving import ModelName, Served

@@ -12,15 +12,19 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
 from densepure_rt import files
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
+from densepure_rt.json_files import adapter, strict
 from densepure_rt.runtime import gpu
-from densepure_rt.runtime.schedule import Schedule, ScheduleName, TimestepRule, Variance
+from densepure_rt.runtime.schedule import Schedule, TimestepRule, Variance
 from densepure_rt.runtime.transport import transfer_fault
 from densepure_rt.text import all_printable
 
@@ -39,14 +43,22 @@ RTX_MAGIC = b"vtrt"  # the first bytes of every plan of tensorrt-rtx 1.7
 UNKNOWN = "unknown"  # the version of a plan that has no sidecar
 # Fields of a sidecar that may be absent.
 OPTIONAL = ("plan", "data", "accuracy", "preprocessing", "attention", "denoising")
+Positive = Annotated[int, Field(ge=1)]
+MAY_BE_ABSENT = Field(default=None)  # from a file that is read
 T = TypeVar("T")
+
+
+def _alone(name: str) -> str:
+    if Path(name).name != name or name in ("", ".", ".."):
+        raise ValueError("should be a name without folders, since a bundle's files lie in one folder")
+    return name
 
 
 @dataclass(frozen=True)
 class FileRef:
     """A file by name, in the folder of the sidecar that names it, and by the SHA-256 of its bytes."""
 
-    name: str
+    name: Annotated[str, AfterValidator(_alone)]
     sha256: str
 
 
@@ -62,9 +74,9 @@ class Plan:
 
     flavour: Flavour
     version: str
-    batches: tuple[int, ...]
+    batches: Annotated[tuple[Positive, ...], Field(min_length=1)]  # of one that is read
     compute_capabilities: tuple[str, ...]
-    gpu: str | None
+    gpu: Annotated[str | None, MAY_BE_ABSENT]
     onnx: FileRef
     types: Mapping[str, int]
     recipe: Mapping[str, str]
@@ -117,9 +129,10 @@ class Sidecar:
     graph's own hash binds both. accuracy: of the ONNX file, which a plan was built from.
     """
 
+    __pydantic_config__ = ConfigDict(strict=True, allow_inf_nan=False)  # fields of later versions are passed over
     kind: Kind
     file: FileRef
-    image: tuple[int, int, int]
+    image: tuple[Positive, Positive, Positive]
     pixel_range: tuple[float, float]
     precision: str
     opset: int
@@ -128,6 +141,12 @@ class Sidecar:
     plan: Plan | None = field(default=None, kw_only=True)
     data: FileRef | None = field(default=None, kw_only=True)
     accuracy: Accuracy | None = field(default=None, kw_only=True)
+
+
+@dataclass(frozen=True)
+class _Versioned:
+    __pydantic_config__ = ConfigDict(strict=True)
+    schema_version: int
 
 
 @dataclass(frozen=True)
@@ -142,7 +161,7 @@ class StepSidecar(Sidecar):
     schedule: Schedule
     variance: Variance
     prediction: Prediction
-    clip: tuple[float, float] | None
+    clip: Annotated[tuple[float, float] | None, MAY_BE_ABSENT]
     classifier: FileRef
     timestep_rule: TimestepRule = field(default="nearest", kw_only=True)
     attention: str | None = field(default=None, kw_only=True)
@@ -153,7 +172,7 @@ class StepSidecar(Sidecar):
 class ClassifierSidecar(Sidecar):
     """A classifier. preprocessing: what its graph does to pixels before its network sees them, for who reads it."""
 
-    class_names: tuple[str, ...]
+    class_names: Annotated[tuple[str, ...], Field(min_length=2)]
     preprocessing: Mapping[str, Any] | None = field(default=None, kw_only=True)
 
 
@@ -203,116 +222,40 @@ def to_json(sidecar: Sidecar) -> str:
     return json.dumps(fields, indent=2, sort_keys=True) + "\n"
 
 
-class _Fields:
-    """The fields of a JSON object, each read once with its type checked; errors name the file and the field."""
-
-    def __init__(self, value: object, where: str) -> None:
-        if not isinstance(value, dict):
-            raise CheckFailed(f"{where} should be a JSON object, found {type(value).__name__}: export the bundle again")
-        self.values: dict[str, Any] = value
-        self.where = where
-
-    def __call__(self, name: str, kind: type[T]) -> T:
-        value = self.values.get(name)
-        accepted = (int, float) if kind is float else kind
-        if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-            found = "nothing" if name not in self.values else repr(value)[:60]
-            raise CheckFailed(
-                f"{self.where}: {name!r} should be a {kind.__name__}, found {found}: export the bundle again"
-            )
-        try:
-            return kind(value)  # type: ignore[call-arg]  # an int where a float is meant
-        except OverflowError:
-            raise CheckFailed(f"{self.where}: {name!r} is beyond any float: export the bundle again") from None
-
-    def choice(self, name: str, allowed: tuple[str, ...]) -> Any:
-        value = self(name, str)
-        if value not in allowed:
-            raise CheckFailed(f"{self.where}: {name!r} is {value!r}, this version knows {', '.join(allowed)}")
-        return value
-
-    def numbers(self, name: str, kind: type[T], count: int) -> Any:
-        items = self.items(name, kind)
-        if len(items) != count:
-            raise CheckFailed(f"{self.where}: {name!r} should hold {count} numbers, found {len(items)}")
-        return items
-
-    def items(self, name: str, kind: type[T]) -> tuple[T, ...]:
-        entries = _Fields({str(i): item for i, item in enumerate(self(name, list))}, f"{self.where}: {name!r}")
-        return tuple(entries(index, kind) for index in entries.values)
-
-    def mapping(self, name: str, kind: type[T]) -> dict[str, T]:
-        entries = self.object(name)
-        return {key: entries(key, kind) for key in entries.values}
-
-    def object(self, name: str) -> _Fields:
-        return _Fields(self.values.get(name), f"{self.where}: {name!r}")
-
-    def optional(self, name: str, read: Callable[[_Fields], T]) -> T | None:
-        return None if self.values.get(name) is None else read(self.object(name))
+def _read_as(kind: type[T], values: Any, path: Path) -> T:
+    """Return a value of JSON as this type. Raises CheckFailed, which names the file, the field and what was found."""
+    try:
+        return adapter(kind).validate_json(json.dumps(values))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        again = "build the plan" if first["loc"][:1] == ("plan",) else "export the bundle"
+        raise CheckFailed(f"{_place(path, first['loc'])} {_fault(first)}: {again} again") from None
 
 
-def _file_ref(fields: _Fields) -> FileRef:
-    name, digest = fields("name", str), fields("sha256", str)
-    if Path(name).name != name or name in ("", ".", ".."):
-        raise CheckFailed(f"{fields.where} names {name!r}: a bundle's files lie in one folder")
-    return FileRef(name, digest)
+def _place(path: Path, names: tuple[int | str, ...]) -> str:
+    return ": ".join((str(path), *(repr(str(name)) for name in names)))
 
 
-def _schedule(fields: _Fields) -> Schedule:
-    schedule = Schedule(
-        name=fields.choice("name", get_args(ScheduleName)),
-        steps=fields("steps", int),
-        beta_start=fields("beta_start", float),
-        beta_end=fields("beta_end", float),
-        timestep_scale=fields("timestep_scale", float),
-    )
-    if not (
-        1 <= schedule.steps <= MAX_STEPS
-        and 0 < schedule.beta_start <= schedule.beta_end < 1
-        and 0 < schedule.timestep_scale < math.inf
-    ):
-        raise CheckFailed(f"{fields.where} is not a noise schedule ({schedule}): export the bundle again")
-    return schedule
+def _fault(error: ErrorDetails) -> str:
+    found = repr(error["input"])[:60]
+    if error["type"] == "missing":
+        return "should be there, found nothing"
+    if error["type"] == "literal_error" and isinstance(error["input"], str):
+        known = error["ctx"]["expected"].replace(" or ", ", ").replace("'", "")
+        return f"is {found}, this version knows {known}"
+    says = error["msg"].partition("should ")[2]
+    return f"should {says}, found {found}" if says else error["msg"]
 
 
-def _plan(fields: _Fields) -> Plan:
-    plan = Plan(
-        flavour=fields.choice("flavour", get_args(Flavour)),
-        version=fields("version", str),
-        batches=fields.items("batches", int),
-        compute_capabilities=fields.items("compute_capabilities", str),
-        gpu=None if fields.values.get("gpu") is None else fields("gpu", str),
-        onnx=_file_ref(fields.object("onnx")),
-        types=fields.mapping("types", int),
-        recipe=fields.mapping("recipe", str),
-    )
-    if not plan.batches or min(plan.batches) < 1:
-        raise CheckFailed(f"{fields.where}: 'batches' is {list(plan.batches)}: build the plan again")
-    return plan
-
-
-def _accuracy(fields: _Fields) -> Accuracy:
-    return Accuracy(
-        by=fields("by", str),
-        comparisons=fields("comparisons", int),
-        relative_l2=fields("relative_l2", float),
-        labels=fields("labels", int),
-        labels_differ=fields("labels_differ", int),
-    )
-
-
-def _denoising(fields: _Fields) -> Denoising:
-    return Denoising(
-        verdict=fields.choice("verdict", get_args(Verdict)),
-        images=fields("images", int),
-        made_up=fields("made_up", bool),
-        error=fields.mapping("error", float),
-        shrinkage=fields.mapping("shrinkage", float),
-        other=fields("other", str),
-        instead_of=fields("instead_of", str),
-        other_error=fields.mapping("other_error", float),
-    )
+def _absent(
+    written: Mapping[str, Any], found: Mapping[str, Any], names: tuple[str, ...] = ()
+) -> Iterator[tuple[str, ...]]:
+    """Yield the fields that a file lacks although their value is not None: no default stands in for its writer."""
+    for name, value in written.items():
+        if name not in found:
+            yield from () if value is None else ((*names, name),)
+        elif isinstance(value, Mapping):
+            yield from _absent(value, found[name], (*names, name))
 
 
 def read_sidecar(engine: Path) -> StepSidecar | ClassifierSidecar:
@@ -331,51 +274,31 @@ def read_sidecar(engine: Path) -> StepSidecar | ClassifierSidecar:
     except UnicodeDecodeError as error:
         raise CheckFailed(f"{path} is not a text file: copy it again, or export the bundle again") from error
     try:
-        fields = _Fields(all_printable(json.loads(text)), str(path))
+        values = all_printable(strict(text))
     except (ValueError, RecursionError) as error:  # ValueError: not JSON, or an integer of thousands of digits
         raise CheckFailed(f"{path} is not valid JSON ({error}): copy it again, or export the bundle again") from error
-    if (version := fields("schema_version", int)) != SCHEMA_VERSION:
+    if (version := _read_as(_Versioned, values, path).schema_version) != SCHEMA_VERSION:
         raise CheckFailed(
             f"{path} has schema version {version}, this version reads {SCHEMA_VERSION}: export the bundle again"
         )
-    common: dict[str, Any] = {
-        "kind": fields.choice("kind", get_args(Kind)),
-        "file": _file_ref(fields.object("file")),
-        "image": fields.numbers("image", int, 3),
-        "pixel_range": fields.numbers("pixel_range", float, 2),
-        "precision": fields("precision", str),
-        "opset": fields("opset", int),
-        "weights_sha256": fields("weights_sha256", str),
-        "versions": fields.mapping("versions", str),
-        "plan": fields.optional("plan", _plan),
-        "data": fields.optional("data", _file_ref),
-        "accuracy": fields.optional("accuracy", _accuracy),
-    }
-    if common["pixel_range"] != PIXEL_RANGE:
+    is_step = values.get("kind") == "step"
+    sidecar = _read_as(StepSidecar, values, path) if is_step else _read_as(ClassifierSidecar, values, path)
+    for names in _absent(dataclasses.asdict(sidecar), values):
+        raise CheckFailed(f"{_place(path, names)} should be there, found nothing: export the bundle again")
+    if sidecar.pixel_range != PIXEL_RANGE:
         raise CheckFailed(
-            f"{path}: 'pixel_range' is {common['pixel_range']}, this version feeds {PIXEL_RANGE}: export it again"
+            f"{path}: 'pixel_range' is {sidecar.pixel_range}, this version feeds {PIXEL_RANGE}: export it again"
         )
-    if min(common["image"]) < 1:
-        raise CheckFailed(f"{path}: 'image' is {common['image']}: export the bundle again")
-    if common["kind"] == "classify":
-        names = fields("class_names", list)
-        if len(names) < 2 or not all(isinstance(name, str) for name in names):
-            raise CheckFailed(f"{path}: 'class_names' should be two names or more: export the bundle again")
-        return ClassifierSidecar(
-            **common,
-            class_names=tuple(names),
-            preprocessing=fields.optional("preprocessing", lambda found: found.values),
-        )
-    return StepSidecar(
-        **common,
-        schedule=_schedule(fields.object("schedule")),
-        variance=fields.choice("variance", get_args(Variance)),
-        prediction=fields.choice("prediction", get_args(Prediction)),
-        clip=None if fields.values.get("clip") is None else fields.numbers("clip", float, 2),
-        classifier=_file_ref(fields.object("classifier")),
-        timestep_rule=fields.choice("timestep_rule", get_args(TimestepRule)),
-        attention=None if fields.values.get("attention") is None else fields("attention", str),
-        denoising=fields.optional("denoising", _denoising),
+    if isinstance(sidecar, StepSidecar) and not _noises(sidecar.schedule):
+        raise CheckFailed(f"{path}: 'schedule' is not a noise schedule ({sidecar.schedule}): export the bundle again")
+    return sidecar
+
+
+def _noises(schedule: Schedule) -> bool:
+    return (
+        1 <= schedule.steps <= MAX_STEPS
+        and 0 < schedule.beta_start <= schedule.beta_end < 1
+        and 0 < schedule.timestep_scale < math.inf
     )
 
 

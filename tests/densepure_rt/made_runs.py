@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from densepure_rt.records import ImageRecord, ImagesIdentity, Provenance, RuleIdentity, TimingRecord, line, page
+from densepure_rt.json_files import line, page
+from densepure_rt.records import ImageRecord, ImagesIdentity, Provenance, RuleIdentity, TimingRecord
 from densepure_rt.runtime.bundle import Accuracy
 from tests.densepure_rt.test_run_folder import manifest
 

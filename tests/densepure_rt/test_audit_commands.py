@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 
 from densepure_rt.errors import UsageError
+from densepure_rt.json_files import page
 from densepure_rt.keys import new_secret, store_key
-from densepure_rt.records import ArithmeticIdentity, page
+from densepure_rt.records import ArithmeticIdentity
 from densepure_rt.run_folder import RunFolder, read_manifest
 from densepure_rt.smoothing import load
 from tests.densepure_rt.command_line import densepure_rt as cli

@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from densepure_rt.errors import CheckFailed, DensePureError, EnvironmentFault
+from densepure_rt.json_files import line
 from densepure_rt.ledger import DoneImage, Ledger, packed, unpacked
-from densepure_rt.records import TimingRecord, line
+from densepure_rt.records import TimingRecord
 from densepure_rt.runtime.reverse import Outcome
 
 

@@ -10,17 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from densepure_rt.errors import CheckFailed
-from densepure_rt.records import (
-    SCHEMAS,
-    ImageRecord,
-    Manifest,
-    OutcomeRecord,
-    canonical,
-    json_schema,
-    line,
-    page,
-    parsed,
-)
+from densepure_rt.json_files import canonical, line, page, parsed
+from densepure_rt.records import SCHEMAS, ImageRecord, Manifest, OutcomeRecord, json_schema
 from tests.densepure_rt.test_run_folder import manifest
 
 SCHEMA_FOLDER = Path(__file__).resolve().parents[2] / "docs" / "schemas"

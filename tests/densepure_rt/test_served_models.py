@@ -11,7 +11,7 @@ import pytest
 from densepure_rt.certification import Certificate, EpsOutcome
 from densepure_rt.datasets import LabelledImage
 from densepure_rt.inference_protocol import InferRequest, encode_response, metadata
-from densepure_rt.records import canonical
+from densepure_rt.json_files import canonical
 from densepure_rt.runtime.bundle import open_bundle
 from densepure_rt.scheduling import Cost
 from densepure_rt.served_models import MOST_IMAGES, models_of, values_of

@@ -23,6 +23,7 @@ from densepure_rt.runtime.bundle import (
     ClassifierSidecar,
     Denoising,
     FileRef,
+    Plan,
     Prediction,
     Sidecar,
     StepSidecar,
@@ -292,6 +293,38 @@ def test_numbers_beyond_any_machine_are_refused(tmp_path: Path, text: str, raise
     sidecar_path(tmp_path / ENGINE).write_text(text)
     with pytest.raises(CheckFailed):
         read_sidecar(tmp_path / ENGINE)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text.replace('"opset"', '"opset": 17, "opset"'), "the name 'opset' twice"),
+        (lambda text: text.replace("0.02", "NaN"), "NaN is no number"),
+        (lambda text: text.replace("0.02", "1e999"), "'beta_end' should be a finite number"),
+    ],
+    ids=["a name twice", "no number", "beyond float"],
+)
+def test_json_of_which_two_readers_would_make_two_things_is_refused(
+    tmp_path: Path, change: Callable[[str], str], message: str
+) -> None:
+    sidecar_path(tmp_path / ENGINE).write_text(change(sidecar_path(shipped_engine()).read_text()))
+    with pytest.raises(CheckFailed, match=message):
+        read_sidecar(tmp_path / ENGINE)
+
+
+def test_field_that_a_later_version_may_add_is_passed_over(bundle: Path) -> None:
+    before = read_sidecar(bundle)
+    rewrite(bundle, lambda values: (values.update(later=1), values["schedule"].update(later=[2])))
+    assert read_sidecar(bundle) == before
+
+
+@pytest.mark.parametrize("batches", [[], [0], [8, -1]], ids=str)
+def test_plan_of_no_batch_is_refused(tmp_path: Path, batches: list[int]) -> None:
+    whole = read_sidecar(shipped_engine())
+    plan = Plan("tensorrt", "10.3", tuple(batches), ("8.7",), None, whole.file, {}, {})
+    sidecar_path(tmp_path / "unet.plan").write_text(to_json(replace(whole, plan=plan)))
+    with pytest.raises(CheckFailed, match="'batches'.* should .*: build the plan again"):
+        read_sidecar(tmp_path / "unet.plan")
 
 
 @pytest.mark.parametrize("version", [0, 2, -1])
