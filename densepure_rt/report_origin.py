@@ -21,6 +21,8 @@ FLAGGED = 5  # images of a flag
 
 @dataclass(frozen=True)
 class Flag:
+    """A flag of an import, in a sentence."""
+
     unsound: bool
     words: str
 

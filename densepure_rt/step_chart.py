@@ -79,7 +79,7 @@ class Axis:
     log: bool = False
 
     def place(self, value: float) -> float:
-        """0 at the start, 1 at the end."""
+        """Place `value` between 0 at the start and 1 at the end."""
         if self.log:
             return math.log(max(value, self.start) / self.start) / math.log(self.end / self.start)
         return (value - self.start) / (self.end - self.start)
@@ -95,13 +95,13 @@ class Axis:
 
 
 def nice_step(span: float) -> float:
-    """The smallest of 1, 2, 2.5 or 5 times a power of ten that makes no more than TICKS steps."""
+    """Return the smallest of 1, 2, 2.5 or 5 times a power of ten that makes no more than TICKS steps."""
     power = 10.0 ** math.floor(math.log10(span / TICKS))
     return next(factor * power for factor in (1, 2, 2.5, 5, 10) if span / (factor * power) <= TICKS)
 
 
 def falling(places: Sequence[float], values: Sequence[float]) -> tuple[tuple[float, float], ...]:
-    """The stairs of a function that is values[i] on (places[i - 1], places[i]]."""
+    """Return the stairs of a function that is values[i] on (places[i - 1], places[i]]."""
     stairs = list(zip(places[:1], values[:1], strict=True))
     for before, place, value in zip(places, places[1:], values[1:], strict=False):
         stairs += [(before, value), (place, value)]
@@ -109,7 +109,7 @@ def falling(places: Sequence[float], values: Sequence[float]) -> tuple[tuple[flo
 
 
 def rising(values: Sequence[float], start: float) -> tuple[tuple[float, float], ...]:
-    """The stairs of the share of `values` that are no more than x, from `start` on."""
+    """Return the stairs of the share of `values` that are no more than x, from `start` on."""
     stairs, below = [(start, 0.0)], 0.0
     for count, value in enumerate(sorted(values), start=1):
         stairs += [(value, below), (value, count / len(values))]

@@ -11,14 +11,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from densepure_rt.gallery import Shown
 from densepure_rt.records import ImagesIdentity
+from densepure_rt.replay import Replayed
 from densepure_rt.report import report_of
 from densepure_rt.report_page import page
 from densepure_rt.run_reader import read_run
-from tests.densepure_rt.made_runs import SEQUENTIAL, Made, make_run
+from tests.densepure_rt.made_runs import SEQUENTIAL, Made, make_run, record_of
 from tests.densepure_rt.test_templates import Seen
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
@@ -61,7 +64,7 @@ def attacks(address: str) -> tuple[str, ...]:
         f'"><img src="{address}/img" onerror="document.title = \'owned\'">',
         f"' style='background:url({address}/style)' x='",
         f"</style></title></svg><iframe src={address}/frame></iframe>",
-        f"<link rel=stylesheet href={address}/link>$title $body ${{x}} &lt;b&gt; &amp;",
+        f"<link rel=stylesheet href={address}/link>$title ${{x}} &lt;b&gt; &amp; {{{{ 7 * 7 }}}} {{% raw %}} {{# #}}",
         f"<svg><image href={address}/image /></svg>",
     )
 
@@ -97,6 +100,24 @@ def test_names_are_text(tmp_path: Path) -> None:
         assert "url(" not in (attributes.get("style") or "")
     for name in names:
         assert seen.text.count(name) > 1
+
+
+def test_names_in_a_gallery_are_text(tmp_path: Path) -> None:
+    names = attacks("http://example.invalid")
+    pixels = np.zeros((1, 2, 2), np.uint8)
+    made = [Made(0.3, label=i, predict=i) for i in range(len(names))]
+    report = report_of(read_run(make_run(tmp_path / "run", made, class_names=names)), names[0])
+    gallery = [
+        Shown(record_of(i, each), pixels, Replayed(pixels, (pixels,), (i,), 1, i)) for i, each in enumerate(made)
+    ]
+    text = page([report], gallery)
+    seen = Seen(text)
+    pictures = [attributes for tag, attributes in seen.tags if tag == "img"]
+    assert [each["alt"] for each in pictures] == [word for name in names for word in (name, "with noise", name)]
+    assert all(set(each) == {"src", "alt"} and str(each["src"]).startswith("data:image/png;") for each in pictures)
+    assert {tag for tag, _ in seen.tags}.isdisjoint({"script", "iframe", "image", "link", "object", "embed"})
+    for i, name in enumerate(names):
+        assert f"Image {i}: certified {name} within 0.299. Ballot: {name} 1; decided: {name}." in seen.text
 
 
 def test_the_page_forbids_itself_scripts_and_the_network(tmp_path: Path) -> None:
