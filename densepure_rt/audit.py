@@ -22,6 +22,7 @@ from densepure_rt.certification import Certificate
 from densepure_rt.certify_run import radii_of, rule_of, settings_of, summarize
 from densepure_rt.datasets import ImageSet
 from densepure_rt.errors import CheckFailed, DensePureError, EnvironmentFault
+from densepure_rt.falsifier import Falsification
 from densepure_rt.files import Kind
 from densepure_rt.forecast import reach_of
 from densepure_rt.json_files import page, parsed, read_lines
@@ -29,7 +30,6 @@ from densepure_rt.keys import stored_key
 from densepure_rt.ledger import NAME as LEDGER
 from densepure_rt.ledger import DoneImage, Labels, Ledger
 from densepure_rt.records import (
-    AttackRecord,
     BudgetIdentity,
     Identity,
     ImageRecord,
@@ -330,7 +330,7 @@ def check_seal(path: Path, ledger: Ledger, complete: bool) -> Finding:
 
 def check_attacks(path: Path, records: Mapping[int, ImageRecord]) -> Finding:
     """Whether an attack has broken a certificate, and whether the attacks are on certificates of this run."""
-    attacks, faults = read_lines(path / ATTACKS, AttackRecord), []
+    attacks, faults = read_lines(path / ATTACKS, Falsification), []
     for attack in attacks:
         record = records.get(attack.idx)
         if record is None or record.radius != attack.radius:

@@ -9,31 +9,34 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
 from densepure_rt.errors import UsageError
+from densepure_rt.json_files import Count, Radius
 from densepure_rt.rounding import exact, raised
 
 Counts = NDArray[np.int64]  # [classes]: samples whose voted label was each class
+Method = Literal["fixed", "sequential", "radius"]
 Result = Literal["certified", "gave up", "abstained", "skipped", "not reached", "undecided"]
 MARGIN = 1e-12  # relative; wider than the error of scipy's betainc and ndtr where they are used
 
 
-class EpsOutcome(NamedTuple):
+@dataclass(frozen=True)
+class EpsOutcome:
     """What came of one eps: after n samples, n_a of them for the class. None: its test had no such moment.
 
     "gave up": more samples were thought futile; "abstained": all n_max were taken. "skipped": n_max agreeing samples
     would not do. "not reached": a smaller eps failed. "undecided": sampling was stopped from outside.
     """
 
-    eps: float
+    eps: Radius
     result: Result
-    n: int | None = None
-    n_a: int | None = None
+    n: Count | None
+    n_a: Count | None
 
 
 @dataclass(frozen=True)

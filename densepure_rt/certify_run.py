@@ -17,13 +17,13 @@ from densepure_rt import __version__, logs
 from densepure_rt.certification import Certificate
 from densepure_rt.console import Status, track
 from densepure_rt.datasets import ImageSet
+from densepure_rt.falsifier import Falsification
 from densepure_rt.falsify_run import Proposals, attack_each, attacked, no_proposals
 from densepure_rt.forecast import Forecast
 from densepure_rt.records import (
     SCHEMA_VERSION,
     Abstention,
     ArithmeticIdentity,
-    AttackRecord,
     BudgetIdentity,
     Identity,
     ImageRecord,
@@ -236,14 +236,14 @@ def run(
     falsify: float | None = None,
     proposals: Proposals = no_proposals,
     shard: Shard | None = None,
-) -> tuple[Summary, list[AttackRecord]]:
+) -> tuple[Summary, list[Falsification]]:
     """Certify `images` into the folder `out`, a line an image, and go on where an earlier run of them ended.
 
     Ctrl-C, or a signal that means the same, ends it after the images that are done. falsify: the share of their samples
     to attack the certificates with, once all are there; `proposals` gives an attack further candidates. shard: the part
     of the images to certify here.
     """
-    attacks: list[AttackRecord] = []
+    attacks: list[Falsification] = []
     interrupted = True
 
     def summary() -> Summary:

@@ -38,7 +38,7 @@ from densepure_rt.image_files import (
     reading,
     size_text,
 )
-from densepure_rt.records import LeftOut
+from densepure_rt.json_files import STRICT, Count, Text
 from densepure_rt.text import printable
 
 SHIPPED, SHIPPED_SHAPE = "fashion_mnist_test.npz", (1, 28, 28)
@@ -57,6 +57,20 @@ UNPICKLED = (
     "of CIFAR-10 fetch the binary version (cifar-10-binary.tar.gz) and name its test_batch.bin; save other data as .npz"
 )
 NAMED = 3  # of what is left out for one reason
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Files or folders of the images' source that are no images of the run. first: some of their names."""
+
+    __pydantic_config__ = STRICT
+    why: Text
+    count: Count
+    first: tuple[Text, ...]
+
+    def __str__(self) -> str:
+        more = ", ..." if self.count > len(self.first) else ""
+        return f"{self.why}: {self.count:,} ({', '.join(self.first)}{more})"
 
 
 @dataclass(frozen=True, eq=False)

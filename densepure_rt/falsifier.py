@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from densepure_rt.certification import Certificate
 from densepure_rt.datasets import LabelledImage
 from densepure_rt.errors import UsageError
+from densepure_rt.json_files import STRICT, Count, Label, Probability, Radius
 from densepure_rt.rounding import exact
 from densepure_rt.runtime.device import NOT_FINITE
 from densepure_rt.runtime.noise import (
@@ -59,31 +60,30 @@ Levels = NDArray[np.float64]  # differences in grey levels, [C, H, W]
 Attack = Literal["nothing tried", "proposals", "random directions", "evolution of the noise"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Falsification:
-    """What an attack on one certificate came to.
+    """What an attack on the certificate of image `idx` came to, as a line of falsify.jsonl.
 
-    tried: candidates that samples were spent on; tested: those of them that were put to the test. samples: drawn, for
-    the search and the tests. broken: a test has shown that the smoothed classifier answers `label` at `candidate`,
-    uint8 [C, H, W], whose `distance` (l2 in [0, 1] pixel units, rounded up) is inside the certified radius: `votes` of
-    the `n` samples of the test are for it, and `level` is the chance to see that were it not so. All of these are None
+    radius: of the certificate. tried: candidates that samples were spent on; tested: those of them that were put to the
+    test. samples: drawn, for the search and the tests. broken: a test has shown that the smoothed classifier answers
+    `label` at a candidate whose `distance` (l2 in [0, 1] pixel units, rounded up) is inside the radius: `votes` of the
+    `n` samples of the test are for it, and `level` is the chance to see that were it not so. All of these are None
     where nothing is broken. attack: what found the candidate, or what was tried last.
     """
 
-    tried: int
-    tested: int
-    samples: int
-    attack: Attack
-    candidate: Pixels | None = None
-    distance: float | None = None
-    label: int | None = None
-    votes: int | None = None
-    n: int | None = None
-    level: float | None = None
-
-    @property
-    def broken(self) -> bool:
-        return self.candidate is not None
+    __pydantic_config__ = STRICT
+    idx: int
+    radius: Radius
+    broken: bool
+    attack: str
+    tried: Count
+    tested: Count
+    samples: Count
+    distance: Radius | None
+    label: Label | None
+    votes: Count | None
+    n: Count | None
+    level: Probability | None
 
 
 def most_squares(radius: float) -> int:
@@ -228,18 +228,19 @@ def falsify(
     settings: Settings,
     samples: int,
     proposals: Iterable[Pixels] = (),
-) -> Falsification:
+) -> tuple[Falsification, Pixels | None]:
     """Try to break `certificate`, which was made for `image` under `settings`, with `samples` samples at most.
 
     proposals: further candidates, tried first, read as they are needed; one that lies outside the ball is pulled in.
-    What comes of it depends on the classifier and its secret, and on neither batch nor threads. Nothing is tried where
+    With what comes of it goes the candidate that breaks the certificate, uint8 [C, H, W], or None.
+    It depends on the classifier and its secret, and on neither batch nor threads. Nothing is tried where
     nothing is certified, where the ball holds no other image, or where the samples do not pay for one test.
     """
     if samples < 0:
         raise UsageError(f"samples is how many an attack may take, at least 0, got {samples}")
-    attack = _Attack(classifier, image.pixels, certificate, settings, samples)
+    attack = _Attack(classifier, image, certificate, settings, samples)
     if certificate.predict is None or not most_squares(attack.radius):
-        return attack.outcome()
+        return attack.outcome(), None
     for name, population in attack.populations(proposals):
         affordable = attack.affordable()
         if not affordable:
@@ -247,7 +248,7 @@ def falsify(
         for candidate, pilot in attack.looked_at(name, population[:affordable]):
             if (found := attack.tested_at(candidate, pilot)) is not None:
                 return found
-    return attack.outcome()
+    return attack.outcome(), None
 
 
 class _Attack:
@@ -260,17 +261,17 @@ class _Attack:
     def __init__(
         self,
         classifier: SmoothedClassifier,
-        pixels: Pixels,
+        image: LabelledImage,
         certificate: Certificate,
         settings: Settings,
         samples: int,
     ) -> None:
-        self.classifier, self.pixels, self.settings = classifier, pixels, settings
+        self.classifier, self.idx, self.pixels, self.settings = classifier, image.idx, image.pixels, settings
         self.answer, self.radius = certificate.predict, certificate.radius or 0.0
         self.samples = self.left = samples
         self.tried = self.tests = 0
         self.name: Attack = "nothing tried"
-        self.push = np.zeros(pixels.shape)
+        self.push = np.zeros(image.pixels.shape)
         self.seen = set[bytes]()
 
     def populations(self, proposals: Iterable[Pixels]) -> Iterator[tuple[Attack, list[Pixels]]]:
@@ -302,7 +303,7 @@ class _Attack:
         self.tried += len(population)
         return list(zip(population, self._drawn(population, "select", range(PILOT)), strict=True))
 
-    def tested_at(self, candidate: Pixels, pilot: NDArray[np.int64]) -> Falsification | None:
+    def tested_at(self, candidate: Pixels, pilot: NDArray[np.int64]) -> tuple[Falsification, Pixels] | None:
         """What a test of the candidate shows, should it show that the certificate is broken.
 
         It is made where a rival has the majority of the pilot's labels, and such a one as would do with what is left.
@@ -316,16 +317,33 @@ class _Attack:
         self.tests += 1
         decision = self._decision(candidate, rule, rival, pilot)
         broken = decision.predict not in (None, self.answer)
-        return self.outcome(candidate, decision, rule.alpha) if broken else None
+        if not broken:
+            return None
+        distance = distance_of(self.pixels, candidate)
+        return self.outcome(distance, decision.predict, decision.n_a, decision.n, rule.alpha), candidate
 
     def outcome(
-        self, candidate: Pixels | None = None, decision: Decision | None = None, level: float | None = None
+        self,
+        distance: float | None = None,
+        label: int | None = None,
+        votes: int | None = None,
+        n: int | None = None,
+        level: float | None = None,
     ) -> Falsification:
-        done = (self.tried, self.tests, self.samples - self.left, self.name)
-        if candidate is None or decision is None:
-            return Falsification(*done)
-        distance = distance_of(self.pixels, candidate)
-        return Falsification(*done, candidate, distance, decision.predict, decision.n_a, decision.n, level)
+        return Falsification(
+            idx=self.idx,
+            radius=self.radius,
+            broken=distance is not None,
+            attack=self.name,
+            tried=self.tried,
+            tested=self.tests,
+            samples=self.samples - self.left,
+            distance=distance,
+            label=label,
+            votes=votes,
+            n=n,
+            level=level,
+        )
 
     def _decision(self, candidate: Pixels, rule: SequentialRule, rival: int, pilot: NDArray[np.int64]) -> Decision:
         """Of fresh noise, as long as there is hope. The pilot has a say in that, and in nothing else.

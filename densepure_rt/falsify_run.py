@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from densepure_rt.certification import Certificate, EpsOutcome
+from densepure_rt.certification import Certificate
 from densepure_rt.datasets import ImageSet, LabelledImage
 from densepure_rt.errors import UsageError
 from densepure_rt.falsifier import Falsification, falsify, proposal_of_samples
-from densepure_rt.records import AttackRecord, ImageRecord, TimingRecord
+from densepure_rt.records import ImageRecord, TimingRecord
 from densepure_rt.rounding import exact
 from densepure_rt.run_folder import RunFolder, broken_picture
 from densepure_rt.smoothing import Settings, SmoothedClassifier
@@ -54,7 +54,7 @@ def attack_each(
     folder: RunFolder,
     share: float,
     proposals: Proposals = no_proposals,
-) -> Iterator[AttackRecord]:
+) -> Iterator[Falsification]:
     """Attack certificates of a run, one after another; what breaks one is kept as a picture in the run's folder."""
     records = {record.idx: record for record, _ in folder.done}
     done = {image.idx: image for image in folder.ledger.done()}
@@ -66,10 +66,10 @@ def attack_each(
         pointed = proposal_of_samples(classifier, image, certificate, settings, done[image.idx].labels())
         candidates = [] if pointed is None else [pointed]
         candidates += proposals(image, certificate)
-        found = falsify(classifier, image, certificate, settings, EACH, candidates)
-        if found.candidate is not None:
-            folder.keep_picture(broken_picture(image.idx), as_picture(found.candidate))
-        yield attack_record(image.idx, certificate.radius or 0.0, found)
+        found, candidate = falsify(classifier, image, certificate, settings, EACH, candidates)
+        if candidate is not None:
+            folder.keep_picture(broken_picture(image.idx), as_picture(candidate))
+        yield found
 
 
 def certificate_of_record(record: ImageRecord) -> Certificate:
@@ -81,25 +81,8 @@ def certificate_of_record(record: ImageRecord) -> Certificate:
         n_a=record.n_a,
         alpha=record.alpha,
         p_lower=record.p_lower,
-        outcomes=tuple(EpsOutcome(o.eps, o.result, o.n, o.n_a) for o in record.outcomes),
+        outcomes=record.outcomes,
         stopped=record.stopped,
-    )
-
-
-def attack_record(idx: int, radius: float, found: Falsification) -> AttackRecord:
-    return AttackRecord(
-        idx=idx,
-        radius=radius,
-        broken=found.broken,
-        attack=found.attack,
-        tried=found.tried,
-        tested=found.tested,
-        samples=found.samples,
-        distance=found.distance,
-        label=found.label,
-        votes=found.votes,
-        n=found.n,
-        level=found.level,
     )
 
 

@@ -22,12 +22,13 @@ from pathlib import Path
 from densepure_rt.certify_run import radii_of, settings_of, summarize
 from densepure_rt.console import plural
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
+from densepure_rt.falsifier import Falsification
 from densepure_rt.forecast import reach_of
 from densepure_rt.json_files import content, parsed, writing
 from densepure_rt.keys import stored_key
 from densepure_rt.ledger import NAME as LEDGER
 from densepure_rt.ledger import DoneImage, Ledger
-from densepure_rt.records import AttackRecord, ImageRecord, Manifest, MergedShard, Provenance, Summary, TimingRecord
+from densepure_rt.records import ImageRecord, Manifest, MergedShard, Provenance, Summary, TimingRecord
 from densepure_rt.run_folder import (
     ATTACKS,
     KEY,
@@ -61,7 +62,7 @@ class Part:
     path: Path
     manifest: Manifest
     images: Mapping[int, int]
-    attacks: tuple[AttackRecord, ...] | None
+    attacks: tuple[Falsification, ...] | None
     secret: bytes | None
     revealed: bool
     seal_sha256: str

@@ -11,7 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from densepure_rt.certification import Result
+from densepure_rt.certification import EpsOutcome, Method
+from densepure_rt.datasets import LeftOut
+from densepure_rt.falsifier import Falsification
 from densepure_rt.json_files import STRICT, Count, Label, Probability, Radius, Sha256, Text, adapter, canonical
 from densepure_rt.runtime.bundle import Accuracy
 from densepure_rt.runtime.schedule import Schedule, TimestepRule, Variance
@@ -20,19 +22,7 @@ from densepure_rt.shards import PATTERN, Shard
 SCHEMA_VERSION: Literal[2] = 2
 Secret = Annotated[str, Field(pattern="^([0-9a-f]{2}){32,}$")]
 ShardName = Annotated[str, Field(pattern=PATTERN), AfterValidator(lambda name: str(Shard.parsed(name)))]
-Method = Literal["fixed", "sequential", "radius"]
 Abstention = Literal["gave up", "at n", "out of reach", "out of time"]
-
-
-@dataclass(frozen=True)
-class OutcomeRecord:
-    """What came of one eps; see `densepure_rt.certification.EpsOutcome`."""
-
-    __pydantic_config__ = STRICT
-    eps: Radius
-    result: Result
-    n: Count | None
-    n_a: Count | None
 
 
 @dataclass(frozen=True)
@@ -56,7 +46,7 @@ class ImageRecord:
     alpha: Probability
     p_lower: Probability
     stopped: bool
-    outcomes: tuple[OutcomeRecord, ...] = ()
+    outcomes: tuple[EpsOutcome, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -70,25 +60,6 @@ class TimingRecord:
     classifier_calls: Count
     not_finite: Count
     seconds: Radius
-
-
-@dataclass(frozen=True)
-class AttackRecord:
-    """A line of falsify.jsonl: what an attack on a certificate came to; see `densepure_rt.falsifier.Falsification`."""
-
-    __pydantic_config__ = STRICT
-    idx: int
-    radius: Radius
-    broken: bool
-    attack: str
-    tried: Count
-    tested: Count
-    samples: Count
-    distance: Radius | None
-    label: Label | None
-    votes: Count | None
-    n: Count | None
-    level: Probability | None
 
 
 @dataclass(frozen=True)
@@ -238,20 +209,6 @@ class MergedShard:
 
 
 @dataclass(frozen=True)
-class LeftOut:
-    """Files or folders of the images' source that are no images of the run. first: some of their names."""
-
-    __pydantic_config__ = STRICT
-    why: Text
-    count: Count
-    first: tuple[Text, ...]
-
-    def __str__(self) -> str:
-        more = ", ..." if self.count > len(self.first) else ""
-        return f"{self.why}: {self.count:,} ({', '.join(self.first)}{more})"
-
-
-@dataclass(frozen=True)
 class Provenance:
     """Who ran it, where and when. revealed_secret: hex, once `densepure-rt reveal` has made it public.
 
@@ -344,7 +301,7 @@ SCHEMAS: Mapping[str, type[Any]] = {
     "manifest": Manifest,
     "record": ImageRecord,
     "timing": TimingRecord,
-    "attack": AttackRecord,
+    "attack": Falsification,
     "summary": Summary,
     "seal": Seal,
 }

@@ -19,8 +19,8 @@ from densepure_rt.rounding import exact, floored, floored_share, raised
 
 if TYPE_CHECKING:
     from densepure_rt.compare import Change, Comparison
+    from densepure_rt.falsifier import Falsification
     from densepure_rt.gallery import Shown
-    from densepure_rt.records import AttackRecord
 
 ALSO = ("png", "svg", "md")
 MOST_CHANGES = 10  # images of each kind that `compare` prints
@@ -159,7 +159,7 @@ def merge(
         print_attacks(attacks)
 
 
-def print_attacks(attacks: Sequence[AttackRecord]) -> None:
+def print_attacks(attacks: Sequence[Falsification]) -> None:
     """Exit code 1 when a certificate is broken."""
     broken = [attack for attack in attacks if attack.broken]
     for attack in broken:

@@ -32,20 +32,12 @@ from PIL import Image
 from densepure_rt import files
 from densepure_rt.certification import Certificate
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
+from densepure_rt.falsifier import Falsification
 from densepure_rt.json_files import line, page, parsed, replaced, writing
 from densepure_rt.keys import retire, shared_key, store_key, stored_key
 from densepure_rt.ledger import NAME as LEDGER
 from densepure_rt.ledger import Ledger
-from densepure_rt.records import (
-    AttackRecord,
-    Identity,
-    ImageRecord,
-    Manifest,
-    OutcomeRecord,
-    Seal,
-    Summary,
-    TimingRecord,
-)
+from densepure_rt.records import Identity, ImageRecord, Manifest, Seal, Summary, TimingRecord
 from densepure_rt.rounding import floored
 from densepure_rt.runtime.noise import image_sha256
 from densepure_rt.smoothing import Certified
@@ -83,7 +75,7 @@ def record_of(idx: int, image_sha256: str, label: int | None, certificate: Certi
         alpha=certificate.alpha,
         p_lower=certificate.p_lower,
         stopped=certificate.stopped,
-        outcomes=tuple(OutcomeRecord(*outcome) for outcome in certificate.outcomes),
+        outcomes=certificate.outcomes,
     )
 
 
@@ -289,7 +281,7 @@ class RunFolder:
             (self.path / name).unlink(missing_ok=True)  # a link, in a foreign folder, may lead anywhere
             picture.save(self.path / name)
 
-    def keep_attacks(self, attacks: Iterable[AttackRecord]) -> None:
+    def keep_attacks(self, attacks: Iterable[Falsification]) -> None:
         """In place of those of an earlier end of the run."""
         with writing(self.path):
             replaced(self.path / ATTACKS, "".join(map(line, attacks)))

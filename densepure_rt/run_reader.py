@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from densepure_rt.errors import CheckFailed
+from densepure_rt.falsifier import Falsification
 from densepure_rt.json_files import content, parsed, read_lines
-from densepure_rt.records import AttackRecord, ImageRecord, Manifest, Summary, TimingRecord
+from densepure_rt.records import ImageRecord, Manifest, Summary, TimingRecord
 from densepure_rt.run_folder import ATTACKS, SUMMARY, read_manifest
 
 
@@ -41,6 +42,6 @@ def read_run(path: Path) -> Run:
     return Run(path, manifest, tuple(records[:done]), tuple(timings[:done]), summary)
 
 
-def read_attacks(path: Path) -> tuple[AttackRecord, ...] | None:
+def read_attacks(path: Path) -> tuple[Falsification, ...] | None:
     """The attacks on a run's certificates; None where none were asked for."""
-    return tuple(read_lines(path / ATTACKS, AttackRecord)) if (path / ATTACKS).exists() else None
+    return tuple(read_lines(path / ATTACKS, Falsification)) if (path / ATTACKS).exists() else None

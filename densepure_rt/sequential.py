@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, reduce
 from itertools import accumulate, pairwise, takewhile
 from typing import NamedTuple
@@ -502,7 +502,7 @@ class GridDecider(_Decider):
         super().__init__(rule, label, (1 - rule.reserve) * rule.test_level)
         self._rule, self._standing = rule, Standing(0, len(rule.tests))
         self._outcomes = [
-            EpsOutcome(eps, "undecided" if place < len(rule.tests) else "skipped")
+            EpsOutcome(eps, "undecided" if place < len(rule.tests) else "skipped", None, None)
             for place, eps in enumerate(rule.radii)
         ]
         if self._standing.decided:
@@ -536,7 +536,7 @@ class GridDecider(_Decider):
         if not now.decided:
             return None
         self._outcomes = [
-            outcome._replace(result="not reached") if outcome.result == "undecided" else outcome
+            replace(outcome, result="not reached") if outcome.result == "undecided" else outcome
             for outcome in self._outcomes
         ]
         return self._certified()

@@ -15,13 +15,13 @@ from functools import partial
 from importlib.resources import files
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
+from typing import Any, NamedTuple, TypeVar, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from densepure_rt import logs
-from densepure_rt.certification import Certificate, FixedRule, check_sampling
+from densepure_rt.certification import Certificate, FixedRule, Method, check_sampling
 from densepure_rt.datasets import LabelledImage
 from densepure_rt.errors import EnvironmentFault, UsageError
 from densepure_rt.image_files import require_pixels
@@ -54,7 +54,6 @@ from densepure_rt.sequential import (
 )
 from densepure_rt.voting import Ballot
 
-Method = Literal["fixed", "sequential", "radius"]
 MAX_VOTES = 1000  # published work uses up to 40
 MOST_N = 10**7  # samples, of what an error proposes
 PREDICT_N = 1000  # samples of a prediction at most; 13 that agree are enough

@@ -18,6 +18,7 @@ from typing import Any, TypeVar, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from densepure_rt.certification import Method
 from densepure_rt.datasets import LabelledImage
 from densepure_rt.errors import CheckFailed, DensePureError, UsageError
 from densepure_rt.keys import new_secret, shared_key
@@ -32,7 +33,6 @@ from densepure_rt.smoothing import (
     AnytimeJudge,
     Budget,
     Certified,
-    Method,
     Predicted,
     Settings,
     SmoothedClassifier,

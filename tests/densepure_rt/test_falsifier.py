@@ -101,9 +101,9 @@ def claim(radius: float | None, predict: int | None = 0) -> Certificate:
     return Certificate(predict, radius, n0=0, n=1000, n_a=990, alpha=0.001, p_lower=0.9)
 
 
-def shares(found: Falsification) -> tuple[Any, ...]:
+def shares(found: Falsification, candidate: NDArray[np.uint8] | None) -> tuple[Any, ...]:
     """All of it, as what can be compared."""
-    return tuple(part.tobytes() if isinstance(part, np.ndarray) else part for part in astuple(found))
+    return (*astuple(found), None if candidate is None else candidate.tobytes())
 
 
 pixel_arrays = arrays.arrays(
@@ -173,12 +173,12 @@ def test_candidates_use_nearly_all_of_the_ball_and_keep_the_direction() -> None:
 def test_a_radius_of_six_times_the_truth_is_broken(plane: Plane, opened: Callable[..., Any], seed: int) -> None:
     radius = 6 * DISTANCE
     with opened(seed) as classifier:
-        found = falsify(classifier, plane.image, claim(radius), PLAIN, 2000)
+        found, candidate = falsify(classifier, plane.image, claim(radius), PLAIN, 2000)
     assert found.broken
-    assert found.candidate is not None
+    assert candidate is not None
     assert (found.label, found.attack) == (1, "evolution of the noise")
-    assert plane.beyond(found.candidate) > 0
-    moved = [int(a) - int(b) for a, b in zip(found.candidate.flat, plane.image.pixels.flat, strict=True)]
+    assert plane.beyond(candidate) > 0
+    moved = [int(a) - int(b) for a, b in zip(candidate.flat, plane.image.pixels.flat, strict=True)]
     assert sum(step * step for step in moved) < (255 * Fraction(radius)) ** 2
     assert found.distance == pytest.approx(math.sqrt(sum(step * step for step in moved)) / 255)
     assert found.samples <= 2000
@@ -197,12 +197,12 @@ def test_a_radius_that_holds_is_never_broken(plane: Plane, opened: Callable[...,
     assert nearest is not None
     assert -0.8 * DISTANCE < plane.beyond(nearest) < 0
     with opened(seed) as classifier:
-        found = falsify(classifier, plane.image, claim(radius), PLAIN, 1500, [nearest])
+        found, candidate = falsify(classifier, plane.image, claim(radius), PLAIN, 1500, [nearest])
         labels = falsifier.labels_of(classifier, [nearest], PLAIN, "falsify", range(64))
     assert not found.broken
     assert 0 < found.samples <= 1500
     assert found.tried > 10
-    assert (found.candidate, found.distance, found.label, found.votes, found.n, found.level) == (None,) * 6
+    assert (candidate, found.distance, found.label, found.votes, found.n, found.level) == (None,) * 6
     assert (labels == 1).sum() > 8  # a different label is no success
 
 
@@ -224,8 +224,8 @@ def test_the_level_is_kept_where_the_votes_are_all_but_even(
     with opened(5) as classifier:
         for seed in range(100):
             classifier.secret = seeded_secret(100 + seed)
-            found = falsify(classifier, plane.image, claim(1.6 * DISTANCE), PLAIN, 200, even)
-            assert found.candidate is None or plane.beyond(found.candidate) < 0
+            found, candidate = falsify(classifier, plane.image, claim(1.6 * DISTANCE), PLAIN, 200, even)
+            assert candidate is None or plane.beyond(candidate) < 0
             broken += found.broken
             allowed += 0.2 * (1 - 1 / (found.tested + 1))  # the sum of the levels of so many tests
     assert 5 < allowed < 10
@@ -251,7 +251,7 @@ def test_a_test_is_fresh_and_the_levels_of_all_tests_sum_to_no_more_than_the_lev
     monkeypatch.setattr(falsifier, "labels_of", labels)
     monkeypatch.setattr(falsifier, "prediction_rule", rule)
     with opened(8) as classifier:
-        found = falsify(classifier, plane.image, claim(1.5 * DISTANCE), PLAIN, 1500)
+        found, _ = falsify(classifier, plane.image, claim(1.5 * DISTANCE), PLAIN, 1500)
     tests = [image for purpose, image in drawn if purpose == "falsify"]
     assert len(tests) == found.tested > 2
     assert plane.image.pixels.tobytes() not in tests
@@ -267,12 +267,12 @@ def test_a_proposal_is_checked_and_not_trusted(plane: Plane, opened: Callable[..
     far = falsifier.within(plane.image.pixels, -plane.normal, 1.0)
     assert far is not None
     with opened(1) as classifier:
-        sound = falsify(classifier, plane.image, claim(0.5 * DISTANCE), PLAIN, 300, [far, plane.image.pixels])
+        sound, _ = falsify(classifier, plane.image, claim(0.5 * DISTANCE), PLAIN, 300, [far, plane.image.pixels])
         assert not sound.broken
-        forged = falsify(classifier, plane.image, claim(8 * DISTANCE), PLAIN, 300, [far])
+        forged, broken = falsify(classifier, plane.image, claim(8 * DISTANCE), PLAIN, 300, [far])
         assert forged.attack == "proposals"
-        assert forged.candidate is not None
-        assert falsifier.inside(plane.image.pixels, forged.candidate, 8 * DISTANCE)
+        assert broken is not None
+        assert falsifier.inside(plane.image.pixels, broken, 8 * DISTANCE)
         assert (forged.tried, forged.tested, forged.label) == (1, 1, 1)
         wrongs: list[Any] = [far[:, 1:], far.astype(np.int64)]
         for wrong in wrongs:
@@ -289,7 +289,7 @@ def test_proposals_are_read_as_they_are_needed(plane: Plane, opened: Callable[..
         raise AssertionError("a second proposal was asked for")
 
     with opened(1) as classifier:
-        assert falsify(classifier, plane.image, claim(8 * DISTANCE), PLAIN, 300, endless()).broken
+        assert falsify(classifier, plane.image, claim(8 * DISTANCE), PLAIN, 300, endless())[0].broken
 
 
 @pytest.mark.parametrize("budget", [60, 333, 1000])
@@ -307,7 +307,7 @@ def test_no_more_samples_are_drawn_than_were_given(
             return ticket
 
         monkeypatch.setattr(classifier.device, "submit", counted)
-        found = falsify(classifier, plane.image, claim(DISTANCE), PLAIN, budget)
+        found, _ = falsify(classifier, plane.image, claim(DISTANCE), PLAIN, budget)
     assert drawn == found.samples <= budget
     assert found.samples > budget - falsifier.PILOT - 64
 
@@ -316,7 +316,7 @@ def test_what_comes_of_an_attack_depends_on_the_secret_alone(plane: Plane, opene
     found = []
     for seed, batch, threads in ((3, 32, 1), (3, 5, 2), (4, 32, 1)):
         with opened(seed, batch, threads) as classifier:
-            found.append(shares(falsify(classifier, plane.image, claim(6 * DISTANCE), PLAIN, 1200)))
+            found.append(shares(*falsify(classifier, plane.image, claim(6 * DISTANCE), PLAIN, 1200)))
     assert found[0] == found[1]
     assert found[0] != found[2]
 
@@ -336,15 +336,16 @@ def test_where_nothing_can_be_tried_nothing_is(
     plane: Plane, opened: Callable[..., Any], certificate: Certificate, samples: int
 ) -> None:
     with opened(0) as classifier:
-        found = falsify(classifier, plane.image, certificate, PLAIN, samples)
-    assert shares(found) == shares(Falsification(0, 0, 0, "nothing tried"))
+        found, candidate = falsify(classifier, plane.image, certificate, PLAIN, samples)
+    nothing = Falsification(0, certificate.radius or 0.0, False, "nothing tried", 0, 0, 0, *[None] * 5)
+    assert (found, candidate) == (nothing, None)
     assert not found.broken
 
 
 def test_a_ball_of_few_images_is_tried_and_left(plane: Plane, opened: Callable[..., Any]) -> None:
     """One level of one pixel: 255 R is just above 1. Every candidate is looked at once at most."""
     with opened(0) as classifier:
-        found = falsify(classifier, plane.image, claim(1.0001 / 255), PLAIN, 400)
+        found, _ = falsify(classifier, plane.image, claim(1.0001 / 255), PLAIN, 400)
     assert not found.broken
     assert 0 < found.tried <= 400 // falsifier.PILOT
 
@@ -389,7 +390,7 @@ def test_labels_of_several_votes_are_those_of_the_samples_replayed_alone() -> No
 
 def test_endless_proposals_of_one_image_end(plane: Plane, opened: Callable[..., Any]) -> None:
     with opened(0) as classifier:
-        found = falsify(classifier, plane.image, claim(0.5 * DISTANCE), PLAIN, 64, repeat(plane.image.pixels))
+        found, _ = falsify(classifier, plane.image, claim(0.5 * DISTANCE), PLAIN, 64, repeat(plane.image.pixels))
     assert (found.broken, found.attack) == (False, "random directions")
 
 

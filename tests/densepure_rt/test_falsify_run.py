@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from PIL import Image
 
 from densepure_rt import falsify_run
@@ -20,7 +21,7 @@ from densepure_rt.errors import UsageError
 from densepure_rt.falsifier import Falsification
 from densepure_rt.falsify_run import EACH, attacked, certificate_of_record, check_share
 from densepure_rt.forecast import forecast
-from densepure_rt.records import AttackRecord, ImageRecord, TimingRecord
+from densepure_rt.records import ImageRecord, TimingRecord
 from densepure_rt.run_folder import record_of
 from densepure_rt.smoothing import Budget, Settings, load, seeded_secret
 
@@ -66,7 +67,14 @@ def images() -> ImageSet:
     return open_images(None, (1, 28, 28), [str(label) for label in range(10)]).select(10, 25)
 
 
-def attacked_run(out: Path, images: ImageSet, share: float) -> list[AttackRecord]:
+def broken(
+    classifier: Any, image: LabelledImage, certificate: Certificate, *_: Any
+) -> tuple[Falsification, NDArray[np.uint8]]:
+    counts, radius = (1, 1, 60, 0.04, 7, 25, 25, 5e-7), certificate.radius or 0.0
+    return Falsification(image.idx, radius, True, "random directions", *counts), image.pixels ^ np.uint8(1)
+
+
+def attacked_run(out: Path, images: ImageSet, share: float) -> list[Falsification]:
     with load(secret=seeded_secret(5), batch=16, threads=1) as classifier:
         expected = forecast(classifier, SETTINGS, len(images))
         _, attacks = run(classifier, images, SETTINGS, expected, out, 5, Budget(), share)
@@ -89,10 +97,6 @@ def test_a_run_is_attacked_with_a_share_of_its_samples_and_says_so(tmp_path: Pat
 def test_what_breaks_a_certificate_is_kept_and_the_audit_says_it(
     tmp_path: Path, images: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(classifier: Any, image: LabelledImage, *_: Any) -> Falsification:
-        candidate = np.bitwise_xor(image.pixels, np.uint8(1))
-        return Falsification(1, 1, 60, "random directions", candidate, 0.04, 7, 25, 25, 5e-7)
-
     monkeypatch.setattr(falsify_run, "falsify", broken)
     attacks = attacked_run(tmp_path / "run", images, 1.0)
     first = attacks[0]
@@ -128,13 +132,7 @@ def test_the_command_ends_with_1_when_a_certificate_is_broken(
     code, printed = command(*given.split(), 1.0, "--out", tmp_path / "a")
     assert code == 0
     assert "0 broken" in printed
-    monkeypatch.setattr(
-        falsify_run,
-        "falsify",
-        lambda classifier, image, *_: Falsification(
-            1, 1, 60, "random directions", image.pixels ^ 1, 0.04, 7, 25, 25, 5e-7
-        ),
-    )
+    monkeypatch.setattr(falsify_run, "falsify", broken)
     code, printed = command(*given.split(), 1.0, "--out", tmp_path / "b")
     assert code == 1
     assert "25 of 25 samples are for class 7 at a distance of 0.04, inside the certified radius 0.05" in printed

@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from densepure_rt.certification import Method
 from densepure_rt.datasets import ImageSet, open_images
 from densepure_rt.errors import UsageError
 from densepure_rt.forecast import TYPICAL_P, calls_a_sample, expected_samples, forecast
-from densepure_rt.smoothing import PAPER, Method, Settings, SmoothedClassifier, load, seeded_secret
+from densepure_rt.smoothing import PAPER, Settings, SmoothedClassifier, load, seeded_secret
 
 LABELS = (0, 1, 2)
 

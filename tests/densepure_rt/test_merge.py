@@ -25,9 +25,10 @@ from densepure_rt.audit import audit
 from densepure_rt.certify_run import summarize
 from densepure_rt.datasets import open_images
 from densepure_rt.errors import CheckFailed, DensePureError, UsageError
+from densepure_rt.falsifier import Falsification
 from densepure_rt.ledger import Ledger
 from densepure_rt.merge import merge
-from densepure_rt.records import ArithmeticIdentity, AttackRecord, ImagesIdentity, Manifest
+from densepure_rt.records import ArithmeticIdentity, ImagesIdentity, Manifest
 from densepure_rt.run_folder import RunFolder, reveal, seal
 from densepure_rt.shards import Shard
 from tests.densepure_rt.command_line import densepure_rt as cli
@@ -358,12 +359,12 @@ def test_a_secret_that_the_manifest_alone_reveals_is_revealed_of_the_run(tmp_pat
     refused(CheckFailed, "the key in .*2 is not the one", paths, tmp_path / "forged")
 
 
-def attack(idx: int, broken: bool = False) -> AttackRecord:
+def attack(idx: int, broken: bool = False) -> Falsification:
     found = (0.04, 7, 25, 25, 5e-7) if broken else (None,) * 5
-    return AttackRecord(idx, 0.125, broken, "noise", 1, 1, 40, *found)
+    return Falsification(idx, 0.125, broken, "noise", 1, 1, 40, *found)
 
 
-def attacked(path: Path, shard: str, *attacks: AttackRecord) -> Path:
+def attacked(path: Path, shard: str, *attacks: Falsification) -> Path:
     make(path, shard)
     with RunFolder(path, manifest_of(path), SECRET) as folder:
         folder.keep_attacks(attacks)

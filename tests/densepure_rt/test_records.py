@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from densepure_rt.certification import EpsOutcome
 from densepure_rt.errors import CheckFailed
 from densepure_rt.json_files import canonical, line, page, parsed
-from densepure_rt.records import SCHEMAS, ImageRecord, Manifest, OutcomeRecord, json_schema
+from densepure_rt.records import SCHEMAS, ImageRecord, Manifest, json_schema
 from tests.densepure_rt.test_run_folder import manifest
 
 SCHEMA_FOLDER = Path(__file__).resolve().parents[2] / "docs" / "schemas"
@@ -31,7 +32,7 @@ RECORDS = st.builds(
     stopped=st.booleans(),
     outcomes=st.lists(
         st.builds(
-            OutcomeRecord,
+            EpsOutcome,
             eps=st.floats(0, 4),
             result=st.sampled_from(["certified", "gave up", "skipped"]),
             n=st.none() | st.integers(0, 9),

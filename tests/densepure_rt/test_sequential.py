@@ -11,7 +11,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from densepure_rt.certification import MARGIN, clopper_pearson_lower, l2_radius
+from densepure_rt.certification import MARGIN, EpsOutcome, clopper_pearson_lower, l2_radius
 from densepure_rt.errors import UsageError
 from densepure_rt.runtime.device import NOT_FINITE
 from densepure_rt.sequential import (
@@ -791,7 +791,7 @@ def test_nothing_within_reach_is_decided_before_the_first_sample() -> None:
     assert decider.decision is not None
     assert decider.add(3)
     assert (decider.n, decider.decision.predict, decider.needed) == (0, None, 0)
-    assert decider.decision.outcomes == ((4.0, "skipped", None, None),)
+    assert decider.decision.outcomes == (EpsOutcome(4.0, "skipped", None, None),)
 
 
 @settings(deadline=None, max_examples=40)
@@ -888,7 +888,7 @@ def test_stopped_from_outside_it_claims_what_the_evidence_bears_out() -> None:
     for _ in range(50):
         radius.add(6)
     assert radius.so_far().radius == anytime_radius(50, 50, 0.001, 1.0)
-    assert radius_rule().start(6).so_far().outcomes == ((0.0, "undecided", 0, 0),)
+    assert radius_rule().start(6).so_far().outcomes == (EpsOutcome(0.0, "undecided", 0, 0),)
 
 
 @settings(deadline=None, max_examples=30)

@@ -71,7 +71,7 @@ def test_a_proposal_breaks_a_forged_certificate_of_the_shipped_engine(
 ) -> None:
     forged = Certificate(5, 3.0, n0=0, n=1000, n_a=1000, alpha=0.001, p_lower=0.999)
     proposals = eot_pgd(*models, image.pixels, 5, 3.0, ONE_STEP, **CHEAP)
-    found = falsifier.falsify(shipped, image, forged, ONE_STEP, 200, proposals)
+    found, _ = falsifier.falsify(shipped, image, forged, ONE_STEP, 200, proposals)
     assert (found.broken, found.attack) == (True, "proposals")
     assert found.label not in (5, None)
 
