@@ -10,7 +10,8 @@ from densepure_rt.accuracy import CONFIDENCE, RHO, band_half_width
 from densepure_rt.certify_run import abstention
 from densepure_rt.console import duration, plural
 from densepure_rt.elements import Html, element, joined
-from densepure_rt.gallery import SAMPLE, Shown, picture
+from densepure_rt.gallery import SAMPLE, Shown
+from densepure_rt.pictures import data_address
 from densepure_rt.records import ImageRecord
 from densepure_rt.report import (
     WHY,
@@ -340,9 +341,9 @@ def shown_image(shown: Shown, classes: Sequence[str]) -> Html:
         f": {answer(shown.record, classes)}. Ballot: {counted}; decided: {class_name(shown.replayed.label, classes)}.",
         element(
             "div",
-            framed(picture(shown.pixels), class_name(shown.record.label, classes)),
-            framed(picture(shown.replayed.noisy), "with noise"),
-            *(framed(picture(pixels), class_name(label, classes)) for pixels, label in votes),
+            framed(data_address(shown.pixels), class_name(shown.record.label, classes)),
+            framed(data_address(shown.replayed.noisy), "with noise"),
+            *(framed(data_address(pixels), class_name(label, classes)) for pixels, label in votes),
             class_="pictures",
         ),
         class_="shown",
