@@ -189,7 +189,7 @@ def the_image(chosen: ImageSet, idx: int, run: Path) -> LabelledImage:
 
 
 def save_pictures(found: Replayed, folder: Path) -> None:
-    from densepure_rt.falsify_run import as_picture
+    from densepure_rt.pictures import as_picture
 
     pictures = {"noisy": found.noisy} | {f"vote-{i}": picture for i, picture in enumerate(found.purified, start=1)}
     try:

@@ -36,8 +36,8 @@ from densepure_rt.datasets import LabelledImage, open_images
 from densepure_rt.decoders import Decoders
 from densepure_rt.errors import DensePureError, UsageError
 from densepure_rt.forecast import reach_of
-from densepure_rt.gallery import picture
 from densepure_rt.image_files import Pixels
+from densepure_rt.pictures import data_address
 from densepure_rt.replay import replay
 from densepure_rt.rounding import raised
 from densepure_rt.runtime.bundle import Bundle, open_bundle
@@ -181,9 +181,9 @@ class Demo:
         votes = enumerate(zip(found.purified, found.labels, strict=True))
         return {
             "sample": sample,
-            "noisy": picture(found.noisy),
+            "noisy": data_address(found.noisy),
             "votes": [
-                {"picture": picture(pixels), "label": label, "needed": vote < found.cast}
+                {"picture": data_address(pixels), "label": label, "needed": vote < found.cast}
                 for vote, (pixels, label) in votes
             ],
             "label": found.label,
@@ -194,7 +194,7 @@ def tensor_of(found: Fitted) -> Response:
     """Answer with a picture as the tensor to send to the API, and with what was done to it."""
     shape = [1, *found.pixels.shape]
     tensor = {"name": "image", "datatype": "UINT8", "shape": shape, "data": found.pixels.ravel().tolist()}
-    return JSONResponse({"input": tensor, "picture": picture(found.pixels), "changes": found.changes})
+    return JSONResponse({"input": tensor, "picture": data_address(found.pixels), "changes": found.changes})
 
 
 class SecondDevice:
@@ -274,7 +274,7 @@ def examples(bundle: Bundle) -> list[dict[str, str]]:
     for image in open_images(None, bundle.unet.image, classes):
         first.setdefault(-1 if image.label is None else image.label, image)
     return [
-        {"name": f"{classes[label]} (test image {image.idx})", "picture": picture(image.pixels)}
+        {"name": f"{classes[label]} (test image {image.idx})", "picture": data_address(image.pixels)}
         for label, image in sorted(first.items())
     ]
 

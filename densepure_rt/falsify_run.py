@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from densepure_rt.certification import Certificate
 from densepure_rt.datasets import ImageSet, LabelledImage
 from densepure_rt.errors import UsageError
 from densepure_rt.falsifier import Falsification, falsify, proposal_of_samples
+from densepure_rt.pictures import as_picture
 from densepure_rt.records import ImageRecord, TimingRecord
 from densepure_rt.rounding import exact
 from densepure_rt.run_folder import RunFolder, broken_picture
@@ -84,8 +84,3 @@ def certificate_of_record(record: ImageRecord) -> Certificate:
         outcomes=record.outcomes,
         stopped=record.stopped,
     )
-
-
-def as_picture(pixels: NDArray[np.uint8]) -> Image.Image:
-    """An image, uint8 [C, H, W], as Pillow has it; PNG keeps every level."""
-    return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from PIL import Image
 
 from densepure_rt.certify_run import settings_of
 from densepure_rt.datasets import ImageSet, LabelledImage, open_images
@@ -69,11 +65,3 @@ def find(images: ImageSet, records: Sequence[ImageRecord]) -> list[LabelledImage
             f"image {missing[0]} of the run is not among {images.name}: name the images it certified with --images"
         )
     return [found[record.image_sha256] for record in records]
-
-
-def picture(pixels: Pixels) -> str:
-    """uint8 [C, H, W] of one or three channels as a data: address of a PNG."""
-    image = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels[:3].transpose(1, 2, 0).copy())
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from densepure_rt.accuracy import CONFIDENCE, RHO, band_half_width
 from densepure_rt.certify_run import abstention
 from densepure_rt.console import duration, plural
-from densepure_rt.gallery import SAMPLE, Shown, picture
+from densepure_rt.gallery import SAMPLE, Shown
+from densepure_rt.pictures import data_address
 from densepure_rt.records import ImageRecord
 from densepure_rt.report import (
     WHY,
@@ -270,9 +271,9 @@ def shown_image(shown: Shown, classes: Sequence[str]) -> ShownImage:
         name=f"Image {shown.record.idx}",
         words=f": {answer(shown.record, classes)}. Ballot: {counted}; decided: {decided}.",
         pictures=[
-            Picture(picture(shown.pixels), class_name(shown.record.label, classes)),
-            Picture(picture(shown.replayed.noisy), "with noise"),
-            *(Picture(picture(pixels), class_name(label, classes)) for pixels, label in votes),
+            Picture(data_address(shown.pixels), class_name(shown.record.label, classes)),
+            Picture(data_address(shown.replayed.noisy), "with noise"),
+            *(Picture(data_address(pixels), class_name(label, classes)) for pixels, label in votes),
         ],
     )
 

@@ -78,11 +78,8 @@ class OnDevice:
             for _ in range(rounds):
                 for caller in range(device.in_flight):
                     own = np.arange(n) + caller * n
-                    step = np.full(n if kind == "step" else 0, len(chain) - 1)  # the last: it draws its noise
-                    columns = {"image": np.full(n, handle), "sample": own, "vote": own * 0, "source": own}
-                    device.submit(
-                        Batch(kind=kind, step=step, t=chain.t[step], coef=chain.coef[step], target=own, **columns)
-                    )
+                    last = len(chain) - 1  # it draws its noise
+                    device.submit(Batch.of(chain, kind, own, image=handle, sample=own, step=last))
                 for _ in range(device.in_flight):
                     device.collect()
             return time.perf_counter() - started

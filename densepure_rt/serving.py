@@ -28,7 +28,8 @@ from densepure_rt.datasets import LabelledImage
 from densepure_rt.errors import DensePureError, EnvironmentFault, UsageError
 from densepure_rt.fair_share import Asked, FairShare
 from densepure_rt.runtime.bundle import Bundle
-from densepure_rt.runtime.device import Batch, Device
+from densepure_rt.runtime.device import Device
+from densepure_rt.runtime.metered_device import MeteredDevice
 from densepure_rt.runtime.noise import image_key
 from densepure_rt.runtime.reverse import Outcome, decide
 from densepure_rt.scheduling import MOST_OPEN, Phases
@@ -77,38 +78,6 @@ class Served:
     secret: Callable[[], bytes] = field(repr=False)
     predict: Callable[[Pixels, float | None], Coroutine[Any, Any, Predicted]]
     certify: Callable[[Pixels, float | None], Coroutine[Any, Any, Certified]]
-
-
-class MeteredDevice:
-    """A device that counts its batches and the items in them, by kind, and the seconds in which it had work."""
-
-    def __init__(self, device: Device) -> None:
-        self._device, self._outstanding, self._since = device, 0, 0.0
-        self.batches, self.items = Counter[str](), Counter[str]()
-        self.seconds = 0.0
-
-    def submit(self, batch: Batch) -> int:
-        ticket = self._device.submit(batch)
-        self.batches[batch.kind] += 1
-        self.items[batch.kind] += len(batch.source)
-        if not self._outstanding:
-            self._since = time.monotonic()
-        self._outstanding += 1
-        return ticket
-
-    def collect(self) -> tuple[int, NDArray[np.int64] | None]:
-        collected = self._device.collect()
-        now = time.monotonic()
-        self.seconds, self._since = self.seconds + now - self._since, now
-        self._outstanding -= 1
-        return collected
-
-    def drain(self) -> None:
-        self._device.drain()
-        self._outstanding = 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._device, name)
 
 
 @dataclass(frozen=True)

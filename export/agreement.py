@@ -25,9 +25,9 @@ from densepure_rt.export.sources import refuse_other_models
 from densepure_rt.export.unets import DiffusionModel
 from densepure_rt.optional import optional
 from densepure_rt.rounding import exact, floored, raised, typed
-from densepure_rt.runtime.device import Batch, Device, Floats, Kind
+from densepure_rt.runtime.device import Device, Floats
 from densepure_rt.runtime.noise import Key, first_state, image_key, smoothing_law, smoothing_noise, vote_noise
-from densepure_rt.runtime.reverse import decide
+from densepure_rt.runtime.reverse import decide, walk
 from densepure_rt.runtime.schedule import Chain, Coefficients
 from densepure_rt.smoothing import Settings, SmoothedClassifier
 from densepure_rt.voting import Ballot
@@ -147,7 +147,7 @@ def agree(
         cast = []
         for start in range(0, len(pairs), device.batch):
             sample, vote = np.array(pairs[start : start + device.batch]).T
-            theirs, their_labels = walk(device, handle, chain, sample, vote)
+            theirs, their_labels = engine_chain(device, handle, chain, sample, vote)
             ours = torch_chain(unet, image.pixels, key, chain, sample, vote)
             our_labels = torch_labels(classifier, ours[-1][0])
             once = vote == 0  # one item of each sample is compared step by step
@@ -207,27 +207,13 @@ class _Gap:
         return StepGap(step, timestep, sigma / signal, self.max_abs, self.relative_l2)
 
 
-def walk(device: Device, handle: int, chain: Chain, sample: Labels, vote: Labels) -> tuple[list[State], Labels]:
-    """The states of (sample, vote) items before the first step and after each, on the device, and their labels."""
-    n = len(sample)
-    device.reserve(2 * n)
-    here, there = np.arange(n), np.arange(n, 2 * n)
-
-    def run(kind: Kind, source: Labels, target: Labels, step: int) -> Labels | None:
-        steps = np.full(n if kind == "step" else 0, step)
-        columns = {"image": np.full(n, handle), "sample": sample, "vote": vote, "source": source, "target": target}
-        device.submit(Batch(kind=kind, step=steps, t=chain.t[steps], coef=chain.coef[steps], **columns))
-        return device.collect()[1]
-
-    run("smooth", here, here, -1)
-    states = [device.read(here.tolist())]
-    for step in range(len(chain)):
-        run("step", here, there, step)
-        here, there = there, here
-        states.append(device.read(here.tolist()))
-    labels = run("classify", here, here, -1)
-    assert labels is not None
-    return states, labels
+def engine_chain(device: Device, handle: int, chain: Chain, sample: Labels, vote: Labels) -> tuple[list[State], Labels]:
+    """Return the states of (sample, vote) items on the device before and after each step, and their labels."""
+    states: list[State] = []
+    for slots, labels in walk(device, chain, handle, sample, vote):
+        if not labels:
+            states.append(device.read(slots.tolist()))
+    return states, np.array(labels)
 
 
 def draws(key: Key, sample: Labels, vote: Labels, step: int, shape: tuple[int, ...]) -> Floats:
@@ -246,7 +232,7 @@ def torch_step(unet: DiffusionModel, chain: Chain, step: int, x: Floats) -> Stat
 def torch_chain(
     unet: DiffusionModel, pixels: NDArray[np.uint8], key: Key, chain: Chain, sample: Labels, vote: Labels
 ) -> list[State]:
-    """What `walk` gives, by PyTorch from the image on. The first step is taken once for each sample."""
+    """What `engine_chain` gives, by PyTorch from the image on. The first step is taken once for each sample."""
     law = smoothing_law(chain.sigma)
     different, place = np.unique(sample, return_inverse=True)
     levels = np.stack([pixels + smoothing_noise(law, key, int(s), pixels.shape) for s in different])

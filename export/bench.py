@@ -13,10 +13,12 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
+import itertools
 import math
 import tempfile
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -65,7 +67,7 @@ from densepure_rt.runtime.device import (
 )
 from densepure_rt.runtime.machine import processor
 from densepure_rt.runtime.noise import Key
-from densepure_rt.runtime.reverse import decide
+from densepure_rt.runtime.reverse import decide, walk
 from densepure_rt.runtime.schedule import Chain, make_chain
 from densepure_rt.voting import Ballot
 
@@ -283,30 +285,18 @@ class Worker:
         self.at = np.arange(device.batch) % len(chain)
         device.reserve(2 * self.total)
         self.handles = np.array([device.open_image(image, KEY, chain.sigma, chain.scale) for image in pixels])
-        self.run([self.batch("smooth", caller) for caller in range(device.in_flight)])
-        for step in range(len(chain) - 1):
-            late = np.flatnonzero(self.at > step)
-            if len(late):
-                self.run([self.batch("step", caller, step, late) for caller in range(device.in_flight)])
+        own, at = np.arange(self.total), np.tile(self.at, device.in_flight)
+        for done in np.unique(at):
+            items = own[at == done]
+            walked = walk(device, chain, self.handles[items % len(self.handles)], items, slots=items)
+            deque(itertools.islice(walked, 1 + done), 0)
 
-    def batch(self, kind: Kind, caller: int = 0, step: int = 0, items: NDArray[np.int64] | None = None) -> Batch:
-        """A full batch, or these items of it, taken from `step` to the next in their own slots.
-
-        step: 0 to draw no vote noise, whatever timestep the items are at.
-        """
-        own = caller * self.device.batch + (np.arange(self.device.batch) if items is None else items)
-        at = self.at if items is None else np.full(len(own), step)
-        return Batch(
-            kind=kind,
-            image=self.handles[own % len(self.handles)],
-            sample=own,
-            vote=np.zeros_like(own),
-            step=np.full_like(own, step),
-            source=own,
-            target=own + (self.total if kind == "step" and items is None else 0),
-            t=self.chain.t[at],
-            coef=self.chain.coef[at],
-        )
+    def batch(self, kind: Kind, caller: int = 0, step: int = 0) -> Batch:
+        """Return a full batch. step: 0 to draw no vote noise, whatever timestep the items are at."""
+        own = caller * self.device.batch + np.arange(self.device.batch)
+        target, image = own + (self.total if kind == "step" else 0), self.handles[own % len(self.handles)]
+        batch = Batch.of(self.chain, kind, own, target, image=image, sample=own, step=step)
+        return dataclasses.replace(batch, t=self.chain.t[self.at], coef=self.chain.coef[self.at])
 
     def run(self, batches: Sequence[Batch], calls: int | None = None) -> None:
         """Run the batches in turn, `calls` of them, as many outstanding as the device takes."""

@@ -27,6 +27,7 @@ from densepure_rt.rounding import exact, floored, raised, typed
 from densepure_rt.runtime.device import CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, STEP_INPUTS, STEP_OUTPUTS, Floats
 from densepure_rt.runtime.noise import first_state, image_key, smoothing_law, smoothing_noise, vote_noise
 from densepure_rt.runtime.onnx_device import open_session, run_session
+from densepure_rt.runtime.reverse import step_feed, walk_graph
 from densepure_rt.runtime.schedule import Chain, Coefficients, make_chain
 
 # What a precision may lose, in relative L2 of eps, mean, std and logits. The worst that `densepure-rt export` found:
@@ -134,21 +135,19 @@ def step_differences(
     through the step graph.
     """
     run = step_runner(engine, precision)
+
+    def draw(step: int) -> Floats:
+        return np.stack([vote_noise(KEY, i, 0, step, image.shape) for i, image in enumerate(pixels)])
+
     for sigma in SIGMAS:
         for steps in counts:
             chain = make_chain(model.schedule, model.variance, sigma, steps, model.timestep_rule)
-            mean = noisy_states(pixels, sigma, chain.scale)
-            std = np.zeros_like(mean)
-            for step, (t, coef) in enumerate(zip(chain.t, chain.coef, strict=True)):
-                noise = np.stack([vote_noise(KEY, i, 0, step, image.shape) for i, image in enumerate(pixels)])
-                noise *= step > 0
-                x = mean + std * noise
+            walked = walk_graph(run, chain, noisy_states(pixels, sigma, chain.scale), draw)
+            for step, (feed, (mean, std, finite)) in enumerate(walked):
+                x, t, coef = feed["mean"] + feed["std"] * feed["noise"], chain.t[step], chain.coef[step]
                 wanted = reference.reverse_step(
                     model, torch.from_numpy(x), torch.full((len(x),), float(t)), Coefficients(*coef.tolist())
                 )
-                feed = {"mean": mean, "std": std, "noise": noise}
-                feed |= {"t": np.repeat(t, len(x)), "coef": np.repeat(coef[None], len(x), axis=0)}
-                mean, std, finite = run(feed)
                 at = f"t = {chain.timesteps[step]}" if chain.timesteps else f"noise {coef[0] / coef[1]:.3g}"
                 if not (finite > 0).all():
                     inputs = network_inputs(model, torch.from_numpy(x), t, Coefficients(*coef.tolist()))
@@ -239,9 +238,8 @@ def file_labels(unet: Path, classifier: Path, precision: str) -> Labeller:
     step, classify = step_runner(unet, precision), classify_runner(classifier, precision)
 
     def labels(mean: Floats, chain: Chain) -> NDArray[np.int64]:
-        zeros, n = np.zeros_like(mean), len(mean)
-        feed = {"mean": mean, "std": zeros, "noise": zeros, "t": np.repeat(chain.t, n)}
-        denoised, *_ = step(feed | {"coef": np.repeat(chain.coef, n, axis=0)})
+        zeros = np.zeros_like(mean)
+        denoised, *_ = step(step_feed(chain, 0, mean, zeros, zeros))
         (logits,) = classify({"mean": denoised})
         found: NDArray[np.int64] = logits.argmax(axis=1)
         return found

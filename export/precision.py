@@ -33,6 +33,7 @@ from densepure_rt.export.unets import DiffusionModel
 from densepure_rt.runtime.device import CLASSIFY_INPUTS, STEP_INPUTS, STEP_OUTPUTS, Floats
 from densepure_rt.runtime.noise import first_state, image_key, smoothing_law, smoothing_noise, vote_noise
 from densepure_rt.runtime.onnx_device import open_session, run_session
+from densepure_rt.runtime.reverse import RunStep, walk_graph
 from densepure_rt.runtime.schedule import Chain, make_chain
 
 OPSETS = {"fp32": 20, "fp16": 20, "bf16": 22, "int8": 20, "int8-cpu": 20, "fp8": 22}  # 20: TensorRT 10.3 (JetPack 6)
@@ -269,37 +270,32 @@ def calibration_feeds(step: bytes, model: DiffusionModel, pixels: np.ndarray[Any
     walked to its end; the classifier is fed where they end. Noise is keyed for the purpose "calibrate".
     """
     session = open_session(step, "the float32 step graph", STEP_INPUTS, STEP_OUTPUTS)
-    chains = [make_chain(model.schedule, model.variance, sigma, steps) for sigma in SIGMAS for steps in STEPS]
+    chains = [
+        make_chain(model.schedule, model.variance, sigma, steps, model.timestep_rule)
+        for sigma in SIGMAS
+        for steps in STEPS
+    ]
     feeds = Feeds([], [])
     for place, chain in enumerate(chains):
         if len(images := pixels[place :: len(chains)]):
-            *states, last = _walk(partial(run_session, session, STEP_OUTPUTS), chain, images)
-            feeds.step.extend(states)
-            feeds.classify.append({CLASSIFY_INPUTS[0]: last["mean"]})
+            fed, given = zip(*_walk(partial(run_session, session, STEP_OUTPUTS), chain, images), strict=True)
+            feeds.step.extend(fed)
+            feeds.classify.append({CLASSIFY_INPUTS[0]: given[-1][0]})
     return feeds
 
 
 def _walk(
-    step: Callable[[dict[str, Floats]], list[Floats]], chain: Chain, images: np.ndarray[Any, np.dtype[np.uint8]]
-) -> Iterator[dict[str, Floats]]:
-    """What the step graph is fed at each step of one sample of each image, and the mean that it ends in."""
+    run: RunStep, chain: Chain, images: np.ndarray[Any, np.dtype[np.uint8]]
+) -> Iterator[tuple[dict[str, Floats], Sequence[Floats]]]:
+    """Take one sample of each image down the chain by the step graph, under the noise of its own key."""
     law = smoothing_law(chain.sigma)
     keys = [image_key(CALIBRATION_SECRET, "calibrate", chain.sigma, image) for image in images]
     levels = [image + smoothing_noise(law, key, 0, image.shape) for image, key in zip(images, keys, strict=True)]
-    mean = first_state(np.stack(levels), chain.scale)
-    std, n = np.zeros_like(mean), len(mean)
-    for i, (t, coef) in enumerate(zip(chain.t, chain.coef, strict=True)):
-        noise = np.stack([vote_noise(key, 0, 0, i, mean.shape[1:]) for key in keys]) if i else np.zeros_like(mean)
-        feed = {
-            "mean": mean,
-            "std": std,
-            "noise": noise,
-            "t": np.repeat(t, n),
-            "coef": np.repeat(coef[None], n, axis=0),
-        }
-        yield feed
-        mean, std, _ = step(feed)
-    yield {"mean": mean}
+
+    def draw(step: int) -> Floats:
+        return np.stack([vote_noise(key, 0, 0, step, images.shape[1:]) for key in keys])
+
+    return walk_graph(run, chain, first_state(np.stack(levels), chain.scale), draw)
 
 
 class _Reader:

@@ -19,11 +19,11 @@ import dataclasses
 import itertools
 import math
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar, cast
+from typing import Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -42,7 +42,6 @@ from densepure_rt.export.unets import DiffusionModel
 from densepure_rt.rounding import exact
 from densepure_rt.runtime.bundle import Bundle
 from densepure_rt.runtime.device import (
-    Batch,
     Device,
     Kind,
     Provider,
@@ -51,6 +50,7 @@ from densepure_rt.runtime.device import (
     open_device,
 )
 from densepure_rt.runtime.machine import processor
+from densepure_rt.runtime.metered_device import MeteredDevice
 from densepure_rt.runtime.schedule import Chain, Coefficients, make_chain
 from densepure_rt.samplers import OnDevice
 from densepure_rt.smoothing import PAPER, Settings, SmoothedClassifier, seeded_secret
@@ -455,22 +455,6 @@ def certified_at(
     return certified_accuracy(pairs, [radius], reach)[0]
 
 
-class CountingDevice:
-    """A device that counts the batches it is given, and the items in them, by kind."""
-
-    def __init__(self, device: Device) -> None:
-        self._device = device
-        self.batches, self.items = Counter[str](), Counter[str]()
-
-    def submit(self, batch: Batch) -> int:
-        self.batches[batch.kind] += 1
-        self.items[batch.kind] += len(batch.source)
-        return self._device.submit(batch)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._device, name)
-
-
 @dataclass(frozen=True)
 class OurRun:
     """See ProcedureBenchmark."""
@@ -491,13 +475,13 @@ def run_ours(
     watch: Watch = unwatched,
 ) -> OurRun:
     """Our procedure on all images, and what it took, as counted at the device: with all that was drawn in vain."""
-    counting = CountingDevice(device)
-    smoothed = SmoothedClassifier(bundle, OnDevice(cast(Device, counting)), seeded_secret(seed))
+    metered = MeteredDevice(device)
+    smoothed = SmoothedClassifier(bundle, OnDevice(cast(Device, metered)), seeded_secret(seed))
     unlabelled = [dataclasses.replace(image, label=None) for image in images]
     started, main, process = now(), time.thread_time(), time.process_time()
     certified = list(watch(smoothed.certify_each(unlabelled, settings), len(images)))
     seconds, main, process = now() - started, time.thread_time() - main, time.process_time() - process
-    certificates, items = [found.certificate for found in certified], counting.items
+    certificates, items = [found.certificate for found in certified], metered.items
     taken = Procedure(
         settings=settings,
         samples=items["smooth"] / len(images),
@@ -509,6 +493,6 @@ def run_ours(
     return OurRun(
         procedure=taken,
         samples_judged=sum(found.cost.samples for found in certified) / len(images),
-        fill={kind: items[kind] / (device.batch * batches) for kind, batches in counting.batches.items()},
+        fill={kind: items[kind] / (device.batch * batches) for kind, batches in metered.batches.items()},
         main_thread=main / process,
     )

@@ -14,11 +14,12 @@ from importlib import metadata
 from typing import Literal, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from densepure_rt.errors import EnvironmentFault, UsageError, raise_interrupt
 from densepure_rt.runtime.bundle import Bundle
 from densepure_rt.runtime.noise import Key
+from densepure_rt.runtime.schedule import Chain
 
 NOT_FINITE = -1  # in place of a label: the network gave NaN or Inf somewhere on the way
 Kind = Literal["smooth", "step", "classify"]
@@ -62,6 +63,29 @@ class Batch:
     t: NDArray[np.float32]
     coef: NDArray[np.float32]
 
+    @classmethod
+    def of(
+        cls,
+        chain: Chain,
+        kind: Kind,
+        source: ArrayLike,
+        target: ArrayLike | None = None,
+        *,
+        image: ArrayLike = 0,
+        sample: ArrayLike = 0,
+        vote: ArrayLike = 0,
+        step: ArrayLike = 0,
+    ) -> Batch:
+        """Make a batch of as many items as `source`, steps with their t and coef. One number stands for all items.
+
+        target: None for the slots of `source`.
+        """
+        slots = np.array(source, np.int64)
+        given = (image, sample, vote, step, slots if target is None else target)
+        images, samples, votes, steps, targets = (np.full(slots.shape, column, np.int64) for column in given)
+        taken = steps if kind == "step" else steps[:0]
+        return cls(kind, images, samples, votes, steps, slots, targets, chain.t[taken], chain.coef[taken])
+
 
 class Device(Protocol):
     """What the reverse loop asks of a device.
@@ -83,7 +107,7 @@ class Device(Protocol):
         """Forget an image. Safe to call twice, and after `close`."""
 
     def reserve(self, slots: int) -> None:
-        """Have at least `slots` slots. Only while nothing is outstanding."""
+        """Have at least `slots` slots; what fewer held is lost. Only while nothing is outstanding."""
 
     def submit(self, batch: Batch) -> int:
         """Start a batch, return its ticket. At most `in_flight` may be outstanding."""

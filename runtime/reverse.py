@@ -4,22 +4,25 @@ A sample's life: one smooth item; one step item from the noisy image, shared by 
 draw from that Gaussian, the remaining steps, and a classify item. Votes are launched in rounds, each the fewest that
 can decide the ballot, and are cast in vote order. Outcomes leave in the order in which the work came in, never as they
 complete: unanimous samples finish first and would bias the count.
+
+`walk` and `walk_graph` take a few items down a chain in lockstep, for what looks at the states on the way.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from densepure_rt.runtime.device import NOT_FINITE, Batch, Device, Kind
+from densepure_rt.runtime.device import NOT_FINITE, Batch, Device, Floats, Kind
 from densepure_rt.runtime.schedule import Chain
 
+RunStep = Callable[[dict[str, Floats]], Sequence[Floats]]  # a step graph: a feed of its inputs -> mean, std, finite
 LATEST_FIRST: tuple[Kind, ...] = ("classify", "step", "smooth")  # finish what is begun, so that few slots are held
 
 
@@ -144,20 +147,15 @@ class _Loop:
             self.queues["smooth"].append(Item(sample, vote=0, step=-1, source=root, target=root))
 
     def to_batch(self, kind: Kind, items: list[Item]) -> Batch:
-        def column(values: Iterable[int]) -> NDArray[np.int64]:
-            return np.fromiter(values, np.int64, len(items))
-
-        steps = column(item.step for item in items)
-        return Batch(
-            kind=kind,
-            image=column(item.sample.image for item in items),
-            sample=column(item.sample.index for item in items),
-            vote=column(item.vote for item in items),
-            step=steps,
-            source=column(item.source for item in items),
-            target=column(item.target for item in items),
-            t=self.chain.t[steps] if kind == "step" else np.empty(0, np.float32),
-            coef=self.chain.coef[steps] if kind == "step" else np.empty((0, 6), np.float32),
+        return Batch.of(
+            self.chain,
+            kind,
+            [item.source for item in items],
+            [item.target for item in items],
+            image=[item.sample.image for item in items],
+            sample=[item.sample.index for item in items],
+            vote=[item.vote for item in items],
+            step=[item.step for item in items],
         )
 
     def advance(self, items: list[Item], labels: NDArray[np.int64] | None) -> Iterator[tuple[int, Outcome]]:
@@ -210,3 +208,62 @@ class _Loop:
         self.free.append(sample.root)
         self.room += 1
         return sample.place, Outcome(sample.image, sample.index, label, max(sample.round) + 1, sample.unet_calls)
+
+
+def walk(
+    device: Device,
+    chain: Chain,
+    image: ArrayLike,
+    sample: NDArray[np.int64],
+    vote: ArrayLike = 0,
+    slots: NDArray[np.int64] | None = None,
+) -> Iterator[tuple[NDArray[np.int64], list[int]]]:
+    """Smooth the items, take each step of the chain, classify; pause behind each, while the states can be read.
+
+    image: a handle, or one for each item. slots: an own one for each item, None for its place among the items. As in
+    the loop, items of one sample share its first step, here in the slot of the first of them.
+
+    Yields:
+        The slots that hold the states of the items, and their labels, of which there are none before the end.
+    """
+    slots = np.arange(len(sample)) if slots is None else slots
+    device.reserve(int(slots.max()) + 1)
+    images, votes = (np.full(sample.shape, column) for column in (image, vote))
+    firsts: dict[tuple[int, int], int] = {}
+    shared = [firsts.setdefault(pair, i) for i, pair in enumerate(zip(images.tolist(), sample.tolist(), strict=True))]
+    held, roots, every = slots[shared], np.array(list(firsts.values())), np.arange(len(sample))
+    stages: list[tuple[Kind, int]] = [("smooth", -1), *(("step", i) for i in range(len(chain)))]
+    for kind, step in (*stages, ("classify", len(chain))):
+        items, labels = every if kind == "classify" or step > 0 else roots, list[int]()
+        for place in reversed(range(0, len(items), device.batch)):  # so that a shared state is overwritten last
+            own = items[place : place + device.batch]
+            columns = {"image": images[own], "sample": sample[own], "vote": votes[own]}
+            device.submit(Batch.of(chain, kind, held[own], slots[own], step=step, **columns))
+            _, found = device.collect()
+            labels = ([] if found is None else found.tolist()) + labels
+        held = slots if step > 0 else held
+        yield held, labels
+
+
+def walk_graph(
+    run: RunStep, chain: Chain, mean: Floats, draw: Callable[[int], Floats]
+) -> Iterator[tuple[dict[str, Floats], Sequence[Floats]]]:
+    """Take states [n, C, H, W] down the chain by a step graph.
+
+    mean: where they begin, without spread. draw: the vote noise of a step, [n, C, H, W]; the first has none.
+
+    Yields:
+        What the graph is fed at each step, and what it gives.
+    """
+    std = np.zeros_like(mean)
+    for step in range(len(chain)):
+        feed = step_feed(chain, step, mean, std, draw(step) if step else np.zeros_like(mean))
+        outputs = run(feed)
+        yield feed, outputs
+        mean, std, _ = outputs
+
+
+def step_feed(chain: Chain, step: int, mean: Floats, std: Floats, noise: Floats) -> dict[str, Floats]:
+    """Return what a step graph takes of states [n, C, H, W] at one step of the chain."""
+    t, coef = (np.repeat(column[step : step + 1], len(mean), axis=0) for column in (chain.t, chain.coef))
+    return {"mean": mean, "std": std, "noise": noise, "t": t, "coef": coef}

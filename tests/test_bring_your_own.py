@@ -27,7 +27,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -35,6 +35,7 @@ from densepure_rt.cli import main
 from densepure_rt.export.openai_unet import PUBLISHED, Architecture, Heads, OpenAIUNet, Published
 from densepure_rt.runtime.bundle import sha256_of
 from tests.export import packaged_classifiers as packaged
+from tests.support.diffusers_folder import small_unet
 
 pytestmark = packaged.needs_packages
 
@@ -228,17 +229,7 @@ def test_classifier_without_a_unet_is_plain_smoothing(work: Workplace, file: str
 
 
 def test_diffusers_folder_becomes_certificates_in_fp16(work: Workplace) -> None:
-    torch.manual_seed(0)
-    network: Any = UNet2DModel(
-        sample_size=32,
-        in_channels=3,
-        out_channels=3,
-        layers_per_block=1,
-        block_out_channels=(16, 32),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        norm_num_groups=8,
-    )
+    network = small_unet(32, 3, (16, 32), groups=8)
     network.save_pretrained(work.folder / "pipeline" / "unet")
     scheduler: Any = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
     scheduler.save_pretrained(work.folder / "pipeline" / "scheduler")

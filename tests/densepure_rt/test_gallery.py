@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import base64
-import io
 import json
 import shutil
 from collections.abc import Callable
@@ -9,22 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from densepure_rt.datasets import open_images
-from densepure_rt.gallery import choose, picture
+from densepure_rt.gallery import choose
 from tests.densepure_rt.made_runs import Made, record_of
 from tests.densepure_rt.test_cli import Done, cli, here, refused
+from tests.densepure_rt.test_pictures import decoded
 from tests.densepure_rt.test_templates import Seen
 
 __all__ = ["here"]
 TINY = "certify --steps 2 --votes 3 --sigma 0.25 --n 40 --max 2 --batch 4 --threads 1".split()
-
-
-def decoded(source: str) -> np.ndarray:
-    head, _, text = source.partition(",")
-    assert head == "data:image/png;base64"
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))))
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +25,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("gallery") / "run"
     assert cli(*TINY, "--out", out).returncode == 0
     return out
-
-
-@pytest.mark.parametrize("shape", [(1, 3, 5), (3, 4, 2)])
-def test_a_picture_has_the_pixels(shape: tuple[int, int, int]) -> None:
-    pixels = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
-    expected = pixels[0] if shape[0] == 1 else np.moveaxis(pixels, 0, -1)
-    assert np.array_equal(decoded(picture(pixels)), expected)
 
 
 def test_images_are_chosen_from_the_strongest_down_to_those_without_a_certificate() -> None:

@@ -30,11 +30,11 @@ from densepure_rt.export.agreement import (
     agree,
     as_picture,
     draw,
+    engine_chain,
     failures,
     torch_chain,
     torch_labels,
     transfer,
-    walk,
 )
 from densepure_rt.export.classifiers import ClassifierModel
 from densepure_rt.export.parity import SECRET
@@ -211,7 +211,7 @@ def test_both_walk_the_same_chain_from_the_same_bits(sound: Bundle, colour: Bund
     sample, vote = np.array([0, 0, 5, 5, 70_000]), np.array([0, 3, 0, 1, 2])
     with at_work(bundle) as smoothed:
         handle = smoothed.device.open_image(picture.pixels, key, 0.5, chain.scale)
-        theirs, labels = walk(smoothed.device, handle, chain, sample, vote)
+        theirs, labels = engine_chain(smoothed.device, handle, chain, sample, vote)
     ours = torch_chain(unet, picture.pixels, key, chain, sample, vote)
     assert len(theirs) == len(ours) == steps + 1
     assert np.array_equal(theirs[0][0], ours[0][0])

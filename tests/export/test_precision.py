@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,6 +140,23 @@ def int8_cpu(toy: Toy) -> bytes:
 @pytest.fixture(scope="module")
 def fp8(toy: Toy) -> bytes:
     return to_fp8(toy.step, toy.feeds.step)
+
+
+def test_calibration_walks_the_chains_of_the_model_s_own_timestep_rule(toy: Toy) -> None:
+    model = dataclasses.replace(diffusion(), timestep_rule="carlini")
+    feeds = precision.calibration_feeds(toy.step, model, toy.pixels[:9])
+    chains = [
+        make_chain(model.schedule, model.variance, sigma, steps, "carlini")
+        for sigma in precision.SIGMAS
+        for steps in precision.STEPS
+    ]
+    assert np.concatenate([feed["t"] for feed in feeds.step]).tolist() == [t for chain in chains for t in chain.t]
+    coefficients = np.concatenate([feed["coef"] for feed in feeds.step])
+    assert np.array_equal(coefficients, np.concatenate([chain.coef for chain in chains]))
+    other = np.concatenate(
+        [feed["coef"] for feed in precision.calibration_feeds(toy.step, diffusion(), toy.pixels[:9]).step]
+    )
+    assert not np.array_equal(coefficients, other)
 
 
 # A smaller type

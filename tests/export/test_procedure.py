@@ -18,7 +18,6 @@ from densepure_rt.export.classifiers import ClassifierModel
 from densepure_rt.export.procedure import (
     SMALL,
     CallSeconds,
-    CountingDevice,
     Procedure,
     ProcedureBenchmark,
     PublishedProcedure,
@@ -33,8 +32,7 @@ from densepure_rt.export.procedure import (
 from densepure_rt.export.sources import made_up
 from densepure_rt.export.unets import DiffusionModel, no_unet
 from densepure_rt.runtime.bundle import Bundle
-from densepure_rt.runtime.device import Device, open_device
-from densepure_rt.runtime.reverse import decide
+from densepure_rt.runtime.device import open_device
 from densepure_rt.runtime.schedule import Schedule, make_chain
 from densepure_rt.smoothing import PAPER, Settings
 from densepure_rt.voting import Ballot
@@ -229,20 +227,6 @@ def test_ours_is_counted_at_the_device_and_asks_without_labels(toy: Bundle) -> N
         assert ours.classifier_calls <= ours.samples * 3
         assert all(0 < share <= 1 for share in run.fill.values())
         assert 0 < run.main_thread < 1
-
-
-def test_batches_and_their_items_are_counted_by_kind(toy: Bundle) -> None:
-    device = open_device(toy, 4, 1)
-    counting = CountingDevice(device)
-    assert (counting.batch, counting.in_flight) == (4, 1)
-    chain = make_chain(toy.unet.schedule, toy.unet.variance, 0.5, 1)
-    handle = counting.open_image(made_up(IMAGE, 1)[0], (0, 0), 0.5, chain.scale)
-    work = [(handle, sample) for sample in range(6)]
-    outcomes = list(decide(cast(Device, counting), chain, work, lambda: Ballot(1)))
-    counting.close()
-    assert len(outcomes) == 6
-    assert counting.items == {"smooth": 6, "step": 6, "classify": 6}
-    assert counting.batches == {"smooth": 2, "step": 2, "classify": 2}
 
 
 # both

@@ -18,7 +18,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -56,6 +56,7 @@ from densepure_rt.runtime.device import STEP_INPUTS, STEP_OUTPUTS
 from densepure_rt.runtime.onnx_device import open_session
 from densepure_rt.runtime.schedule import Schedule, TimestepRule
 from densepure_rt.smoothing import shipped_engine
+from tests.support.diffusers_folder import small_unet
 
 Done = CompletedProcess[str]
 ARCHITECTURE = Architecture(3, 32, (32, 32), 1, (False, False), "conv", True, False)
@@ -168,17 +169,7 @@ def program(folder: Path, network: nn.Module, *example: Tensor) -> Path:
 
 
 def diffusers_folder(folder: Path, sample_size: int | None = 8, **training: Any) -> Path:
-    torch.manual_seed(0)
-    network: Any = UNet2DModel(
-        sample_size=sample_size,
-        in_channels=3,
-        out_channels=3,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-    )
+    network = small_unet(sample_size, 3, (8, 16))
     network.save_pretrained(folder / "unet")
     scheduler: Any = DDPMScheduler(**training)
     scheduler.save_pretrained(folder / "scheduler")

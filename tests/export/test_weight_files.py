@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import DDPMScheduler
 from safetensors.torch import save_file
 
 from densepure_rt.errors import CheckFailed, UsageError
 from densepure_rt.export.unets import diffusers_unet
 from densepure_rt.export.weight_files import weight_file
 from densepure_rt.runtime.bundle import sha256_of
+from tests.support.diffusers_folder import small_unet
 
 STEMS = {"safetensors": "model", "bin": "pytorch_model"}
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4" * 64 + b"\nsize 12345678\n"
@@ -70,23 +71,9 @@ def test_every_file_of_an_index_is_looked_at(tmp_path: Path) -> None:
         weight_file(tmp_path, STEMS)
 
 
-def unet() -> Any:  # diffusers' types lose the base class
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8, 8),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-    )
-
-
 @pytest.mark.parametrize("size", ["10GB", "20KB"])
 def test_diffusers_folder_of_a_variant_alone_is_computed_in_float32(tmp_path: Path, size: str) -> None:
-    network = unet()
+    network = small_unet(8, 1, (8, 8))
     schedule: Any = DDPMScheduler()
     network.half().save_pretrained(tmp_path, variant="fp16", max_shard_size=size)
     schedule.save_pretrained(tmp_path)
@@ -99,7 +86,7 @@ def test_diffusers_folder_of_a_variant_alone_is_computed_in_float32(tmp_path: Pa
 
 
 def test_safetensors_of_something_else_do_not_hide_a_diffusers_pickle(tmp_path: Path) -> None:
-    network = unet()
+    network = small_unet(8, 1, (8, 8))
     schedule: Any = DDPMScheduler()
     network.save_pretrained(tmp_path, safe_serialization=False)
     schedule.save_pretrained(tmp_path)

@@ -529,14 +529,12 @@ def calls_a_second(run: Callable[[], object], items: int, wait: Callable[[], obj
 
 def step_batch(device: Device, chain: Chain, image: NDArray[np.uint8]) -> Batch:
     """A whole batch of second steps, each from a slot of its own into the same."""
-    n, ints = device.batch, np.int64
     handle = device.open_image(image, KEY, SIGMA, chain.scale)
-    device.reserve(n)
-    which, slots, none = np.full(n, handle, ints), np.arange(n), np.zeros(n, ints)
-    batch = Batch("smooth", which, slots, none, none, slots, slots, chain.t[:0], chain.coef[:0])
-    device.submit(batch)
+    device.reserve(device.batch)
+    slots = np.arange(device.batch)
+    device.submit(Batch.of(chain, "smooth", slots, image=handle, sample=slots))
     device.collect()
-    return dataclasses.replace(batch, kind="step", step=none + 1, t=chain.t[none + 1], coef=chain.coef[none + 1])
+    return Batch.of(chain, "step", slots, image=handle, sample=slots, step=1)
 
 
 def float_operations(path: Path) -> float | None:

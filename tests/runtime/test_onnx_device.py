@@ -152,20 +152,7 @@ def opened(bundle: Bundle, batch: int, threads: int = 1) -> Iterator[Device]:
 
 def items(kind: Kind, chain: Chain, handle: int, samples: list[int], slots: list[int], step: int = 0) -> Batch:
     """One item for each sample, in its own slot, for vote 0."""
-    n, ints = len(samples), np.int64
-    steps = np.full(n, step, ints)
-    stepping = kind == "step"
-    return Batch(
-        kind,
-        image=np.full(n, handle, ints),
-        sample=np.array(samples, ints),
-        vote=np.zeros(n, ints),
-        step=steps,
-        source=np.array(slots, ints),
-        target=np.array(slots, ints),
-        t=chain.t[steps] if stepping else np.empty(0, np.float32),
-        coef=chain.coef[steps] if stepping else np.empty((0, 6), np.float32),
-    )
+    return Batch.of(chain, kind, slots, image=handle, sample=samples, step=step)
 
 
 def finish(device: Device, batch: Batch) -> NDArray[np.int64] | None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from densepure_rt.runtime.device import NOT_FINITE, Batch
 from densepure_rt.runtime.noise import Key, first_state, smoothing_law, smoothing_noise, vote_noise
-from densepure_rt.runtime.reverse import Outcome, decide
+from densepure_rt.runtime.reverse import Outcome, decide, walk, walk_graph
 from densepure_rt.runtime.schedule import Schedule, Variance, make_chain
 from densepure_rt.voting import Ballot
 
@@ -228,6 +228,41 @@ def test_labels_are_those_of_casting_every_vote_alone(steps: int, batch: int, in
             assert outcome.unet_calls <= 1 + votes * (steps - 1) if steps else True
             assert 1 <= outcome.votes <= (votes if steps > 1 else 1)
         assert sum(outcome.unet_calls for outcome in outcomes) == device.denoised
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64])
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_a_walk_takes_every_item_alone_to_its_label(steps: int, batch: int) -> None:
+    chain, device = make_chain(SCHEDULE, "fixed_small", SIGMA, steps), ToyDevice(batch, 1)
+    handles = [device.open_image(image, key, SIGMA, chain.scale) for image, key in zip(IMAGES, KEYS, strict=True)]
+    items = [(image, sample, vote) for image in (0, 1) for sample in range(4) for vote in range(3 if steps > 1 else 1)]
+    image, sample, vote = np.array(items).T
+    *on_the_way, (slots, labels) = walk(
+        device, chain, np.array(handles)[image], sample, vote, 5 + 2 * np.arange(len(items))
+    )
+    assert [found for _, found in on_the_way] == [[]] * (1 + steps)
+    assert device.denoised == 8 * min(1, steps) + len(items) * max(0, steps - 1)
+    assert labels == [every_vote(i, s, steps, 8)[v] for i, s, v in items]
+    assert [device.label_of(device.state(slot)[0]) for slot in slots] == labels
+
+
+def test_a_graph_is_fed_what_it_gave_and_the_noise_of_its_step() -> None:
+    chain, noise = make_chain(SCHEDULE, "fixed_small", SIGMA, 3), np.full((2, 1, 2, 2), 0.5, np.float32)
+    fed, given = zip(
+        *walk_graph(
+            lambda feed: [feed["mean"] + 1, feed["std"] + 2, np.ones(2, np.float32)],
+            chain,
+            0 * noise,
+            lambda i: i * noise,
+        ),
+        strict=True,
+    )
+    for name, expected in (("mean", [0, 1, 2]), ("std", [0, 2, 4]), ("noise", [0, 0.5, 1])):
+        assert [float(feed[name].mean()) for feed in fed] == expected
+    for i, feed in enumerate(fed):
+        assert feed["t"].tolist() == [chain.t[i]] * 2
+        assert feed["coef"].tolist() == [chain.coef[i].tolist()] * 2
+    assert float(given[-1][0].mean()) == 3
 
 
 @pytest.mark.parametrize("steps", [2, 3, 5])
