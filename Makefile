@@ -118,7 +118,7 @@ zoo: $(DEV) ## train the default model into runs/zoo, or go on where it stopped 
 	$(ENV)/bin/python -m densepure_rt.export.zoo.train --out runs/zoo
 
 schemas: $(DEV) ## write the JSON Schemas of a run's files to docs/schemas/
-	$(ENV)/bin/python -m densepure_rt.records
+	$(ENV)/bin/python -m densepure_rt.runs.records
 
 engines: $(DEV) ## export the default model's weights to engines/
 	$(ENV)/bin/densepure-rt export --out engines --force

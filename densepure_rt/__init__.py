@@ -12,23 +12,51 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from densepure_rt._version import __version__
+
 # ONNX Runtime's wheels for Linux, from 1.29 on, report models and sessions to their maker unless this is set first.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
-    from densepure_rt.certification import Certificate as Certificate
-    from densepure_rt.smoothing import Settings as Settings
-    from densepure_rt.smoothing import SmoothedClassifier as SmoothedClassifier
-    from densepure_rt.smoothing import load as load
+    from densepure_rt.errors import CheckFailed as CheckFailed
+    from densepure_rt.errors import DensePureError as DensePureError
+    from densepure_rt.errors import EnvironmentFault as EnvironmentFault
+    from densepure_rt.errors import UsageError as UsageError
+    from densepure_rt.smoothing.certificate import Certificate as Certificate
+    from densepure_rt.smoothing.classifier import Certified as Certified
+    from densepure_rt.smoothing.classifier import Predicted as Predicted
+    from densepure_rt.smoothing.classifier import SmoothedClassifier as SmoothedClassifier
+    from densepure_rt.smoothing.classifier import load as load
+    from densepure_rt.smoothing.settings import Budget as Budget
+    from densepure_rt.smoothing.settings import Settings as Settings
 
-__version__ = "0.1.0"
-__all__ = ["Certificate", "Settings", "SmoothedClassifier", "__version__", "load"]
+__all__ = [
+    "Budget",
+    "Certificate",
+    "Certified",
+    "CheckFailed",
+    "DensePureError",
+    "EnvironmentFault",
+    "Predicted",
+    "Settings",
+    "SmoothedClassifier",
+    "UsageError",
+    "__version__",
+    "load",
+]
 
 _HOMES = {
-    "Certificate": "certification",
-    "Settings": "smoothing",
-    "SmoothedClassifier": "smoothing",
-    "load": "smoothing",
+    "Budget": "smoothing.settings",
+    "Certificate": "smoothing.certificate",
+    "Certified": "smoothing.classifier",
+    "CheckFailed": "errors",
+    "DensePureError": "errors",
+    "EnvironmentFault": "errors",
+    "Predicted": "smoothing.classifier",
+    "Settings": "smoothing.settings",
+    "SmoothedClassifier": "smoothing.classifier",
+    "UsageError": "errors",
+    "load": "smoothing.classifier",
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import logging
 import math
 import os
@@ -179,3 +180,13 @@ class RotatingSecret:
             logs.say(f"the new secret is not in {self._file} ({error.strerror}): repair that", logging.ERROR)
         else:
             logs.say("a new secret keys what is asked from now on")
+
+
+def seeded_secret(seed: int) -> bytes:
+    """The secret of a public seed: for reproduction, not against an adversary."""
+    return hashlib.sha256(f"densepure-rt public seed {seed}".encode()).digest()
+
+
+def commitment(secret: bytes) -> str:
+    """What may be published before the first sample: SHA-256 of the secret."""
+    return hashlib.sha256(secret).hexdigest()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import unicodedata
 from typing import Any
 
@@ -38,3 +40,21 @@ def all_printable(value: Any) -> Any:
     if isinstance(value, dict):
         return {printable(name): all_printable(item) for name, item in value.items()}
     return value
+
+
+def duration(seconds: float) -> str:
+    """Two figures that a person can read: 0.4 s, 12 s, 3 min, 2.1 h, 5 days."""
+    units = ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h"), (math.inf, 86_400, "days"))
+    divisor, unit = next((divisor, unit) for limit, divisor, unit in units if seconds < limit)
+    value = seconds / divisor
+    return f"{value:.1f} {unit}" if value < 9.95 else f"{value:.0f} {unit}"
+
+
+def plural(count: int, noun: str) -> str:
+    """1 image, 2 images."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def brief(value: Any) -> str:
+    text = printable(json.dumps(value, ensure_ascii=False))
+    return text if len(text) <= 40 else f"{text[:37]}..."

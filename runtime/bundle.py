@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -461,3 +462,8 @@ def missing_engine(engine: Path) -> str:
             command = build_command(engine, flavour, sidecar)
             return f'no plan at {engine}, but {onnx.name} is there to build it from: run "{command}"'
     return f'no engine at {engine}: make one with "densepure-rt export", or leave --engine out'
+
+
+def shipped_engine() -> Path:
+    """The step engine that comes with the package."""
+    return Path(str(resources.files("densepure_rt"))) / "engines" / "unet.onnx"

@@ -6,33 +6,23 @@ reads source slots and writes target slots, or reads slots and returns labels.
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from densepure_rt.errors import EnvironmentFault, UsageError, raise_interrupt
-from densepure_rt.runtime.bundle import Bundle
+from densepure_rt.errors import EnvironmentFault
 from densepure_rt.runtime.noise import Key
 from densepure_rt.runtime.schedule import Chain
 
 NOT_FINITE = -1  # in place of a label: the network gave NaN or Inf somewhere on the way
 Kind = Literal["smooth", "step", "classify"]
 Provider = Literal["cpu", "cuda", "tensorrt"]  # of ONNX Runtime
-DEFAULT_BATCH = 32  # of ONNX Runtime; fastest on a CPU between 8 and 32
-DEFAULT_VALUES = DEFAULT_BATCH * 3 * 64 * 64  # a default batch holds no more: a network's tensors are far larger
 CLOSED = "this classifier is closed: load it again"
 MAX_BATCH = 65_535  # items; CUDA takes no more in the y of a grid
 MAX_THREADS = 1024
-ONNXRUNTIME_WHEELS = ("onnxruntime", "onnxruntime-gpu")
-# Precisions that ONNX Runtime 1.32 loads and computes wrongly (fp8: its optimiser moves the quantization, and the
-# default classifier is off by twice its norm) or, on a CPU, has no kernels for.
-UNRUNNABLE: dict[Provider, tuple[str, ...]] = {"cpu": ("fp8", "bf16"), "cuda": ("fp8",), "tensorrt": ("fp8",)}
 STEP_INPUTS = ("mean", "std", "noise", "t", "coef")
 STEP_OUTPUTS = ("mean_next", "std_next", "finite")
 CLASSIFY_INPUTS = ("mean",)
@@ -128,99 +118,9 @@ class Device(Protocol):
         """Free everything. Safe to call twice."""
 
 
-def installed_versions(*distributions: str) -> dict[str, str]:
-    """The versions of those distributions that are installed here."""
-    found = {}
-    for name in distributions:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def onnxruntime_conflict() -> str | None:
-    """The repair, when both ONNX Runtime wheels are here: they overwrite each other's files, and pip cannot say so."""
-    found = installed_versions(*ONNXRUNTIME_WHEELS)
-    if len(found) < 2:
-        return None
-    both = " and ".join(f"{name} {version}" for name, version in found.items())
-    return (
-        f"{both} are both installed and have overwritten each other's files: run "
-        f'"pip uninstall -y onnxruntime onnxruntime-gpu", then "pip install densepure-rt[cpu]" or "[gpu]", not both'
-    )
-
-
-def available_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def onnxruntime_version() -> str:
-    """The version of the ONNX Runtime that can be imported here. Raises EnvironmentFault with the repair."""
-    if conflict := onnxruntime_conflict():
-        raise EnvironmentFault(conflict)
-    try:
-        import onnxruntime
-
-        return str(onnxruntime.__version__)
-    except Exception as error:  # missing, a half-removed wheel without a version, a NumPy that it was not built for
-        raise_interrupt(error)
-        raise EnvironmentFault(
-            f"ONNX Runtime, which runs .onnx engines, cannot be imported ({error}): "
-            "run \"pip install 'densepure-rt[cpu]'\""
-        ) from error
-
-
-def onnxruntime_providers() -> list[str]:
-    """The providers that this ONNX Runtime was built with; whether one works here shows only when it is asked for.
-
-    Raises EnvironmentFault as `onnxruntime_version` does.
-    """
-    onnxruntime_version()
-    import onnxruntime
-
-    return list(onnxruntime.get_available_providers())
-
-
-def refuse_unrunnable(name: str, precision: str, provider: Provider) -> None:
-    """Raise UsageError for an engine in a precision that this provider does not compute rightly."""
-    if precision in UNRUNNABLE[provider]:
-        raise UsageError(
-            f"{name} is {precision}, which ONNX Runtime does not run rightly with --provider {provider}: build a plan "
-            f'from it with "densepure-rt export --target tensorrt --precision {precision}", or use an fp32 engine'
-        )
-
-
-def open_device(bundle: Bundle, batch: int | None, threads: int, provider: Provider = "cpu") -> Device:
-    """Open the device that runs this bundle's engines; its results are probed, see `runtime.probe`.
-
-    batch: None for what suits the device: `default_batch`, or the largest that a plan was built for. threads, provider:
-    of ONNX Runtime; a plan needs neither. Nothing falls back to the CPU: what was asked for and cannot be had raises
-    EnvironmentFault. CheckFailed when an engine is not what it should be, UsageError for options that do not fit it.
-    """
-    if bundle.unet.plan is not None:
-        if provider != "cpu":
-            raise UsageError(
-                f"{bundle.unet_path.name} is a plan, which --provider {provider} does not run: leave it out"
-            )
-        from densepure_rt.runtime.tensorrt_device import TensorRTDevice
-
-        return TensorRTDevice(bundle, batch)
-    onnxruntime_version()
-    from densepure_rt.runtime.onnx_device import OnnxDevice
-
-    return OnnxDevice(bundle, default_batch(bundle.unet.image) if batch is None else batch, threads, provider)
-
-
 def forked(why: str) -> EnvironmentFault:
     """Return the error of a classifier that a forked child cannot use. why: the reason, such as "and is on a GPU"."""
     return EnvironmentFault(
         f"this process was forked after the classifier was loaded, {why}: load it in the child process, or start the "
         f'child with multiprocessing.get_context("spawn")'
     )
-
-
-def default_batch(image: tuple[int, int, int]) -> int:
-    """32 colour images up to 64 x 64, fewer of larger ones, 2 of 256 x 256."""
-    return max(1, min(DEFAULT_BATCH, DEFAULT_VALUES // math.prod(image)))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import platform
 import re
 from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 
 CPUINFO, MAPS, MEMINFO = Path("/proc/cpuinfo"), Path("/proc/self/maps"), Path("/proc/meminfo")
@@ -95,3 +97,19 @@ def gpu_libraries() -> dict[str, str]:
     """Return the versions of the CUDA runtime, cuDNN and TensorRT that this process has loaded."""
     found = {name: loaded_version(*asked) for name, asked in GPU_LIBRARIES.items()}
     return {name: str(version) for name, version in found.items() if version is not None}
+
+
+def installed_versions(*distributions: str) -> dict[str, str]:
+    """The versions of those distributions that are installed here."""
+    found = {}
+    for name in distributions:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def available_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

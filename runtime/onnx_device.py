@@ -13,18 +13,11 @@ import onnxruntime
 from densepure_rt.errors import CheckFailed, EnvironmentFault
 from densepure_rt.runtime import gpu
 from densepure_rt.runtime.bundle import DATA_KEY, Bundle, Sidecar, data_mark, verified_engine
-from densepure_rt.runtime.device import (
-    CLASSIFY_INPUTS,
-    CLASSIFY_OUTPUTS,
-    STEP_INPUTS,
-    STEP_OUTPUTS,
-    Floats,
-    Provider,
-    refuse_unrunnable,
-)
+from densepure_rt.runtime.device import CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, STEP_INPUTS, STEP_OUTPUTS, Floats, Provider
 from densepure_rt.runtime.host_device import Calls, HostDevice
 from densepure_rt.runtime.machine import gpu_libraries, instruction_sets, processor
 from densepure_rt.runtime.native_calls import stoppable
+from densepure_rt.runtime.onnxruntime_api import refuse_unrunnable
 
 SILENT = 4  # ONNX Runtime's log level "fatal"; what it raises is reported anyway
 EXECUTION_PROVIDERS: dict[Provider, str] = {

@@ -25,14 +25,7 @@ from numpy.typing import NDArray
 
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.runtime import gpu
-from densepure_rt.runtime.bundle import (
-    UNKNOWN,
-    Bundle,
-    Plan,
-    Sidecar,
-    rebuild_command,
-    verified_engine,
-)
+from densepure_rt.runtime.bundle import UNKNOWN, Bundle, Plan, Sidecar, rebuild_command, verified_engine
 from densepure_rt.runtime.device import (
     CLASSIFY_INPUTS,
     CLASSIFY_OUTPUTS,
@@ -42,8 +35,8 @@ from densepure_rt.runtime.device import (
     Floats,
     Kind,
     forked,
-    installed_versions,
 )
+from densepure_rt.runtime.machine import installed_versions
 from densepure_rt.runtime.noise import Key, RoundedNormal, smoothing_law, vote_law
 from densepure_rt.runtime.probe import probe
 from densepure_rt.runtime.tensorrt_api import first_line, import_flavour, new_logger

@@ -6,7 +6,7 @@ import platform
 import shutil
 from pathlib import Path
 
-from tests.densepure_rt.command_line import ROOT, densepure_rt
+from tests.support.cli import ROOT, densepure_rt
 
 KEPT = ROOT / "tests" / "data" / "before-the-rooms"
 COMMON = "--n 100 --sigma 0.25 --max 2 --seed 1 --threads 1".split()

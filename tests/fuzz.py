@@ -37,21 +37,20 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from densepure_rt import uploads
-from densepure_rt.audit import audit
-from densepure_rt.datasets import open_images
 from densepure_rt.errors import DensePureError
-from densepure_rt.export.checkpoints import read_state_dict
-from densepure_rt.export.programs import refuse_code
-from densepure_rt.import_reader import read_results
-from densepure_rt.inference_protocol import Model, Tensor, parse_request
+from densepure_rt.export.models.checkpoints import read_state_dict
+from densepure_rt.export.models.programs import refuse_code
+from densepure_rt.images import uploads
+from densepure_rt.images.datasets import open_images
 from densepure_rt.keys import stored_key
-from densepure_rt.label_arrays import parsed_labels
-from densepure_rt.legacy_import import import_log
-from densepure_rt.legacy_logs import read_log
-from densepure_rt.run_folder import read_manifest
-from densepure_rt.runtime.bundle import read_sidecar, sidecar_path
-from densepure_rt.smoothing import shipped_engine
+from densepure_rt.legacy.claims import import_log
+from densepure_rt.legacy.label_arrays import parsed_labels
+from densepure_rt.legacy.logs import read_log
+from densepure_rt.report.sources import read_results
+from densepure_rt.runs.audit import audit
+from densepure_rt.runs.layout import read_manifest
+from densepure_rt.runtime.bundle import read_sidecar, shipped_engine, sidecar_path
+from densepure_rt.serving.protocol import Model, Tensor, parse_request
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "runs" / "fuzz"

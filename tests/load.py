@@ -21,13 +21,15 @@ import numpy as np
 from numpy.typing import NDArray
 from tritonclient.http import InferenceServerClient, InferInput, InferResult
 
-from densepure_rt.datasets import LabelledImage, open_images
-from densepure_rt.inference_protocol import HEADER_LENGTH
+from densepure_rt.images.datasets import LabelledImage, open_images
+from densepure_rt.keys import seeded_secret
 from densepure_rt.runtime.reverse import Outcome
-from densepure_rt.scheduling import NOTHING, Cost, Taken
-from densepure_rt.served_models import values_of
-from densepure_rt.smoothing import PREDICT_N, Certified, Settings, certificate_of, load, seeded_secret
-from tests.densepure_rt.server_process import ServerProcess, serving
+from densepure_rt.serving.models import values_of
+from densepure_rt.serving.protocol import HEADER_LENGTH
+from densepure_rt.smoothing.classifier import Certified, certificate_of, load
+from densepure_rt.smoothing.scheduling import NOTHING, Cost, Taken
+from densepure_rt.smoothing.settings import PREDICT_N, Settings
+from tests.support.server import ServerProcess, serving
 
 SEED = 1
 MODELS = ("predict", "predict", "predict", "certify")

@@ -23,13 +23,13 @@ from typing import Any, NamedTuple
 import aiohttp
 import numpy as np
 
-from densepure_rt.datasets import LabelledImage, open_images
-from densepure_rt.inference_protocol import HEADER_LENGTH
+from densepure_rt.images.datasets import LabelledImage, open_images
 from densepure_rt.keys import stored_key
-from densepure_rt.smoothing import Settings
+from densepure_rt.serving.protocol import HEADER_LENGTH
+from densepure_rt.smoothing.settings import Settings
 from tests.attackers import Target, attack
-from tests.densepure_rt.server_process import ServerProcess, decoders, serving
 from tests.load import MODELS, Expected, body_of, differences, read
+from tests.support.server import ServerProcess, decoders, serving
 
 SETTINGS = Settings(sigma=0.5, steps=0, votes=1, n=128, alpha=0.05)  # the classifier alone: this is about the server
 PICTURES = 4

@@ -32,9 +32,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from densepure_rt.cli import main
-from densepure_rt.export.openai_unet import PUBLISHED, Architecture, Heads, OpenAIUNet, Published
+from densepure_rt.export.models.openai_unet import PUBLISHED, Architecture, Heads, OpenAIUNet, Published
 from densepure_rt.runtime.bundle import sha256_of
-from tests.export import packaged_classifiers as packaged
+from tests.support import packaged_classifiers as packaged
 from tests.support.diffusers_folder import small_unet
 
 pytestmark = packaged.needs_packages
@@ -42,7 +42,7 @@ pytestmark = packaged.needs_packages
 ROOT = Path(__file__).resolve().parent.parent
 CIFAR, IMAGENET = PUBLISHED
 MODULE = """
-    from tests.export.packaged_classifiers import cifar_10_model, efficientnet_lite0, silabs_resnet
+    from tests.support.packaged_classifiers import cifar_10_model, efficientnet_lite0, silabs_resnet
 """
 LEVELS_128 = "--pixel-range 0,255 --mean 128 --std 128".split()  # what silabs_resnet was trained on
 LEVELS = "--pixel-range 0,255".split()  # cifar_10_model

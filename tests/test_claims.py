@@ -16,28 +16,32 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from densepure_rt.benchmark_tables import print_benchmark
-from densepure_rt.certification import Certificate, FixedRule
-from densepure_rt.certify_run import accuracy_so_far
-from densepure_rt.cli import print_prediction, print_summary
-from densepure_rt.compare import compare
-from densepure_rt.datasets import LabelledImage
+from densepure_rt.commands.bench_tables import print_benchmark, print_procedures
+from densepure_rt.commands.certify import print_summary
+from densepure_rt.commands.compare import print_comparison
+from densepure_rt.commands.export import print_exported
+from densepure_rt.commands.import_results import show
+from densepure_rt.commands.parity import print_agreement
+from densepure_rt.commands.predict import print_prediction
 from densepure_rt.errors import UsageError
-from densepure_rt.import_command import show
-from densepure_rt.import_command import tsv_line as imported_line
-from densepure_rt.legacy_import import Claim, Imported
-from densepure_rt.model_commands import print_agreement, print_exported
-from densepure_rt.procedure_tables import print_procedures
-from densepure_rt.records import Summary
-from densepure_rt.report import accuracy_chart, markdown, report_of
-from densepure_rt.report_page import page
-from densepure_rt.run_commands import print_comparison
-from densepure_rt.run_folder import tsv_line
-from densepure_rt.run_reader import read_run
-from densepure_rt.scheduling import Cost
-from densepure_rt.served_models import values_of
-from densepure_rt.smoothing import Certified, Predicted, Settings
-from tests.densepure_rt.made_runs import SEQUENTIAL, Made, make_run, record_of
+from densepure_rt.images.datasets import LabelledImage
+from densepure_rt.legacy.claims import Claim, Imported
+from densepure_rt.legacy.folder import tsv_line as imported_line
+from densepure_rt.report.charts import accuracy_chart
+from densepure_rt.report.compare import compare
+from densepure_rt.report.page import page
+from densepure_rt.report.summary import markdown, report_of
+from densepure_rt.runs.layout import tsv_line
+from densepure_rt.runs.reader import read_run
+from densepure_rt.runs.records import Summary
+from densepure_rt.runs.summary import accuracy_so_far
+from densepure_rt.serving.models import values_of
+from densepure_rt.smoothing.certificate import Certificate
+from densepure_rt.smoothing.classifier import Certified, Predicted
+from densepure_rt.smoothing.fixed import FixedRule
+from densepure_rt.smoothing.scheduling import Cost
+from densepure_rt.smoothing.settings import Settings
+from tests.support.runs import SEQUENTIAL, Made, make_run, record_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted([*ROOT.glob("densepure_rt/*.py"), *ROOT.glob("export/**/*.py"), *ROOT.glob("runtime/*.py")])
@@ -217,7 +221,7 @@ def text_of_prediction(tmp_path: Path) -> None:
 
 def text_of_agreement(tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    from densepure_rt.export import agreement
+    from densepure_rt.export.compare import agreement
 
     transfer = agreement.Transfer(0, 3, 3, 0, 40, 0, ETA, RADIUS, RADIUS, RADIUS_LESS)
     steps, none_of_fifty = [agreement.StepGap(0, 258, 0.5, MOST, GAP)], agreement.Share(0, 50)
@@ -227,7 +231,7 @@ def text_of_agreement(tmp_path: Path) -> None:
 
 def text_of_failures(tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    from densepure_rt.export import agreement
+    from densepure_rt.export.compare import agreement
 
     share = agreement.Share(50, 50)
     print(agreement.failures(agreement.Agreement("e", "fp32", 0.5, [], MOST, 0.5100001, share, share, [], [])))
@@ -235,8 +239,8 @@ def text_of_failures(tmp_path: Path) -> None:
 
 def text_of_export(tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    from densepure_rt.export.parity import Difference, LabelParity
-    from densepure_rt.export.to_onnx import Exported
+    from densepure_rt.export.convert.parity import Difference, LabelParity
+    from densepure_rt.export.convert.to_onnx import Exported
 
     worst = Difference("step", 16, MOST, GAP)
     labels = LabelParity("cpu", 0.5, 5, 20, 0, UPPER, (0.0,), ((1999 / 2000,), (199 / 200,)))
@@ -245,14 +249,14 @@ def text_of_export(tmp_path: Path) -> None:
 
 def text_of_benchmark(tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    from tests.densepure_rt.test_benchmark_tables import FOUND
+    from tests.densepure_rt.commands.test_bench_tables import FOUND
 
     print_benchmark(replace(FOUND, relative_l2=GAP))
 
 
 def text_of_procedures(tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    from tests.densepure_rt.test_procedure_tables import OURS, found_with
+    from tests.densepure_rt.commands.test_procedure_tables import OURS, found_with
 
     print_procedures(found_with(replace(OURS, certified=199 / 200)))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from densepure_rt.smoothing import Settings
+from densepure_rt.smoothing.settings import Settings
 from tests.load import run
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.densepure_rt.command_line import code_without, environment
+from tests.support.cli import code_without, environment
 from tests.test_house import imports
 
 ROOT = Path(__file__).resolve().parent.parent

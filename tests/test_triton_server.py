@@ -27,11 +27,10 @@ import pytest
 from PIL import Image
 
 import densepure_rt
-from densepure_rt.datasets import open_images
-from densepure_rt.export.to_triton import MODELS, export_repository
+from densepure_rt.export.convert.to_triton import MODELS, export_repository
+from densepure_rt.images.datasets import open_images
 from densepure_rt.keys import shared_key
-from densepure_rt.runtime.bundle import open_bundle
-from densepure_rt.smoothing import shipped_engine
+from densepure_rt.runtime.bundle import open_bundle, shipped_engine
 from tests.densepure_rt.test_cli import cli
 
 pytest.importorskip("gevent", reason="tritonclient[http] is not installed")

@@ -12,7 +12,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from densepure_rt.datasets import open_images
+from densepure_rt.images.datasets import open_images
 
 SHAPE = (1, 28, 28)
 # file name -> (split, every so many images, how many)

@@ -23,9 +23,10 @@ from scipy import integrate, stats
 from typer.core import TyperGroup
 
 from densepure_rt import __version__
-from densepure_rt.cli import SHIPPED_MAX, app, main
-from tests.densepure_rt.command_line import Done as Done
-from tests.densepure_rt.command_line import code_without, densepure_rt, environment, in_a_process
+from densepure_rt.cli import app, main
+from densepure_rt.commands.options import SHIPPED_MAX
+from tests.support.cli import Done as Done
+from tests.support.cli import code_without, densepure_rt, environment, in_a_process
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINES = ROOT / "engines"

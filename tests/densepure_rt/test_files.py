@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from densepure_rt.files import MOST_BYTES, Kind, UnfitFile, check, content, opened, sha256_of, text
-from densepure_rt.smoothing import shipped_engine
-from tests.densepure_rt.command_line import densepure_rt as cli
+from densepure_rt.runtime.bundle import shipped_engine
+from tests.support.cli import densepure_rt as cli
 
 TINY = ("--max", 1, "--steps", 0, "--n", 100, "--sigma", 0.1, "--batch", 16, "--threads", 1)
 SECONDS = 60  # after which a test counts as hung

@@ -22,16 +22,18 @@ from typing import NamedTuple
 import pytest
 
 from densepure_rt import signals
-from densepure_rt.ledger import NAME, Ledger
-from tests.densepure_rt.command_line import code_without, environment
-from tests.densepure_rt.command_line import densepure_rt as cli
+from densepure_rt.runs.ledger import NAME, Ledger
+from tests.support.cli import code_without, environment
+from tests.support.cli import densepure_rt as cli
 
 if sys.platform == "win32":
     pytest.skip("signals are others there", allow_module_level=True)
 
 ENDS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["densepure_rt.cli", "densepure_rt.smoothing", "densepure_rt.merge", "onnxruntime"])
+FORKS.set_forkserver_preload(
+    ["densepure_rt.cli", "densepure_rt.smoothing.classifier", "densepure_rt.runs.merge", "onnxruntime"]
+)
 # Cheap images, some of which take long: the classifier alone, at little noise.
 OPTIONS = "--steps 0 --sigma 0.1 --radii 0,0.05,0.1 --n 400 --batch 8 --threads 1 --max 6 --quiet".split()
 

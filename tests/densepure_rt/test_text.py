@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from densepure_rt.run_folder import read_manifest
-from densepure_rt.smoothing import shipped_engine
+from densepure_rt.runs.layout import read_manifest
+from densepure_rt.runtime.bundle import shipped_engine
 from densepure_rt.text import all_printable, printable
-from tests.densepure_rt.command_line import Done, in_a_process
-from tests.densepure_rt.command_line import densepure_rt as cli
+from tests.support.cli import Done, in_a_process
+from tests.support.cli import densepure_rt as cli
 
 HOSTILE = ["\ud800x", "a\tb\nc", "\x1b]0;owned\x07", "\x9b31m", "\u202egnp.exe", "\u2028", "T\u00e4sche", "7", "8", "9"]
 TINY = ("--max", 2, "--steps", 0, "--n", 100, "--sigma", 0.1, "--seed", 1, "--batch", 16, "--threads", 1)

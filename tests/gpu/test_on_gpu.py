@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from densepure_rt.datasets import LabelledImage, open_images
 from densepure_rt.errors import EnvironmentFault
+from densepure_rt.images.datasets import LabelledImage, open_images
+from densepure_rt.keys import seeded_secret
 from densepure_rt.runtime import gpu
-from densepure_rt.runtime.bundle import Bundle, Flavour, open_bundle, plan_path
+from densepure_rt.runtime.bundle import Bundle, Flavour, open_bundle, plan_path, shipped_engine
 from densepure_rt.runtime.device import (
     CLASSIFY_INPUTS,
     CLASSIFY_OUTPUTS,
@@ -31,19 +32,11 @@ from densepure_rt.runtime.device import (
     Batch,
     Device,
     Floats,
-    available_cores,
-    open_device,
 )
-from densepure_rt.runtime.noise import (
-    Key,
-    first_state,
-    image_key,
-    smoothing_law,
-    smoothing_noise,
-    vote_law,
-    vote_noise,
-)
+from densepure_rt.runtime.machine import available_cores
+from densepure_rt.runtime.noise import Key, first_state, image_key, smoothing_law, smoothing_noise, vote_law, vote_noise
 from densepure_rt.runtime.onnx_device import OnnxDevice, open_session
+from densepure_rt.runtime.open_device import open_device
 from densepure_rt.runtime.reverse import Outcome, decide
 from densepure_rt.runtime.schedule import Chain, make_chain
 from densepure_rt.runtime.tensorrt_api import import_flavour
@@ -55,9 +48,10 @@ from densepure_rt.runtime.tensorrt_device import (
     compile_kernels,
     import_cuda,
 )
-from densepure_rt.samplers import OnDevice
-from densepure_rt.smoothing import Settings, SmoothedClassifier, seeded_secret, shipped_engine
-from densepure_rt.voting import Ballot
+from densepure_rt.smoothing.classifier import SmoothedClassifier
+from densepure_rt.smoothing.samplers import OnDevice
+from densepure_rt.smoothing.settings import Settings
+from densepure_rt.smoothing.voting import Ballot
 from tests.gpu.report import Report, densepure_rt
 
 # What other libraries warn of on machines that nobody here has seen must not end a check.
@@ -629,7 +623,7 @@ def test_throughput_of_pytorch_on_the_same_gpu_is_measured(
     torch = pytest.importorskip("torch", reason="torch is not installed")
     if not torch.cuda.is_available():
         pytest.skip(f"torch {torch.__version__} has no CUDA here")
-    from densepure_rt.export.unets import zoo_unet
+    from densepure_rt.export.models.unets import zoo_unet
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     dtype = {"fp32": torch.float32, "fp16": torch.float16}[kind]

@@ -37,7 +37,7 @@ from densepure_rt.runtime.bundle import (
     sidecar_path,
     to_json,
 )
-from densepure_rt.runtime.device import open_device
+from densepure_rt.runtime.open_device import open_device
 from densepure_rt.runtime.tensorrt_device import TensorRTDevice
 
 RUNTIME = Path(__file__).resolve().parents[2] / "runtime"

@@ -31,13 +31,13 @@ from densepure_rt.runtime.bundle import (
     open_bundle,
     read_sidecar,
     sha256_of,
+    shipped_engine,
     sidecar_path,
     to_json,
     verified_bytes,
 )
-from densepure_rt.runtime.device import open_device
+from densepure_rt.runtime.open_device import open_device
 from densepure_rt.runtime.schedule import Schedule, ScheduleName, TimestepRule, Variance
-from densepure_rt.smoothing import shipped_engine
 from densepure_rt.text import printable
 
 QUICK = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -11,14 +11,10 @@ from pathlib import Path
 import pytest
 
 from densepure_rt.errors import EnvironmentFault
-from densepure_rt.runtime.bundle import open_bundle
-from densepure_rt.runtime.device import (
-    available_cores,
-    installed_versions,
-    onnxruntime_conflict,
-    open_device,
-)
-from densepure_rt.smoothing import shipped_engine
+from densepure_rt.runtime.bundle import open_bundle, shipped_engine
+from densepure_rt.runtime.machine import available_cores, installed_versions
+from densepure_rt.runtime.onnxruntime_api import onnxruntime_conflict
+from densepure_rt.runtime.open_device import open_device
 
 ROOT = Path(__file__).resolve().parents[2]
 WHEELS = {"onnxruntime": "1.20.0", "onnxruntime-gpu": "1.19.2"}
@@ -70,7 +66,7 @@ def test_missing_onnxruntime_is_an_environment_fault_with_the_command_that_insta
 import sys
 sys.modules["onnxruntime"] = None
 from densepure_rt.errors import EnvironmentFault
-from densepure_rt.smoothing import load
+from densepure_rt.smoothing.classifier import load
 try:
     load(batch=1, threads=1)
 except EnvironmentFault as error:
@@ -84,7 +80,7 @@ except EnvironmentFault as error:
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not say which cores a process has")
 def test_available_cores_are_those_that_the_process_may_use() -> None:
     code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
-    code += "from densepure_rt.runtime.device import available_cores; print(available_cores())"
+    code += "from densepure_rt.runtime.machine import available_cores; print(available_cores())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout == "1\n", done.stderr
     assert available_cores() == len(os.sched_getaffinity(0))

@@ -18,9 +18,9 @@ START = """
 import os, sys, traceback, warnings
 import numpy as np
 import densepure_rt
-from densepure_rt.datasets import LabelledImage
+from densepure_rt.images.datasets import LabelledImage
 from densepure_rt.errors import DensePureError
-from densepure_rt.smoothing import Settings
+from densepure_rt.smoothing.settings import Settings
 
 warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks in a process with threads
 image = np.zeros((1, 28, 28), np.uint8)

@@ -14,14 +14,13 @@ from numpy.typing import NDArray
 
 from densepure_rt.errors import CheckFailed
 from densepure_rt.runtime import host_device
-from densepure_rt.runtime.bundle import Bundle, open_bundle
+from densepure_rt.runtime.bundle import Bundle, open_bundle, shipped_engine
 from densepure_rt.runtime.device import NOT_FINITE, Floats
 from densepure_rt.runtime.host_device import HostDevice
 from densepure_rt.runtime.noise import smoothing_law, smoothing_noise, vote_noise
 from densepure_rt.runtime.reverse import decide
 from densepure_rt.runtime.schedule import make_chain
-from densepure_rt.smoothing import shipped_engine
-from densepure_rt.voting import Ballot
+from densepure_rt.smoothing.voting import Ballot
 
 SHAPE, SIGMA, KEY, BATCH = (1, 3, 4), 0.5, (11, 12), 4
 PIXELS = np.arange(12, dtype=np.uint8).reshape(SHAPE) * 20

@@ -23,7 +23,7 @@ from hypothesis.extra import numpy as arrays
 from numpy.typing import NDArray
 
 from densepure_rt.runtime import onnx_device
-from densepure_rt.runtime.bundle import open_bundle
+from densepure_rt.runtime.bundle import open_bundle, shipped_engine
 from densepure_rt.runtime.device import NOT_FINITE, Batch, Kind
 from densepure_rt.runtime.noise import (
     Key,
@@ -36,7 +36,6 @@ from densepure_rt.runtime.noise import (
     vote_noise,
 )
 from densepure_rt.runtime.onnx_device import OnnxDevice
-from densepure_rt.smoothing import shipped_engine
 
 RUNTIME = Path(__file__).resolve().parents[2] / "runtime"
 SOURCE = RUNTIME / "kernels.cu"

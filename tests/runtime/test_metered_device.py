@@ -2,14 +2,15 @@ from __future__ import annotations
 
 from typing import cast
 
-from densepure_rt.export.sources import made_up
+from densepure_rt.export.models.sources import made_up
 from densepure_rt.runtime.bundle import Bundle
-from densepure_rt.runtime.device import Device, open_device
+from densepure_rt.runtime.device import Device
 from densepure_rt.runtime.metered_device import MeteredDevice
+from densepure_rt.runtime.open_device import open_device
 from densepure_rt.runtime.reverse import decide
 from densepure_rt.runtime.schedule import make_chain
-from densepure_rt.voting import Ballot
-from tests.export.test_bench import IMAGE, toy
+from densepure_rt.smoothing.voting import Ballot
+from tests.export.compare.test_bench import IMAGE, toy
 
 __all__ = ["toy"]  # a fixture
 

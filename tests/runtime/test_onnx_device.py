@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 from onnx import numpy_helper, parser
 
 from densepure_rt.errors import CheckFailed
-from densepure_rt.runtime.bundle import Bundle, open_bundle, sidecar_path
-from densepure_rt.runtime.device import NOT_FINITE, Batch, Device, Kind, open_device
+from densepure_rt.runtime.bundle import Bundle, open_bundle, shipped_engine, sidecar_path
+from densepure_rt.runtime.device import NOT_FINITE, Batch, Device, Kind
 from densepure_rt.runtime.noise import Key, smoothing_law, smoothing_noise, vote_noise
+from densepure_rt.runtime.open_device import open_device
 from densepure_rt.runtime.reverse import decide
 from densepure_rt.runtime.schedule import Chain, Variance, make_chain
-from densepure_rt.smoothing import shipped_engine
-from densepure_rt.voting import Ballot
+from densepure_rt.smoothing.voting import Ballot
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINE, CLASSIFIER = "unet.onnx", "classifier.onnx"

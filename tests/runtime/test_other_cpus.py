@@ -32,9 +32,9 @@ import json, sys
 import numpy as np
 from pathlib import Path
 from dataclasses import asdict
-from densepure_rt.certify_run import arithmetic_of
+from densepure_rt.runs.identity import arithmetic_of
 from densepure_rt.runtime.bundle import open_bundle
-from densepure_rt.runtime.device import open_device
+from densepure_rt.runtime.open_device import open_device
 device = open_device(open_bundle(Path(sys.argv[1])), batch=4, threads=1)
 mean = np.random.default_rng(1).normal(size=(4, 1, 4, 4)).astype(np.float32)
 (logits,) = device._classify({"mean": mean})

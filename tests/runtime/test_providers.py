@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from densepure_rt.errors import EnvironmentFault, UsageError
-from densepure_rt.runtime.bundle import open_bundle
-from densepure_rt.runtime.device import open_device
-from densepure_rt.smoothing import load, shipped_engine
+from densepure_rt.runtime.bundle import open_bundle, shipped_engine
+from densepure_rt.runtime.open_device import open_device
+from densepure_rt.smoothing.classifier import load
 
 BUILT_FOR_GPUS = (
     Path(sys.prefix) / "onnxruntime-gpu"
@@ -25,7 +25,7 @@ import onnxruntime
 from densepure_rt.errors import DensePureError
 from densepure_rt.runtime.device import CLASSIFY_INPUTS, CLASSIFY_OUTPUTS
 from densepure_rt.runtime.onnx_device import open_session
-from densepure_rt.smoothing import shipped_engine
+from densepure_rt.runtime.bundle import shipped_engine
 path = shipped_engine().with_name("classifier.onnx")
 try:
     session = open_session(path.read_bytes(), path.name, CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, sys.argv[1])

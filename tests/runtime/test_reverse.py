@@ -15,7 +15,7 @@ from densepure_rt.runtime.device import NOT_FINITE, Batch
 from densepure_rt.runtime.noise import Key, first_state, smoothing_law, smoothing_noise, vote_noise
 from densepure_rt.runtime.reverse import Outcome, decide, walk, walk_graph
 from densepure_rt.runtime.schedule import Schedule, Variance, make_chain
-from densepure_rt.voting import Ballot
+from densepure_rt.smoothing.voting import Ballot
 
 Floats = NDArray[np.float64]
 Denoiser = Callable[[Floats, float, float], Floats]  # (x [C, H, W], signal, sigma) -> E[x0 | x]

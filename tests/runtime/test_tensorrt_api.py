@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-import densepure_rt.export.to_tensorrt
+import densepure_rt.export.convert.to_tensorrt
 import densepure_rt.runtime.tensorrt_api
 import densepure_rt.runtime.tensorrt_device
 from densepure_rt.errors import EnvironmentFault
@@ -17,7 +17,11 @@ from densepure_rt.runtime.tensorrt_api import GUARDED, import_flavour, new_logge
 
 trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 
-MODULES = (densepure_rt.export.to_tensorrt, densepure_rt.runtime.tensorrt_api, densepure_rt.runtime.tensorrt_device)
+MODULES = (
+    densepure_rt.export.convert.to_tensorrt,
+    densepure_rt.runtime.tensorrt_api,
+    densepure_rt.runtime.tensorrt_device,
+)
 WHEELS = sorted((Path(sys.prefix) / "tensorrt-bindings").glob("*.whl"))
 PYTHON_NAMES = set(dir(object)) | set(dir(dict)) | set(dir(str)) | set(dir(list))
 

@@ -22,13 +22,13 @@ from densepure_rt.runtime.bundle import (
     read_sidecar,
     rebuild_command,
     sha256_of,
+    shipped_engine,
     sidecar_path,
     to_json,
 )
-from densepure_rt.runtime.device import open_device
 from densepure_rt.runtime.gpu import Gpu
+from densepure_rt.runtime.open_device import open_device
 from densepure_rt.runtime.tensorrt_device import layout, refuse_misfit, refuse_other_machine
-from densepure_rt.smoothing import shipped_engine
 
 SHIPPED = shipped_engine()
 NOT_A_PLAN = b"vtrt but no plan"

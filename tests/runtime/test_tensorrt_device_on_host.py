@@ -17,21 +17,24 @@ import pytest
 from numpy.typing import NDArray
 from onnx import parser
 
-from densepure_rt.certify_run import identity_of
-from densepure_rt.datasets import ImageSet, LabelledImage
 from densepure_rt.errors import CheckFailed, DensePureError, EnvironmentFault, UsageError
+from densepure_rt.images.datasets import ImageSet, LabelledImage
+from densepure_rt.keys import seeded_secret
+from densepure_rt.runs.identity import identity_of
 from densepure_rt.runtime import onnx_device, tensorrt_device
-from densepure_rt.runtime.bundle import Bundle, Flavour, open_bundle, sidecar_path
-from densepure_rt.runtime.device import NOT_FINITE, Batch, Device, open_device
+from densepure_rt.runtime.bundle import Bundle, Flavour, open_bundle, shipped_engine, sidecar_path
+from densepure_rt.runtime.device import NOT_FINITE, Batch, Device
 from densepure_rt.runtime.noise import Key
 from densepure_rt.runtime.onnx_device import OnnxDevice
+from densepure_rt.runtime.open_device import open_device
 from densepure_rt.runtime.probe import ITEMS
 from densepure_rt.runtime.reverse import Outcome, decide
 from densepure_rt.runtime.schedule import Chain, make_chain
 from densepure_rt.runtime.tensorrt_device import IMAGE, IN_FLIGHT, ITEM, KERNELS, TensorRTDevice
-from densepure_rt.samplers import OnDevice
-from densepure_rt.smoothing import Budget, Settings, SmoothedClassifier, seeded_secret, shipped_engine
-from densepure_rt.voting import Ballot
+from densepure_rt.smoothing.classifier import SmoothedClassifier
+from densepure_rt.smoothing.samplers import OnDevice
+from densepure_rt.smoothing.settings import Budget, Settings
+from densepure_rt.smoothing.voting import Ballot
 from tests.runtime.host_cuda import (
     PARAMETERS,
     HostCuda,

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from densepure_rt.datasets import open_images
 from densepure_rt.errors import CheckFailed, UsageError
+from densepure_rt.images.datasets import open_images
 from densepure_rt.runtime.bundle import verified_bytes
 from densepure_rt.runtime.transport import transfer_fault
 

@@ -10,14 +10,13 @@ import pytest
 from numpy.typing import NDArray
 
 from densepure_rt.errors import EnvironmentFault
-from densepure_rt.runtime.bundle import Bundle, open_bundle
+from densepure_rt.runtime.bundle import Bundle, open_bundle, shipped_engine
 from densepure_rt.runtime.device import Device
 from densepure_rt.runtime.onnx_device import OnnxDevice
 from densepure_rt.runtime.reverse import Outcome, decide
 from densepure_rt.runtime.schedule import make_chain
 from densepure_rt.runtime.triton_device import Cancelled, TritonDevice
-from densepure_rt.smoothing import shipped_engine
-from densepure_rt.voting import Ballot
+from densepure_rt.smoothing.voting import Ballot
 from tests.runtime.triton_backend import Triton, triton_of
 
 SIGMA, STEPS, VOTES, SAMPLES, BATCH = 0.5, 2, 3, 8, 4

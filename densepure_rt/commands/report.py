@@ -1,0 +1,79 @@
+"""The commands that read finished runs: `report`, `compare` and `merge`. Options in, one call, one printed result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from densepure_rt.commands.compare import ALSO
+from densepure_rt.commands.console import stdout
+from densepure_rt.errors import EnvironmentFault, UsageError
+from densepure_rt.runs.secret import secret_of
+
+if TYPE_CHECKING:
+    from densepure_rt.report.gallery import Shown
+
+
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN", help="Folders of runs, finished or not, and of what import --out kept."),
+    ],
+    out: Annotated[Path, typer.Option(help="The page: one HTML file that needs no network.")] = Path("report.html"),
+    also: Annotated[
+        str, typer.Option(help="Beside it, with commas: png, svg (the curve), md (the papers' table).")
+    ] = "",
+    gallery: Annotated[
+        int | None,
+        typer.Option(help="Show so many images of the first run with noise and purified: runs its engine again."),
+    ] = None,
+    engine: Annotated[
+        Path | None, typer.Option(help="For --gallery: the engine that was run; default: the one that ships.")
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="For --gallery: what was certified; default: the shipped images.")
+    ] = None,
+) -> None:
+    """Make a page of one or several runs: certified accuracy with its band, abstentions, cost and what was run.
+
+    Results of older tools that import kept stand beside them on their sound reading.
+    """
+    from densepure_rt.report.charts import accuracy_chart, accuracy_png
+    from densepure_rt.report.gallery import gallery as shown_again
+    from densepure_rt.report.page import page
+    from densepure_rt.report.sources import read_results
+    from densepure_rt.report.summary import markdown, names_of, report_of
+    from densepure_rt.runs.reader import Run
+
+    kinds = tuple(word.strip() for word in also.split(",") if word.strip())
+    if unknown := [kind for kind in kinds if kind not in ALSO]:
+        raise UsageError(f"--also {unknown[0]} is not known: {', '.join(ALSO)}, or several with commas")
+    if out.suffix.lstrip(".") in ALSO:
+        raise UsageError(f"--out {out} is the HTML page: name it .html, and ask for others beside it with --also")
+    reports = [report_of(read_results(path), name) for path, name in zip(runs, names_of(runs), strict=True)]
+    pictures: Sequence[Shown] = ()
+    if gallery is not None:
+        first = reports[0].source
+        if not isinstance(first, Run):
+            raise UsageError(f"--gallery draws samples again, and {first.path} was imported: name an own run first")
+        pictures = shown_again(first, gallery, secret_of(first.path, first.manifest), engine, images)
+    makers: Mapping[str, Callable[[], str | bytes]] = {
+        "png": lambda: accuracy_png(reports),
+        "svg": lambda: accuracy_chart(reports, alone=True),
+        "md": lambda: markdown(reports),
+    }
+    files = {out: page(reports, pictures)} | {out.with_suffix(f".{kind}"): makers[kind]() for kind in kinds}
+    for path, content in files.items():
+        write(path, content)
+        stdout.print(str(path))
+
+
+def write(path: Path, content: str | bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    except OSError as error:
+        raise EnvironmentFault(f"cannot write {path} ({error.strerror}): choose another file with --out") from error

@@ -1,0 +1,147 @@
+"""Imported results, read back from the folder that `densepure-rt import --out` made. Nothing is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from densepure_rt.errors import CheckFailed
+from densepure_rt.json_files import STRICT, Count, Label, Probability, Radius, Sha256, Text, content, parsed, read_lines
+from densepure_rt.rounding import exact, floored
+
+if TYPE_CHECKING:
+    from densepure_rt.legacy.claims import Claim, Imported
+
+ORIGIN = "imported.json"
+
+
+@dataclass(frozen=True)
+class ClaimRecord:
+    """A line of an import's results.jsonl: see `densepure_rt.legacy.claims.Claim`. correct: None without a label."""
+
+    __pydantic_config__ = STRICT
+    idx: int
+    label: Label | None
+    predict: Label | None
+    radius: Radius | None
+    printed_predict: Label | None
+    printed: Text | None
+    n0: Count | None
+    n: Count | None
+    n_a: Count | None
+    alpha: Probability | None
+    p_lower: Probability | None
+    ties: Count | None
+    correct: bool | None
+
+
+@dataclass(frozen=True)
+class FlagRecord:
+    """See `densepure_rt.legacy.claims.Flag`."""
+
+    __pydantic_config__ = STRICT
+    name: Text
+    unsound: bool
+    says: Text
+    images: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ImportSettings:
+    """What the numbers were made with, as the files or the caller said; what is not known is None."""
+
+    __pydantic_config__ = STRICT
+    kind: Literal["log", "label arrays"]
+    sigma: Radius | None
+    n: Count | None
+    alpha: Probability
+    n0: Count | None = None
+    printed_digits: Count | None = None
+    classes: Count | None = None
+    seeds: tuple[int, ...] | None = None
+    tie_rule: Text | None = None
+    alpha_of_merged: Probability | None = None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """imported.json: what the results were read from. reach: the largest radius that n and alpha allow, if known."""
+
+    __pydantic_config__ = STRICT
+    settings: ImportSettings
+    images: Count
+    abstained: Count
+    reach: Radius | None
+    accuracy_as_printed: Mapping[Text, Probability | None]
+    accuracy: Mapping[Text, Probability | None]
+    flags: tuple[FlagRecord, ...]
+    sources_sha256: Mapping[Text, Sha256]
+
+
+@dataclass(frozen=True)
+class ImportedRun:
+    """records: a claim an image on its sound reading. origin_sha256: of imported.json."""
+
+    path: Path
+    origin: Origin
+    origin_sha256: str
+    records: tuple[ClaimRecord, ...]
+
+
+def read_imported(path: Path) -> ImportedRun:
+    """Raises UsageError when a file is missing, CheckFailed when one is damaged or they do not belong together."""
+    text = content(path / ORIGIN)
+    origin = parsed(Origin, text, str(path / ORIGIN))
+    records = tuple(read_lines(path / "results.jsonl", ClaimRecord))
+    if not records or len(records) != origin.images:
+        raise CheckFailed(f"{path}: results.jsonl holds {len(records)} images where {ORIGIN} counts {origin.images}")
+    return ImportedRun(path, origin, hashlib.sha256(text).hexdigest(), records)
+
+
+FILES = ("results.tsv", "results.jsonl", "imported.json")
+
+
+def report(found: Imported, grid: Sequence[float]) -> dict[str, Any]:
+    """What `--json` prints and imported.json keeps. accuracy: None where it is not known or beyond reach."""
+    names = [exact(radius) for radius in grid]
+    return {
+        "settings": dict(found.settings),
+        "images": len(found.claims),
+        "abstained": sum(claim.predict is None for claim in found.claims),
+        "reach": found.reach,
+        "accuracy_as_printed": dict(zip(names, found.accuracy_as_printed(grid), strict=True)),
+        "accuracy": dict(zip(names, found.accuracy(grid), strict=True)),
+        "flags": [flag._asdict() for flag in found.flags],
+    }
+
+
+def write(found: Imported, grid: Sequence[float], folder: Path) -> None:
+    """Keep the claims, rounded down, and what they were made of."""
+    from densepure_rt.json_files import writing
+    from densepure_rt.legacy.logs import COLUMNS
+
+    table = ["\t".join(COLUMNS), *(tsv_line(claim) for claim in found.claims)]
+    records = [json.dumps(dataclasses.asdict(claim) | {"correct": claim.correct}) for claim in found.claims]
+    origin = json.dumps(report(found, grid) | {"sources_sha256": dict(found.sources)}, indent=2)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, lines in zip(FILES, (table, records, [origin]), strict=True):
+            (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
+
+
+def tsv_line(claim: Claim) -> str:
+    from densepure_rt.legacy.logs import ABSTAIN
+
+    columns = (
+        claim.idx,
+        ABSTAIN if claim.label is None else claim.label,
+        ABSTAIN if claim.predict is None else claim.predict,
+        "0.0" if claim.radius is None else floored(claim.radius),
+        int(claim.correct or False),
+    )
+    return "\t".join(map(str, columns))

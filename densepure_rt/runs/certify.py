@@ -1,0 +1,118 @@
+"""A certification run from start to finish: manifest, forecast, images in, results out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from densepure_rt import logs
+from densepure_rt.images.datasets import ImageSet
+from densepure_rt.rounding import floored
+from densepure_rt.runs.falsifier import Falsification
+from densepure_rt.runs.falsify import Proposals, attack_each, attacked, no_proposals
+from densepure_rt.runs.folder import RunFolder
+from densepure_rt.runs.identity import manifest_of
+from densepure_rt.runs.records import (
+    Summary,
+)
+from densepure_rt.runs.shards import Shard
+from densepure_rt.runs.summary import accuracy_so_far, radii_of, summarize
+from densepure_rt.smoothing.classifier import Certified, SmoothedClassifier
+from densepure_rt.smoothing.forecast import Forecast
+from densepure_rt.smoothing.settings import UNLIMITED, Budget, Settings
+
+T = TypeVar("T")
+
+
+class Watch(Protocol):
+    """Pass `work` on, item by item, and show how far it is, of `total`, with `before` done when it began.
+
+    text: returns one line on how it goes so far, asked for when it is shown.
+    """
+
+    def __call__(
+        self, work: Iterable[T], total: int, text: Callable[[], str] = str, before: int = 0
+    ) -> Iterator[T]: ...
+
+
+def unwatched(work: Iterable[T], total: int, text: Callable[[], str] = str, before: int = 0) -> Iterator[T]:
+    return iter(work)
+
+
+def certify_images(
+    classifier: SmoothedClassifier,
+    images: ImageSet,
+    settings: Settings,
+    expected: Forecast,
+    out: Path,
+    seed: int | None,
+    budget: Budget = UNLIMITED,
+    falsify: float | None = None,
+    proposals: Proposals = no_proposals,
+    shard: Shard | None = None,
+    watch: Watch = unwatched,
+) -> tuple[Summary, list[Falsification]]:
+    """Certify `images` into the folder `out`, a line an image, and go on where an earlier run of them ended.
+
+    Ctrl-C, or a signal that means the same, ends it after the images that are done. falsify: the share of their samples
+    to attack the certificates with, once all are there; `proposals` gives an attack further candidates. shard: the part
+    of the images to certify here. watch: passes the work on, item by item, and shows how far it is.
+    """
+    attacks: list[Falsification] = []
+    interrupted = True
+
+    def summary() -> Summary:
+        return summarize(folder.done, len(images), interrupted, radii_of(settings), expected.reach, classifier.failed)
+
+    def progress() -> str:
+        said = (classifier.sampler.status(), accuracy_so_far(summary()) if images.labelled else "")
+        return "; ".join(filter(None, said))
+
+    manifest = manifest_of(classifier, images, settings, budget, seed, shard)
+    places = {idx: place for place, idx in enumerate(images.order)}
+    images = images if shard is None else shard.select(images)
+    with RunFolder(out, manifest, classifier.secret if seed is None else None) as folder:
+        with suppress(KeyboardInterrupt):
+            finished = {record.idx for record, _ in folder.done}
+            logs.say(
+                f"{'going on with' if finished else 'starting'} the run in {out}",
+                identity=manifest.identity_sha256,
+                images=len(images),
+                done=len(finished),
+            )
+            left = (image for image in images if image.idx not in finished)
+            work = classifier.certify_each(left, settings, budget, folder.ledger)
+            for result in watch(work, len(images), progress, before=len(finished)):
+                folder.add(result, places[result.image.idx])
+                report(result)
+            if falsify is not None:
+                each = attack_each(classifier, images, settings, folder, falsify, proposals)
+                attacks += watch(each, len(attacked(folder.done, falsify)))
+                folder.keep_attacks(attacks)
+            interrupted = False
+        folder.read_done()
+        found = summary()
+        folder.finish(found)
+        logs.say(f"{found.done} of {found.asked} images are done", interrupted=interrupted, abstained=found.abstained)
+        return found, attacks
+
+
+def report(result: Certified) -> None:
+    """Log what came of an image; samples that were NaN or Inf as a warning."""
+    image, certificate, cost = result
+    radius = "abstains" if certificate.radius is None else f"radius {floored(certificate.radius)}"
+    logs.say(
+        f"image {image.idx}: {radius}, {cost.samples} samples",
+        idx=image.idx,
+        label=image.label,
+        predict=certificate.predict,
+        radius=certificate.radius,
+        stopped=certificate.stopped,
+        **vars(cost),
+    )
+    if cost.not_finite:
+        lost = f"image {image.idx}: {cost.not_finite} samples were NaN or Inf and counted against the class"
+        logs.say(lost, logging.WARNING, idx=image.idx, not_finite=cost.not_finite)

@@ -1,0 +1,187 @@
+"""What makes two runs the same run: the identity in a manifest, and how two of them differ."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from densepure_rt._version import __version__
+from densepure_rt.errors import UsageError
+from densepure_rt.images.datasets import ImageSet
+from densepure_rt.keys import commitment
+from densepure_rt.runs.records import (
+    SCHEMA_VERSION,
+    ArithmeticIdentity,
+    BudgetIdentity,
+    Identity,
+    ImagesIdentity,
+    Manifest,
+    NamedFile,
+    NoiseIdentity,
+    Provenance,
+    RuleIdentity,
+)
+from densepure_rt.runs.shards import Shard
+from densepure_rt.runtime.machine import installed_versions
+from densepure_rt.runtime.noise import NOISE_LAW, smoothing_law, vote_law
+from densepure_rt.runtime.schedule import Coefficients
+from densepure_rt.smoothing.classifier import SmoothedClassifier
+from densepure_rt.smoothing.settings import Budget, Settings
+from densepure_rt.text import brief, printable
+
+
+def manifest_of(
+    classifier: SmoothedClassifier,
+    images: ImageSet,
+    settings: Settings,
+    budget: Budget,
+    seed: int | None,
+    shard: Shard | None = None,
+) -> Manifest:
+    """What is to be run. `identity` is all that a result depends on; `provenance` is who runs it where and when.
+
+    images: all, also where a shard of them alone is run.
+    """
+    identity = identity_of(classifier, images, settings, budget, seed)
+    bundle = classifier.bundle
+    provenance = Provenance(
+        argv=tuple(map(printable, sys.argv)),
+        device=dict(classifier.sampler.describe()),
+        started=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        host=platform.node(),
+        images=printable(images.name),
+        python=platform.python_version(),
+        platform=platform.platform(),
+        versions={"densepure-rt": __version__} | installed_versions("numpy", "scipy", "onnxruntime"),
+        weights_sha256={"unet": bundle.unet.weights_sha256, "classifier": bundle.classifier.weights_sha256},
+        seed_note=None if seed is None else "seed public: valid only for images fixed before the seed was chosen",
+        shard=None if shard is None else str(shard),
+        parity=bundle.unet.accuracy,
+        left_out=images.left_out,
+        grey_repeated=images.repeated,
+    )
+    return Manifest(SCHEMA_VERSION, identity.sha256, identity, provenance)
+
+
+def identity_of(
+    classifier: SmoothedClassifier, images: ImageSet, settings: Settings, budget: Budget, seed: int | None
+) -> Identity:
+    bundle, chain = classifier.bundle, classifier.chain(settings)
+    device = classifier.sampler.describe()
+    library = "onnxruntime" if "onnxruntime" in device else "tensorrt"
+    capability = device.get("compute_capability")
+    return Identity(
+        engine=NamedFile(bundle.unet.file.name, bundle.unet.file.sha256, bundle.sidecars[0]),
+        classifier=NamedFile(bundle.classifier.file.name, bundle.classifier.file.sha256, bundle.sidecars[1]),
+        precision=bundle.unet.precision,
+        runs_on=f"{device['provider']}, {library} {device[library]}",
+        compute_capability=None if capability is None else str(capability),
+        processor=str(device["gpu"] if "gpu" in device else device["processor"]),
+        schedule=bundle.unet.schedule,
+        variance=bundle.unet.variance,
+        prediction=bundle.unet.prediction,
+        clip=bundle.unet.clip,
+        class_names=bundle.classifier.class_names,
+        image=bundle.unet.image,
+        images=ImagesIdentity(len(images), images.sha256()),
+        sigma=settings.sigma,
+        sigma_in_network_units=2 * settings.sigma,
+        steps=settings.steps,
+        timestep_rule=settings.timestep_rule or bundle.unet.timestep_rule,
+        timesteps=chain.timesteps,
+        conditioning=tuple(chain.t.tolist()),
+        coefficients=tuple(Coefficients(*row)._asdict() for row in chain.coef.tolist()),
+        alpha_bar=chain.scale**2,
+        votes=settings.effective.votes,
+        tie_rule="the label seen first",
+        rule=rule_of(settings, math.prod(bundle.unet.image)),
+        budget_seconds=BudgetIdentity(*(None if math.isinf(s) else s for s in (budget.image, budget.run))),
+        noise=NoiseIdentity(NOISE_LAW, smoothing_law(settings.sigma).sha256, vote_law().sha256),
+        secret_commitment=commitment(classifier.secret),
+        public_seed=seed,
+        arithmetic=arithmetic_of(device),
+    )
+
+
+def arithmetic_of(device: Mapping[str, str | int | bool]) -> ArithmeticIdentity:
+    """Read off a device's description how its engines compute."""
+    told = {name: str(device[name]) for name in ("cuda", "cudnn") if name in device}
+    if "onnxruntime" in device and "tensorrt" in device:  # its provider; a plan's is in `runs_on`
+        told["tensorrt"] = str(device["tensorrt"])
+    if "driver" in device:
+        told["driver"] = f"{device['driver_release']}, CUDA {device['driver']}"
+    return ArithmeticIdentity(
+        fingerprint=str(device["fingerprint"]),
+        batch=None if device["independent_of_batch"] else int(device["batch"]),
+        instruction_sets=tuple(str(device.get("instruction_sets", "")).split()),
+        **told,
+    )
+
+
+def settings_of(identity: Identity) -> Settings:
+    """What a run was asked for."""
+    rule = identity.rule
+    return Settings(
+        sigma=identity.sigma,
+        steps=identity.steps,
+        votes=identity.votes,
+        n0=Settings.n0 if rule.n0 is None else rule.n0,
+        n=rule.n,
+        alpha=rule.alpha,
+        method=rule.method,
+        radii=rule.radii,
+        radius_loss=rule.radius_loss,
+        timestep_rule=identity.timestep_rule,
+    )
+
+
+def rule_of(settings: Settings, pixels: int) -> RuleIdentity:
+    """How samples become certificates."""
+    given: dict[str, Any] = {"method": settings.method, "n": settings.n, "alpha": settings.alpha}
+    if settings.method == "fixed":
+        fixed = settings.rule(pixels)
+        return RuleIdentity(
+            **given, alpha_charged_for_noise=fixed.charge, n0=fixed.n0, tested="the class that n0 samples select"
+        )
+    rule = settings.anytime_rule(pixels, labelled=False)
+    own = {name: getattr(rule, name) for name in ("radii", "reserve", "radius_loss", "look") if hasattr(rule, name)}
+    tested = "the label of an image that has one, else every class"
+    return RuleIdentity(**given, **own, alpha_charged_for_noise=rule.charge, tested=tested)
+
+
+MOST_FIELDS = 4  # that a message names of those in which two identities differ
+
+
+def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The fields, by dotted names, in which two identities differ."""
+    for name in sorted({*ours, *theirs}):
+        one, other = ours.get(name), theirs.get(name)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            yield from differing(one, other, f"{prefix}{name}.")
+        elif json.dumps(one) != json.dumps(other):
+            yield prefix + name, one, other
+
+
+def differences(one: Identity, other: Identity, where_one: str, where_other: str) -> str:
+    """The first fields in which two identities differ, as a message names them; nothing when they are equal."""
+    fields = list(differing(asdict(one), asdict(other)))
+    shown = (f"{name}: {brief(a)} {where_one}, {brief(b)} {where_other}" for name, a, b in fields[:MOST_FIELDS])
+    more = (f"and {len(fields) - MOST_FIELDS} more",) if len(fields) > MOST_FIELDS else ()
+    return "; ".join((*shown, *more))
+
+
+def refuse_unrecorded_arithmetic(identity: Identity, path: Path) -> None:
+    """Raise UsageError for a run that does not say how its machine computed: no other samples can be put beside its."""
+    if identity.arithmetic is None:
+        raise UsageError(
+            f"{path} holds an old run, whose manifest does not say how its machine computed, so nothing shows that "
+            f"more samples would be of the same classifier. It can still be audited, reported and replayed: certify "
+            f"into a new folder with --out"
+        )

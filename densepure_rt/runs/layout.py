@@ -1,0 +1,90 @@
+"""The files of a run folder and the lines in them."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from densepure_rt import files
+from densepure_rt.errors import EnvironmentFault, UsageError
+from densepure_rt.json_files import line, parsed
+from densepure_rt.rounding import floored
+from densepure_rt.runs.records import ImageRecord, Manifest, TimingRecord
+from densepure_rt.smoothing.certificate import Certificate
+
+MANIFEST, SUMMARY, SEAL, KEY, REVEALED = "manifest.json", "summary.json", "seal.json", "secret.key", "secret.revealed"
+TSV_COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")  # locuslab/smoothing
+RESULTS = ("results.tsv", "results.jsonl", "timing.jsonl")
+ATTACKS = "falsify.jsonl"
+SEALED = (MANIFEST, *RESULTS, SUMMARY)  # and the ledger's content; and ATTACKS, where there is one
+ABSTAIN = -1  # in the TSV alone, as in locuslab/smoothing
+
+
+class Lines(NamedTuple):
+    """What one image adds to each of RESULTS."""
+
+    tsv: str
+    record: str
+    timing: str
+
+
+def record_of(idx: int, image_sha256: str, label: int | None, certificate: Certificate) -> ImageRecord:
+    """The record of one image; abstention is null, not a label."""
+    return ImageRecord(
+        idx=idx,
+        image_sha256=image_sha256,
+        label=label,
+        predict=certificate.predict,
+        radius=certificate.radius,
+        correct=None if label is None else certificate.covers(label, 0.0),
+        n0=certificate.n0,
+        n=certificate.n,
+        n_a=certificate.n_a,
+        alpha=certificate.alpha,
+        p_lower=certificate.p_lower,
+        stopped=certificate.stopped,
+        outcomes=certificate.outcomes,
+    )
+
+
+def tsv_line(record: ImageRecord, seconds: float) -> str:
+    columns = (
+        record.idx,
+        ABSTAIN if record.label is None else record.label,
+        ABSTAIN if record.predict is None else record.predict,
+        "0.0" if record.radius is None else floored(record.radius),
+        int(record.correct or False),
+        str(datetime.timedelta(seconds=seconds)),
+    )
+    return "\t".join(str(column) for column in columns) + "\n"
+
+
+def lines_of(record: ImageRecord, timing: TimingRecord) -> Lines:
+    return Lines(tsv_line(record, timing.seconds), line(record), line(timing))
+
+
+def results_of(done: Iterable[tuple[ImageRecord, TimingRecord]]) -> Lines:
+    """The whole content of each of RESULTS."""
+    head = Lines("\t".join(TSV_COLUMNS) + "\n", "", "")
+    return Lines(*map("".join, zip(head, *(lines_of(record, timing) for record, timing in done), strict=True)))
+
+
+def broken_picture(idx: int) -> str:
+    """The file that keeps what has broken an image's certificate."""
+    return f"broken-{idx}.png"
+
+
+def shard_of(manifest: Manifest) -> str:
+    return "the whole run" if manifest.provenance.shard is None else f"shard {manifest.provenance.shard}"
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a run folder. Raises UsageError when there is none, CheckFailed when it is damaged."""
+    try:
+        return parsed(Manifest, files.content(path / MANIFEST, "run file"), str(path / MANIFEST))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UsageError(f"{path} holds no run: there is no {MANIFEST} in it") from None
+    except OSError as error:
+        raise EnvironmentFault(f"cannot read {path / MANIFEST} ({error.strerror})") from error

@@ -1,0 +1,256 @@
+"""The models `predict` and `certify` that Triton's Python backend runs before the engines of a repository.
+
+`densepure-rt export --target triton` writes the repository; each of its two `model.py` names one of the classes below.
+Everything that decides an answer is in the parameters of the model's `config.pbtxt`, which are read when it is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from densepure_rt.errors import CheckFailed, DensePureError, UsageError
+from densepure_rt.images.datasets import LabelledImage
+from densepure_rt.keys import new_secret, shared_key
+from densepure_rt.runtime.bundle import Bundle, open_bundle, verified_engine
+from densepure_rt.runtime.device import MAX_BATCH, MAX_THREADS
+from densepure_rt.runtime.triton_device import Cancelled, TritonDevice
+from densepure_rt.serving.models import MOST_IMAGES, outputs_of, pixels_of, values_of
+from densepure_rt.serving.service import ModelName
+from densepure_rt.smoothing.certificate import Method
+from densepure_rt.smoothing.classifier import (
+    AnytimeJudge,
+    Certified,
+    Predicted,
+    SmoothedClassifier,
+    certificate_of,
+    chain_of,
+    prediction_of,
+)
+from densepure_rt.smoothing.samplers import OnDevice
+from densepure_rt.smoothing.scheduling import Cost
+from densepure_rt.smoothing.settings import Budget, Settings
+
+MODEL_NAMES: tuple[ModelName, ...] = ("predict", "certify")
+METHODS = tuple(name for name in get_args(Method) if name != "fixed")  # that have an answer whenever they are stopped
+DEADLINE, MAX_DEADLINE = "deadline_ms", "max_deadline_ms"  # the first is a parameter of requests too
+T = TypeVar("T")
+
+
+class Parameters:
+    """The parameters of a model's configuration, each read once; errors name the file and the parameter."""
+
+    def __init__(self, model: str, parameters: Mapping[str, Mapping[str, str]]) -> None:
+        self.where = f"{model}/config.pbtxt"
+        # Names in capitals are Triton's own, such as FORCE_CPU_ONLY_INPUT_TENSORS.
+        self.values = {name: entry.get("string_value", "") for name, entry in parameters.items() if not name.isupper()}
+        self.read: set[str] = set()
+
+    def text(self, name: str) -> str:
+        self.read.add(name)
+        if name not in self.values:
+            raise UsageError(f"{self.where} lacks the parameter {name!r}: export the repository again")
+        return str(self.values[name]).strip()
+
+    def number(self, name: str, kind: type[T]) -> T:
+        try:
+            return kind(self.text(name))  # type: ignore[call-arg]
+        except ValueError:
+            raise UsageError(
+                f"{self.where}: {name!r} should be {'a whole number' if kind is int else 'a number'}, found "
+                f"{self.text(name)!r}"
+            ) from None
+
+    def count(self, name: str, most: int) -> int:
+        if not 1 <= (value := self.number(name, int)) <= most:
+            raise UsageError(f"{self.where}: {name!r} is a count from 1 to {most}, found {value}")
+        return value
+
+    def milliseconds(self, name: str) -> float:
+        if not 0 < (value := self.number(name, float)) < math.inf:
+            raise UsageError(f"{self.where}: {name!r} is milliseconds above 0, found {self.text(name)!r}")
+        return value
+
+    def choice(self, name: str, allowed: Sequence[str]) -> Any:
+        if (value := self.text(name)) not in allowed:
+            raise UsageError(f"{self.where}: {name!r} is {value!r}, known are {', '.join(allowed)}")
+        return value
+
+    def numbers(self, name: str) -> tuple[float, ...] | None:
+        """Numbers with commas between them; None of none."""
+        words = [word for word in self.text(name).split(",") if word.strip()]
+        try:
+            return tuple(float(word) for word in words) or None
+        except ValueError:
+            raise UsageError(
+                f"{self.where}: {name!r} should be numbers with commas, found {self.text(name)!r}"
+            ) from None
+
+    def refuse_others(self) -> None:
+        """Raise UsageError for a parameter that nobody read: a slip of the pen must not pass for a default."""
+        if unknown := sorted(set(self.values) - self.read):
+            raise UsageError(f"{self.where} has parameters that are not known: {', '.join(unknown)}")
+
+
+def checked_bundle(repository: Path, parameters: Parameters) -> Bundle:
+    """The bundle in a model repository, found to be the one that it was exported with, byte for byte.
+
+    Raises CheckFailed when it is another, UsageError when a file is not there.
+    """
+    bundle = open_bundle(
+        repository / parameters.text("engine"),
+        repository / parameters.text("classifier"),
+        engine_sha256=parameters.text("engine_sha256"),
+    )
+    expected = parameters.text("classifier_sha256")
+    if not bundle.classifier.file.sha256 == bundle.unet.classifier.sha256 == expected:
+        raise CheckFailed(
+            f"{parameters.where} pins the classifier {expected[:16]}..., the sidecars of {bundle.classifier_path} and "
+            f"{bundle.unet_path} say {bundle.classifier.file.sha256[:16]}... and "
+            f"{bundle.unet.classifier.sha256[:16]}...: export the repository again"
+        )
+    for path, sidecar in ((bundle.unet_path, bundle.unet), (bundle.classifier_path, bundle.classifier)):
+        verified_engine(path, sidecar)
+    return bundle
+
+
+def settings_of(model: ModelName, parameters: Parameters) -> Settings:
+    """What a model answers by. Raises UsageError."""
+    settings = Settings(
+        sigma=parameters.number("sigma", float),
+        steps=parameters.number("steps", int),
+        votes=parameters.number("votes", int),
+        n=parameters.number("n", int),
+        alpha=parameters.number("alpha", float),
+    )
+    if model == "predict":
+        return settings
+    return replace(settings, method=parameters.choice("method", METHODS), radii=parameters.numbers("radii"))
+
+
+class TritonModel:
+    """`predict` or `certify`, by the name of its folder: Triton calls `initialize`, `execute` and `finalize`.
+
+    The engines are hashed when the model is loaded, which fails where they are others. They are first run for the first
+    request, since Triton lets a model call others only then; engines that fail their probe fail every request.
+    """
+
+    device: TritonDevice | None = None  # from the first request on
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        self.backend: Any = import_module("triton_python_backend_utils")  # Triton's own, in its own process
+        try:
+            config = json.loads(args["model_config"])
+            self.load(args["model_name"], Path(args["model_repository"]).parent, config)
+        except DensePureError as error:
+            raise self.backend.TritonModelException(str(error)) from error
+
+    def load(self, name: str, repository: Path, config: Mapping[str, Any]) -> None:
+        """Raises CheckFailed for other engines, UsageError for parameters that no answer can come of."""
+        if name not in MODEL_NAMES:
+            raise UsageError(f"{name!r} is not one of {', '.join(MODEL_NAMES)}: a model goes by the name of its folder")
+        self.name: ModelName = name
+        parameters = Parameters(name, config.get("parameters", {}))
+        self.settings = settings_of(self.name, parameters)
+        self.batch, self.callers = parameters.count("batch", MAX_BATCH), parameters.count("callers", MAX_THREADS)
+        self.deadline_ms = parameters.milliseconds(DEADLINE)
+        self.max_deadline_ms = parameters.milliseconds(MAX_DEADLINE)
+        key_file = parameters.text("key_file")
+        self.bundle = checked_bundle(repository, parameters)
+        parameters.refuse_others()
+        chain_of(self.bundle, self.settings)  # raises where there is none
+        pixels = math.prod(self.bundle.unet.image)
+        self.rule = (
+            self.settings.prediction_rule(pixels)
+            if name == "predict"
+            else self.settings.anytime_rule(pixels, labelled=False)
+        )
+        if name == "certify":
+            self.settings.check_reach(pixels, labelled=False)
+        self.secret = shared_key(Path(key_file)) if key_file else new_secret()
+        self.outputs = outputs_of(len(self.bundle.classifier.class_names))[self.name]
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        return [self.respond(request) for request in requests]
+
+    def finalize(self) -> None:
+        if self.device is not None:
+            self.device.close()
+
+    def respond(self, request: Any) -> Any:
+        backend = self.backend
+        try:
+            images, seconds = self.images_of(request), self.seconds_of(request)
+            device = self.opened()
+            device.cancelled = request.is_cancelled
+            values = values_of(self.answers(device, images, seconds))
+        except DensePureError as error:
+            return backend.InferenceResponse(error=backend.TritonError(str(error), self.code_of(error)))
+        types = {output.name: np.object_ if output.datatype == "BYTES" else None for output in self.outputs}
+        return backend.InferenceResponse(
+            [backend.Tensor(name, np.array(values[name], dtype)) for name, dtype in types.items()]
+        )
+
+    def images_of(self, request: Any) -> NDArray[np.uint8]:
+        """The request's images, uint8 [images, channels, height, width]; Triton has checked all but their number."""
+        tensor = self.backend.get_input_tensor_by_name(request, pixels_of(self.bundle.unet.image).name)
+        images: NDArray[np.uint8] = tensor.as_numpy()
+        if not 1 <= len(images) <= MOST_IMAGES:
+            raise UsageError(f"a request has 1 to {MOST_IMAGES} images, got {len(images)}")
+        return images
+
+    def answers(
+        self, device: TritonDevice, images: NDArray[np.uint8], seconds: float
+    ) -> list[Predicted] | list[Certified]:
+        """In the order of the images; after `seconds` by what the samples bear out, which may be none."""
+        labelled = [LabelledImage(idx, image, None) for idx, image in enumerate(images)]
+        classifier, budget = SmoothedClassifier(self.bundle, OnDevice(device), self.secret), Budget(run=seconds)
+        if self.name == "predict":
+            predicted = {found.image.idx: found for found in classifier.predict_each(labelled, self.settings, budget)}
+            return [predicted.get(image.idx) or self.no_prediction(image) for image in labelled]
+        certified = {found.image.idx: found for found in classifier.certify_each(labelled, self.settings, budget)}
+        return [certified.get(image.idx) or self.no_certificate(image) for image in labelled]
+
+    def no_prediction(self, image: LabelledImage) -> Predicted:
+        """Of an image that was not come to in time."""
+        judge = AnytimeJudge(self.rule.start(), "predict", self.settings.n)
+        classes = len(self.bundle.classifier.class_names)
+        return prediction_of(image, judge, self.rule.charge, classes, Cost(), stopped=True)
+
+    def no_certificate(self, image: LabelledImage) -> Certified:
+        """Of an image that was not come to in time."""
+        decision = self.rule.start().so_far()
+        return Certified(image, certificate_of(decision, self.settings.alpha, stopped=True), Cost())
+
+    def opened(self) -> TritonDevice:
+        """The engines, ready to run. Only while a request is executed."""
+        if self.device is None:
+            self.device = TritonDevice(self.backend, self.bundle, self.batch, self.callers)
+        return self.device
+
+    def code_of(self, error: DensePureError) -> Any:
+        codes = self.backend.TritonError
+        if isinstance(error, UsageError):
+            return codes.INVALID_ARG
+        return codes.CANCELLED if isinstance(error, Cancelled) else codes.INTERNAL
+
+    def seconds_of(self, request: Any) -> float:
+        """The time that an answer may take; what the request waited in Triton's queue is not in it."""
+        given = json.loads(request.parameters() or "{}").get(DEADLINE)
+        if given is None:
+            return self.deadline_ms / 1000
+        with suppress(TypeError, ValueError, OverflowError):
+            if 0 < float(given) <= self.max_deadline_ms and not isinstance(given, bool):
+                return float(given) / 1000
+        raise UsageError(
+            f"{DEADLINE} is milliseconds above 0, {self.max_deadline_ms:g} at most, got {str(given)[:40]!r}"
+        )

@@ -1,0 +1,388 @@
+"""Joins the loop, the ballot and the rule: an image in, a `Certificate` out. It is what the command line calls."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from densepure_rt import logs
+from densepure_rt.errors import EnvironmentFault, UsageError
+from densepure_rt.images.datasets import LabelledImage
+from densepure_rt.images.formats import require_pixels
+from densepure_rt.keys import SECRET_BYTES, new_secret
+from densepure_rt.runtime.bundle import Bundle, open_bundle, shipped_engine
+from densepure_rt.runtime.device import CLOSED, MAX_BATCH, MAX_THREADS, Device
+from densepure_rt.runtime.machine import available_cores
+from densepure_rt.runtime.noise import Purpose, image_key
+from densepure_rt.runtime.open_device import open_device, provider_of
+from densepure_rt.runtime.schedule import Chain, make_chain
+from densepure_rt.smoothing.bounds import error_at_most
+from densepure_rt.smoothing.certificate import Certificate, Method
+from densepure_rt.smoothing.decider import Decision
+from densepure_rt.smoothing.fixed import FixedRule, Tally
+from densepure_rt.smoothing.radius import RadiusDecider
+from densepure_rt.smoothing.samplers import OnDevice, Sampler
+from densepure_rt.smoothing.scheduling import Cost, Journal, Judge, Phases, Scheduler, UnderWay
+from densepure_rt.smoothing.sequential import GridDecider
+from densepure_rt.smoothing.settings import PREDICT_N, UNLIMITED, Budget, Settings
+
+J = TypeVar("J", bound=Judge)
+
+
+class AnytimeJudge:
+    """A decider of `densepure_rt.sequential`, fed with at most n samples for one purpose."""
+
+    def __init__(self, decider: GridDecider | RadiusDecider, purpose: Purpose, n: int) -> None:
+        self.decider = decider
+        self.phases: Phases = ((purpose, n),)
+
+    @property
+    def needed(self) -> int:
+        return self.decider.needed
+
+    def add(self, label: int) -> None:
+        self.decider.add(label)
+
+    @property
+    def decision(self) -> Decision:
+        return self.decider.so_far()
+
+
+def certificate_of(decision: Decision, alpha: float, stopped: bool = False) -> Certificate:
+    """A decision as a certificate; there was no selection."""
+    return Certificate(
+        predict=decision.predict,
+        radius=decision.radius,
+        n0=0,
+        n=decision.n,
+        n_a=decision.n_a,
+        alpha=alpha,
+        p_lower=decision.p_lower,
+        outcomes=decision.outcomes,
+        stopped=stopped,
+    )
+
+
+class Certified(NamedTuple):
+    image: LabelledImage
+    certificate: Certificate
+    cost: Cost
+
+
+class Predicted(NamedTuple):
+    """label: None where n samples leave it open. votes: how many of the n samples taken chose each class.
+
+    error_bound: over the sampling, a label other than the smoothed classifier's comes with a bound of b or less with
+    probability at most b, for every b. It is not the probability that this label is wrong. None without a label.
+    stopped: time was up before it was decided.
+    """
+
+    image: LabelledImage
+    label: int | None
+    n: int
+    votes: NDArray[np.int64]
+    error_bound: float | None
+    cost: Cost
+    stopped: bool = False
+
+
+def prediction_of(
+    image: LabelledImage, judge: AnytimeJudge, charge: float, classes: int, cost: Cost, stopped: bool = False
+) -> Predicted:
+    """What a judge says by `prediction_rule`, which took `charge` off its alpha."""
+    decision, counts = judge.decision, judge.decider.counts
+    votes = np.array([counts.get(label, 0) for label in range(classes)])
+    bound = None if decision.predict is None else error_at_most(decision.n_a, decision.n) + charge
+    return Predicted(image, decision.predict, decision.n, votes, bound, cost, stopped)
+
+
+def chain_of(bundle: Bundle, settings: Settings) -> Chain:
+    """The reverse steps of a bundle. Raises UsageError for steps without a network, or a sigma beyond its schedule."""
+    unet = bundle.unet
+    if unet.prediction == "none" and settings.steps:
+        raise UsageError(
+            f"{bundle.unet_path.name} holds no diffusion network, so there is nothing to take "
+            f"{settings.steps} steps with: ask for 0 steps, plain randomized smoothing"
+        )
+    rule = settings.timestep_rule or unet.timestep_rule
+    return make_chain(unet.schedule, unet.variance, settings.sigma, settings.steps, rule)
+
+
+class SmoothedClassifier:
+    """A bundle and what draws its samples, ready to certify: a context manager.
+
+    secret: what all noise is keyed with. Noise belongs to (secret, image, sigma): the same image under the same secret
+    gets the same certificate. failed: `idx` of the images of the last iteration that could not be sampled, and of which
+    nothing was said; see `scheduling.LOST`.
+    """
+
+    def __init__(self, bundle: Bundle, sampler: Sampler, secret: bytes | None = None) -> None:
+        self.bundle, self.sampler = bundle, sampler
+        self.failed: list[int] = []
+        if secret is not None and len(secret) < SECRET_BYTES:
+            raise UsageError(f"a secret is {SECRET_BYTES} bytes or more, got {len(secret)}")
+        self.secret = new_secret() if secret is None else secret
+        self.closed = False
+        self._busy_in: int | None = None  # the process that iterates: two iterations of one would share slots
+
+    def __enter__(self) -> SmoothedClassifier:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the engines. Safe to call twice; nothing can be asked of the classifier any more."""
+        self.closed = True
+        self.sampler.close()
+
+    @property
+    def device(self) -> Device:
+        """That of this process. Raises UsageError where others draw the samples, or after `close`."""
+        self._refuse_closed()
+        if not isinstance(self.sampler, OnDevice):
+            raise UsageError(
+                "this needs an engine in this process, and a cluster draws the samples: open the classifier with load"
+            )
+        return self.sampler.device
+
+    @property
+    def busy(self) -> bool:
+        """Say whether an iteration is under way in this process."""
+        return self._busy_in == os.getpid()
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.bundle.classifier.class_names
+
+    def chain(self, settings: Settings) -> Chain:
+        return chain_of(self.bundle, settings)
+
+    def certify(
+        self,
+        image: NDArray[np.uint8],
+        *,
+        sigma: float = Settings.sigma,
+        steps: int = Settings.steps,
+        votes: int = Settings.votes,
+        method: Method = Settings.method,
+        radii: Sequence[float] | None = None,
+        n0: int = Settings.n0,
+        n: int = Settings.n,
+        alpha: float = Settings.alpha,
+        budget: float = math.inf,
+    ) -> Certificate:
+        """The certificate of one image, uint8 [C, H, W], every class being tested. budget: wall seconds.
+
+        Raises EnvironmentFault when no worker of a cluster can draw its samples.
+        """
+        settings = Settings(
+            sigma, steps, votes, n0, n, alpha, method=method, radii=None if radii is None else tuple(radii)
+        )
+        images = [self._checked(image, 0)]
+        settings.check_reach(image.size, labelled=False)
+        for certified in self.certify_each(images, settings, Budget(image=budget)):
+            return certified.certificate
+        raise EnvironmentFault("the image has failed: nothing can draw its samples")
+
+    def predict(
+        self,
+        images: Iterable[NDArray[np.uint8]],
+        *,
+        sigma: float = Settings.sigma,
+        steps: int = Settings.steps,
+        votes: int = Settings.votes,
+        n: int = PREDICT_N,
+        alpha: float = Settings.alpha,
+    ) -> list[int | None]:
+        """The smoothed classifier's label of each image, uint8 [C, H, W], or None where n samples leave it open.
+
+        Each label is right, or None, with probability at least 1 - alpha for images chosen without knowing the secret.
+        """
+        settings = Settings(sigma, steps, votes, n=n, alpha=alpha)
+        labelled = (self._checked(image, idx) for idx, image in enumerate(self._several(images)))
+        return [found.label for found in self.predict_each(labelled, settings)]
+
+    def certify_each(
+        self,
+        images: Iterable[LabelledImage],
+        settings: Settings,
+        budget: Budget = UNLIMITED,
+        journal: Journal | None = None,
+    ) -> Iterator[Certified]:
+        """The certificates of `images`, in their order. Memory does not grow with n or with the number of images.
+
+        With an anytime method the label of an image, where it has one, is the class that is asked about: it must not
+        come from a run with the same secret. With a budget the images that a run came to before its end are answered:
+        by the best radius of an anytime method, which holds whenever it is stopped, and by an abstention with "fixed".
+        With a journal each image goes on from the labels that it already has there.
+
+        Raises UsageError when every radius that "sequential" was asked for is beyond the reach of n samples.
+        """
+        pixels = math.prod(self.bundle.unet.image)
+        if settings.method == "fixed":
+            yield from self._certify_fixed(images, settings, settings.rule(pixels), budget, journal)
+            return
+        settings.check_reach(pixels, labelled=True)
+        rules = {labelled: settings.anytime_rule(pixels, labelled) for labelled in (False, True)}
+
+        def judge(image: LabelledImage) -> AnytimeJudge:
+            return AnytimeJudge(rules[image.label is not None].start(image.label), "certify", settings.n)
+
+        for decided, found in self._judged(images, settings, judge, budget, journal):
+            certificate = certificate_of(found.decision, settings.alpha, decided.stopped)
+            yield Certified(decided.image, certificate, decided.cost)
+
+    def _certify_fixed(
+        self,
+        images: Iterable[LabelledImage],
+        settings: Settings,
+        rule: FixedRule,
+        budget: Budget,
+        journal: Journal | None,
+    ) -> Iterator[Certified]:
+        phases: Phases = (("select", settings.n0), ("certify", settings.n))
+
+        def judge(image: LabelledImage) -> Tally:
+            return Tally(phases, len(self.class_names))
+
+        for counted, tally in self._judged(images, settings, judge, budget, journal):
+            selection, estimation = tally.counts
+            if counted.stopped:
+                certificate = rule.stopped(selection, estimation, counted.cost.samples)
+            else:
+                certificate = rule.certify(selection, estimation, settings.sigma)
+            yield Certified(counted.image, certificate, counted.cost)
+
+    def predict_each(
+        self, images: Iterable[LabelledImage], settings: Settings, budget: Budget = UNLIMITED
+    ) -> Iterator[Predicted]:
+        """The labels of `images`, in their order, from n samples each at most (see `prediction_rule`).
+
+        With a budget: of the images that were come to before its end, and by what its samples bear out.
+        """
+        rule = settings.prediction_rule(math.prod(self.bundle.unet.image))
+
+        def judge(image: LabelledImage) -> AnytimeJudge:
+            return AnytimeJudge(rule.start(), "predict", settings.n)
+
+        for image, found in self._judged(images, settings, judge, budget):
+            yield prediction_of(image.image, found, rule.charge, len(self.class_names), image.cost, image.stopped)
+
+    def _refuse_closed(self) -> None:
+        if self.closed:
+            raise UsageError(CLOSED)
+
+    def _checked(self, image: NDArray[np.uint8], idx: int) -> LabelledImage:
+        return LabelledImage(idx, require_pixels(image, self.bundle.unet.image), None)
+
+    def _several(self, images: Iterable[NDArray[np.uint8]]) -> Iterable[NDArray[np.uint8]]:
+        """Raise UsageError for one image, or for what holds none, in place of several."""
+        if isinstance(images, np.ndarray) and images.shape == self.bundle.unet.image:
+            raise UsageError("images are several, and one was given: give [image], and take the one label that comes")
+        if isinstance(images, str | bytes) or not isinstance(images, Iterable) or getattr(images, "ndim", 1) == 0:
+            require_pixels(images, self.bundle.unet.image)
+        return images
+
+    def _judged(
+        self,
+        images: Iterable[LabelledImage],
+        settings: Settings,
+        new_judge: Callable[[LabelledImage], J],
+        budget: Budget = UNLIMITED,
+        journal: Journal | None = None,
+    ) -> Iterator[tuple[UnderWay[J], J]]:
+        """Each image with its judge, when it has all that it needs or its time is up."""
+        self._refuse_closed()
+        chain = self.chain(settings)
+        started = answered = time.perf_counter()
+        end = started + budget.run
+
+        def opened() -> Iterator[UnderWay[J]]:
+            for image in images:
+                if (now := time.perf_counter()) >= end:
+                    return
+                open_handles = partial(self._open, image, settings.sigma, chain)
+                yield UnderWay(image, new_judge(image), open_handles, min(end, now + budget.image), journal)
+
+        if self.busy:
+            raise UsageError("this classifier is already at work: finish or close that iteration, or load another one")
+        self._busy_in, self.failed = os.getpid(), []
+        scheduler = Scheduler(opened())
+        try:
+            while not scheduler.done:
+                with closing(self.sampler.decide(chain, scheduler, settings.ballot)) as outcomes:
+                    for outcome in outcomes:
+                        settled = () if outcome is None else scheduler.add(outcome)
+                        for closed in (*settled, *scheduler.stop_late(time.perf_counter())):
+                            self._close(closed)
+                        for ready in scheduler.finished():
+                            if ready.failed:
+                                logs.say(f"image {ready.image.idx} has failed: none can draw it", logging.WARNING)
+                                self.failed.append(ready.image.idx)
+                                continue
+                            ready.cost.seconds, answered = time.perf_counter() - answered, time.perf_counter()
+                            yield ready, ready.judge
+                        if scheduler.done:
+                            return
+                for ready in scheduler.finished():  # images that needed no sample
+                    yield ready, ready.judge
+        finally:
+            for unfinished in scheduler.open:
+                self._close(unfinished)
+            self._busy_in = None
+
+    def _open(self, image: LabelledImage, sigma: float, chain: Chain, phases: Phases) -> list[int]:
+        keys = [image_key(self.secret, purpose, sigma, image.pixels) for purpose, _ in phases]
+        return [self.sampler.open_image(image.pixels, key, sigma, chain.scale) for key in keys]
+
+    def _close(self, image: UnderWay[J]) -> None:
+        for handle in image.handles:
+            self.sampler.close_image(handle)
+
+
+def load(
+    engine: Path | str | None = None,
+    classifier: Path | str | None = None,
+    *,
+    secret: bytes | None = None,
+    batch: int | None = None,
+    threads: int | None = None,
+    provider: str = "cpu",
+    engine_sha256: str | None = None,
+    trust: bool = False,
+) -> SmoothedClassifier:
+    """The engine at `engine`, or the one that ships with the package, and its classifier, ready to certify.
+
+    classifier: instead of the one that the engine's sidecar names. secret: 32 bytes, else new ones from the system.
+    batch: items a call of the engine, else what suits it. threads: callers of the engine, else one for each core.
+    provider: of ONNX Runtime, "cpu", "cuda" or "tensorrt". engine_sha256: what the engine must hash to. trust: take
+    plans that have no sidecar.
+
+    Raises UsageError, CheckFailed or EnvironmentFault; each says what to do next.
+    """
+    threads = available_cores() if threads is None else threads
+    known = provider_of(provider)
+    for name, count, most in (("batch", 1 if batch is None else batch, MAX_BATCH), ("threads", threads, MAX_THREADS)):
+        if not 1 <= count <= most:
+            raise UsageError(f"{name} is a count from 1 up to {most}, got {count}", name)
+    bundle = open_bundle(
+        shipped_engine() if engine is None else Path(engine),
+        None if classifier is None else Path(classifier),
+        engine_sha256,
+        trust,
+    )
+    return SmoothedClassifier(bundle, OnDevice(open_device(bundle, batch, threads, known)), secret)

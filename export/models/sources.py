@@ -1,0 +1,442 @@
+"""What a command names -> the two models, and the images that they are checked on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from densepure_rt.errors import UsageError
+from densepure_rt.export.models.checkpoints import CHECKPOINTS, is_checkpoint, load_into, read_state_dict, spec_hint
+from densepure_rt.export.models.classifiers import ClassifierModel, declare, open_classifier, zoo_classifier
+from densepure_rt.export.models.model_options import ModelOptions
+from densepure_rt.export.models.openai_unet import AttentionOrder, openai_schedule, openai_unet
+from densepure_rt.export.models.programs import built, exported_program
+from densepure_rt.export.models.unets import DiffusionModel, declared_unet, diffusers_unet, no_unet, zoo_unet
+from densepure_rt.export.zoo.models import CLASS_NAMES, ZOO
+from densepure_rt.images.datasets import SHIPPED_SHAPE, ImageSet, LabelledImage, open_images
+from densepure_rt.runtime.bundle import Bundle, Prediction, sha256_of
+from densepure_rt.runtime.schedule import Schedule, ScheduleName, TimestepRule, Variance
+
+PARITY_IMAGES = 16  # for numbers
+LABEL_IMAGES = 20  # for labels: seconds; --parity-images and --parity-samples ask for more
+CALIBRATION = "fashion_mnist_calibration.npz"  # training images
+DECLARED = ("image", "schedule", "variance", "prediction", "clip", "timestep_rule", "attention")  # kept in a sidecar
+CLIP = (-1.0, 1.0)  # of pixels; what every published sampler does unless told otherwise
+Image = tuple[int, int, int]
+
+
+def open_models(options: ModelOptions) -> tuple[DiffusionModel, ClassifierModel]:
+    """The models that the options name. Raises UsageError, CheckFailed or EnvironmentFault; each says what to do."""
+    if options.weights is not None and (options.unet or options.classifier):
+        raise UsageError("--weights is for the model that ships: leave it out beside --unet and --classifier")
+    if options.classifier is None:
+        refuse(options, "the classifier that ships says these itself", *CLASSIFYING)
+    unet = open_unet(options)
+    if options.classifier is None:
+        classifier = zoo_classifier(zoo_file(options.weights, "classifier"))
+        if classifier.image != unet.image:
+            raise UsageError(
+                f"the UNet works on images {list(unet.image)}, and the classifier that ships takes "
+                f"{list(classifier.image)}: name one with --classifier"
+            )
+        return unet, classifier
+    classifier = open_classifier(
+        options.classifier,
+        unet.image,
+        labels=options.labels,
+        weights=options.classifier_weights,
+        prefix=options.classifier_prefix,
+        declared=declare(
+            options.pixel_range,
+            options.mean,
+            options.std,
+            options.channel_order,
+            options.resize,
+            options.interpolation,
+            options.antialias,
+            options.crop,
+        ),
+    )
+    return unet, classifier
+
+
+def zoo_file(folder: Path | None, name: str) -> Path:
+    path = (folder or ZOO) / f"{name}.safetensors"
+    if not os.path.isfile(path):  # unlike Path.is_file, it takes any name for an answer
+        raise UsageError(f"no weights at {path}: give --weights a folder that training wrote, or leave it out")
+    return path
+
+
+def open_unet(options: ModelOptions) -> DiffusionModel:
+    """The diffusion network that the options name."""
+    if options.timestep_rule not in get_args(TimestepRule):
+        raise UsageError(f"--timestep-rule {options.timestep_rule} is not known: {', '.join(get_args(TimestepRule))}")
+    load = _loader(options.unet)
+    model = load(options)
+    if options.clip is not None and load is not _none:
+        model = dataclasses.replace(model, clip=clip_of(options.clip))
+    rule: TimestepRule = options.timestep_rule  # type: ignore[assignment]  # checked above
+    if rule != "nearest" and model.schedule.continuous:
+        raise UsageError(f"--timestep-rule {rule} is for networks with timesteps: leave it out")
+    return dataclasses.replace(model, timestep_rule=rule)
+
+
+def _loader(spec: str | None) -> Callable[[ModelOptions], DiffusionModel]:
+    if spec is None:
+        return _zoo
+    if spec == "none":
+        return _none
+    path = Path(spec)
+    if os.path.isdir(spec):
+        return _diffusers
+    if path.suffix == ".pt2":
+        return _program
+    if is_checkpoint(spec):
+        return _openai
+    if re.fullmatch(r"[\w.]+:[\w.]+", spec):
+        return _callable
+    raise UsageError(
+        f"--unet {spec} is none of a checkpoint ({', '.join(CHECKPOINTS)}), a diffusers folder, a .pt2 file, "
+        f"package.module:function or none: {spec_hint(spec, '--unet')}"
+    )
+
+
+def refuse(options: ModelOptions, why: str, *names: str) -> None:
+    """Raise UsageError for options of these names that were given."""
+    given = [option for name, option in options.given().items() if name in names]
+    if given:
+        raise UsageError(f"{why}: leave {', '.join(given)} out")
+
+
+def _zoo(options: ModelOptions) -> DiffusionModel:
+    refuse(options, "the model that ships says these itself", *TRAINING, *LAYOUT, "image_size", "unet_weights")
+    return zoo_unet(zoo_file(options.weights, "unet"))
+
+
+def _none(options: ModelOptions) -> DiffusionModel:
+    refuse(options, "without a UNet they mean nothing", *TRAINING, *LAYOUT, "unet_weights", "clip")
+    return no_unet(whole_image(options, "--unet none"))
+
+
+def _diffusers(options: ModelOptions) -> DiffusionModel:
+    refuse(options, "a diffusers folder says these itself", *TRAINING, *LAYOUT, "unet_weights")
+    image = image_of(options.image_size) if options.image_size else None
+    return diffusers_unet(Path(options.unet or ""), image, clip_given=options.clip is not None)
+
+
+def _openai(options: ModelOptions) -> DiffusionModel:
+    why = "a checkpoint in OpenAI's layout says these itself"
+    refuse(options, why, "prediction", "variance", "unet_weights", "beta_start", "beta_end")
+    if (options.schedule is None) != (options.diffusion_steps is None):
+        raise UsageError("--schedule and --diffusion-steps belong together: give both, as it was trained")
+    schedule = None
+    if options.schedule is not None and options.diffusion_steps is not None:
+        schedule = openai_schedule(options.schedule, options.diffusion_steps)
+        if options.timestep_scale is not None:
+            schedule = dataclasses.replace(schedule, timestep_scale=scale_of(options.timestep_scale))
+    elif options.timestep_scale is not None:
+        raise UsageError("--timestep-scale belongs to --schedule and --diffusion-steps: give all three")
+    orders: dict[str, AttentionOrder] = {name: name for name in get_args(AttentionOrder)}
+    if (order := options.attention_order) is not None and order not in orders:
+        raise UsageError(f"--attention-order {order} is not known: {', '.join(orders)}")
+    channels, size = None, None
+    if options.image_size is not None:
+        channels, size, width = image_of(options.image_size)
+        if size != width:
+            raise UsageError(
+                f"--image-size {options.image_size}: a network of this layout takes squares; give one number"
+            )
+    model = openai_unet(
+        Path(options.unet or ""),
+        prefix=options.unet_prefix,
+        num_heads=options.num_heads,
+        num_head_channels=options.num_head_channels,
+        attention_order=None if order is None else orders[order],
+        schedule=schedule,
+        image_size=size,
+    )
+    if channels not in (None, model.image[0]):
+        raise UsageError(
+            f"--image-size {options.image_size}: the network in {options.unet} takes {model.image[0]} channels; give "
+            f"{size} alone"
+        )
+    return model
+
+
+def _program(options: ModelOptions) -> DiffusionModel:
+    refuse(options, "a program holds its weights and layout", *LAYOUT, "unet_weights")
+    path = Path(options.unet or "")
+    declared = declared_training(options)  # first: it needs no loading
+    return declared_unet(exported_program(path), *declared, weights_sha256=sha256_of(path))
+
+
+def _callable(options: ModelOptions) -> DiffusionModel:
+    refuse(options, "a module:callable builds its own layout", *ATTENTION)
+    if options.unet_prefix and options.unet_weights is None:
+        raise UsageError("--unet-prefix is of the names in --unet-weights: give both, or neither")
+    declared = declared_training(options)
+    network = built(options.unet or "")
+    if options.unet_weights is None:
+        return declared_unet(network, *declared)
+    state = read_state_dict(options.unet_weights, options.unet_prefix)
+    network = load_into(network, state, str(options.unet_weights), prefix=options.unet_prefix)
+    return declared_unet(network, *declared, weights_sha256=sha256_of(options.unet_weights))
+
+
+TRAINING = ("schedule", "diffusion_steps", "timestep_scale", "beta_start", "beta_end", "prediction", "variance")
+ATTENTION = ("num_heads", "num_head_channels", "attention_order")
+LAYOUT = (*ATTENTION, "unet_prefix")
+CLASSIFYING = (
+    *("classifier_weights", "classifier_prefix", "labels", "pixel_range", "mean", "std"),
+    *("channel_order", "resize", "interpolation", "antialias", "crop"),
+)
+
+
+def declared_training(
+    options: ModelOptions,
+) -> tuple[Image, Schedule, Prediction, Variance, tuple[float, float] | None]:
+    """How a network was trained that does not say so itself. Raises UsageError that names all that is missing."""
+    continuous = options.schedule == "continuous"
+    needed = ["image_size", "schedule", "prediction"] + ([] if continuous else ["diffusion_steps"])
+    missing = [f"--{name.replace('_', '-')}" for name in needed if getattr(options, name) is None]
+    if missing:
+        raise UsageError(f"{options.unet} does not say how it was trained: give {', '.join(missing)}")
+    predictions: dict[str, Prediction] = {name: name for name in get_args(Prediction) if name != "none"}
+    variances: dict[str, Variance] = {name: name for name in get_args(Variance)}
+    names: dict[str, ScheduleName] = {name: name for name in get_args(ScheduleName)}
+    variance = options.variance or "fixed_small"
+    for option, value, known in (
+        ("--prediction", options.prediction, predictions),
+        ("--variance", variance, variances),
+        ("--schedule", options.schedule, names),
+    ):
+        if value not in known:
+            raise UsageError(f"{option} {value} is not known: {', '.join(known)}")
+    if continuous != (options.prediction == "denoiser"):
+        raise UsageError(
+            "--schedule continuous and --prediction denoiser belong together: a network that is told sigma in place of "
+            "a timestep, and gives the clean image"
+        )
+    if continuous:
+        timed = ("diffusion_steps", "timestep_scale", "beta_start", "beta_end")
+        refuse(options, "--schedule continuous has no timesteps", *timed)
+    schedule = Schedule(
+        names[options.schedule or ""],
+        1 if continuous else steps_of(options.diffusion_steps or 0),
+        *betas_of(options),
+        timestep_scale=1.0 if options.timestep_scale is None else scale_of(options.timestep_scale),
+    )
+    image = whole_image(options, str(options.unet))
+    return image, schedule, predictions[options.prediction or ""], variances[variance], clip_of(options.clip)
+
+
+def steps_of(steps: int) -> int:
+    if not 2 <= steps <= 100_000:
+        raise UsageError(f"--diffusion-steps {steps}: networks are trained with 2 to 100,000, mostly 1000")
+    return steps
+
+
+def betas_of(options: ModelOptions) -> tuple[float, float]:
+    """The first and last beta of a declared schedule; those of Ho et al. 2020 for a linear one unless told."""
+    start, end = options.beta_start, options.beta_end
+    if options.schedule == "cosine":
+        refuse(options, "a cosine schedule has its own betas", "beta_start", "beta_end")
+    if start is None and end is None and options.schedule != "scaled_linear":
+        return Schedule.beta_start, Schedule.beta_end
+    if start is None or end is None or not 0 < start <= end < 1:
+        raise UsageError(
+            f"--beta-start {start} --beta-end {end}: give both, between 0 and 1, the smaller first, as the network was "
+            f"trained; a {options.schedule} schedule is defined by them"
+        )
+    return start, end
+
+
+def scale_of(scale: float) -> float:
+    if not 0 < scale < math.inf:
+        raise UsageError(f"--timestep-scale {scale:g}: a number above 0, such as 1000 / T for a network of T timesteps")
+    return scale
+
+
+def clip_of(text: str | None) -> tuple[float, float] | None:
+    """The range of --clip: "-1,1", or "none"."""
+    if text is None:
+        return CLIP
+    if text == "none":
+        return None
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"--clip {text}: two numbers with a comma between, such as --clip=-1,1, or none") from None
+    if not -math.inf < low < high < math.inf:
+        raise UsageError(f"--clip {text}: the first number must be the smaller, both finite; none for no clip")
+    return low, high
+
+
+def image_of(text: str) -> tuple[int | None, int, int]:
+    """--image-size: "32" is a square, "32x48" height and width, "3x32x48" has the channels too."""
+    parts = text.split("x")
+    if not 1 <= len(parts) <= 3 or not all(re.fullmatch(r"[1-9]\d{0,4}", part) for part in parts):
+        raise UsageError(f"--image-size {text}: 32, 32x48 (height, width) or 3x32x48 (channels first)")
+    numbers = [int(part) for part in parts]
+    if len(numbers) == 1:
+        return None, numbers[0], numbers[0]
+    return (numbers[0] if len(numbers) == 3 else None), numbers[-2], numbers[-1]
+
+
+def whole_image(options: ModelOptions, what: str) -> Image:
+    """[C, H, W]; three channels unless told."""
+    if options.image_size is None:
+        raise UsageError(f"{what} does not say the size of its images: give --image-size, such as 3x32x32")
+    channels, height, width = image_of(options.image_size)
+    return channels or 3, height, width
+
+
+def refuse_other_models(unet: DiffusionModel, classifier: ClassifierModel, bundle: Bundle) -> None:
+    """Raise UsageError unless the bundle was exported from these two models, as they are declared."""
+    prepared = classifier.preprocessing and json.loads(json.dumps(dataclasses.asdict(classifier.preprocessing)))
+    for path, sidecar, model, option in (
+        (bundle.unet_path, bundle.unet, unet, "--unet"),
+        (bundle.classifier_path, bundle.classifier, classifier, "--classifier"),
+    ):
+        if sidecar.weights_sha256 != model.weights_sha256:
+            raise UsageError(
+                f"{path} was exported from weights {sidecar.weights_sha256[:16]}..., the model that is given has "
+                f"{model.weights_sha256[:16]}...: give {option} the model that the engine was exported from, or "
+                f"--engine an engine that was exported from this one"
+            )
+        pairs = {name: (getattr(sidecar, name), getattr(model, name)) for name in DECLARED if hasattr(model, name)}
+        if model is classifier:
+            pairs["preprocessing"] = bundle.classifier.preprocessing, prepared
+        for name, (exported, given) in pairs.items():
+            if exported != given and not (name == "attention" and exported is None):  # of a sidecar that does not say
+                raise UsageError(
+                    f"{path} was exported with {name} {exported}, the model is given with {given}: repeat the "
+                    f"options of the export"
+                )
+
+
+def check_images(
+    unet: DiffusionModel,
+    classifier: ClassifierModel,
+    images: Path | None,
+    calibration: Path | None,
+    label_images: int | None,
+    label_samples: int,
+    say: Callable[[str], None] = lambda line: None,
+) -> Images:
+    """What an export of these models is checked on, and calibrated on.
+
+    images, label_images: see `comparison_images`. calibration: None for the shipped training images if they are the
+    model's. label_samples: noisy copies of each image that labels are compared on.
+    """
+    if label_samples < 2:
+        raise UsageError(f"--parity-samples {label_samples}: two samples of each image are the least")
+    labelled = comparison_images(unet, classifier, images, label_images, say)
+    parity = np.stack([image.pixels for image in labelled[:PARITY_IMAGES]])
+    real = images is not None or unet.image == SHIPPED_SHAPE
+    return Images(
+        parity=parity,
+        labelled=labelled if math.prod(unet.image) <= LARGE_IMAGE else (),
+        samples=label_samples,
+        calibration=calibration_pixels(unet, classifier, calibration),
+        denoising=parity if images is not None or not real else pixels_of(shipped_images(parity.shape[0])),
+        made_up=not real,
+    )
+
+
+def shipped_images(count: int) -> ImageSet:
+    """Take `count` of the shipped images, evenly spread: a denoiser needs no classes."""
+    found = open_images(None, SHIPPED_SHAPE, CLASS_NAMES)
+    return dataclasses.replace(found, positions=[i * len(found) // count for i in range(count)])
+
+
+def comparison_images(
+    unet: DiffusionModel,
+    classifier: ClassifierModel,
+    images: Path | None,
+    count: int | None,
+    say: Callable[[str], None] = lambda line: None,
+    usual: int = LABEL_IMAGES,
+) -> list[LabelledImage]:
+    """`count` images for these models, evenly spread over those at `images`; None for `usual`, or what there is.
+
+    images: None for the shipped ones if they are the model's, else for pictures that are made up.
+    """
+    if count is not None and count < 1:
+        raise UsageError(f"{count} images are too few to compare on: ask for one or more")
+    if images is None and not is_shipped(unet, classifier):
+        say("no --images: comparing on pictures that are made up")
+        pictures = made_up(unet.image, count or usual)
+        return [LabelledImage(i, picture, None) for i, picture in enumerate(pictures)]
+    found = open_images(images, unet.image, classifier.class_names)
+    wanted = count or min(usual, len(found))
+    if wanted > len(found):
+        raise UsageError(f"{wanted} images are asked for, and {found.name} holds {len(found)}")
+    spread = [found.positions[i * len(found) // wanted] for i in range(wanted)]
+    return list(dataclasses.replace(found, positions=spread))
+
+
+def is_shipped(unet: DiffusionModel, classifier: ClassifierModel) -> bool:
+    """Whether the shipped images are of these models' size and classes."""
+    return unet.image == SHIPPED_SHAPE and classifier.class_names == CLASS_NAMES
+
+
+def calibration_pixels(
+    unet: DiffusionModel, classifier: ClassifierModel, path: Path | None
+) -> NDArray[np.uint8] | None:
+    """Images [n, C, H, W] that no certificate is about; None where none were given."""
+    if path is not None:
+        return pixels_of(open_images(path, unet.image, classifier.class_names))
+    if not is_shipped(unet, classifier):
+        return None
+    with resources.as_file(resources.files("densepure_rt") / "data" / CALIBRATION) as shipped:
+        return pixels_of(open_images(shipped, unet.image, classifier.class_names))
+
+
+def pixels_of(images: ImageSet) -> NDArray[np.uint8]:
+    return np.stack([image.pixels for image in images])
+
+
+def made_up(image: Image, count: int) -> NDArray[np.uint8]:
+    """Smooth pictures, uint8 [count, C, H, W]: a few waves across each channel, the same ones every time."""
+    draw = np.random.Generator(np.random.Philox(0))
+    channels, height, width = image
+    y, x = np.meshgrid(np.linspace(0, 1, height), np.linspace(0, 1, width), indexing="ij")
+    pictures = np.zeros((count, *image))
+    for picture in pictures.reshape(count * channels, height, width):
+        for _ in range(4):
+            down, across, phase = draw.uniform(-3, 3), draw.uniform(-3, 3), draw.uniform(0, 1)
+            picture += np.cos(2 * np.pi * (down * y + across * x + phase))
+    levels: NDArray[np.uint8] = ((pictures + 4) / 8 * 255).round().astype(np.uint8)
+    return levels
+
+
+LARGE_IMAGE = 3 * 128 * 128  # values from which a UNet call takes many seconds on a CPU
+
+
+@dataclass(frozen=True)
+class Images:
+    """What an export is checked on, and what a quantized one is calibrated on.
+
+    parity: uint8 [n, C, H, W]. labelled: for the comparison of labels, `samples` noisy copies of each. calibration:
+    uint8 [n, C, H, W], images that no certificate is about. denoising: of the denoising check, uint8 [n, C, H, W]; None
+    for those of parity. made_up: whether these are no real images.
+    """
+
+    parity: NDArray[np.uint8]
+    labelled: Sequence[LabelledImage] = ()
+    samples: int = 0
+    calibration: NDArray[np.uint8] | None = None
+    denoising: NDArray[np.uint8] | None = None
+    made_up: bool = False

@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from densepure_rt.commands.inspect import inspection, onnx_graph
+from densepure_rt.errors import CheckFailed, UsageError
+
+ROOT = Path(__file__).resolve().parents[3]
+ENGINES = ROOT / "engines"
+NAMES = ("unet.onnx", "classifier.onnx")
+
+
+def cli(*arguments: str | Path, blocked: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """`densepure-rt inspect ARGUMENTS` in a fresh interpreter, without the `blocked` packages."""
+    code = f"import sys; sys.modules.update(dict.fromkeys({blocked!r})); from densepure_rt.cli import main; main()"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "300"}
+    command = [sys.executable, "-c", code, "inspect", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def sidecar_of(engine: Path) -> dict[str, Any]:
+    written: dict[str, Any] = json.loads(Path(f"{engine}.json").read_text())
+    return written
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    """A copy of the shipped bundle, to be damaged."""
+    for file in ENGINES.glob("*.onnx*"):
+        shutil.copy(file, tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_field_of_the_sidecar_is_printed(name: str) -> None:
+    done = cli(ENGINES / name)
+    assert (done.returncode, done.stderr) == (0, "")
+    printed = dict(line.split(None, 1) for line in done.stdout.splitlines())
+    for field, value in sidecar_of(ENGINES / name).items():
+        if field == "schema_version":
+            continue
+        if isinstance(value, dict):
+            for inner, content in value.items():
+                assert printed[f"{field}.{inner}"].strip() == str(content)
+        else:
+            expected = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            assert printed[field].strip() == expected
+    assert printed["check.matches"].strip() == "True"
+    assert printed["check.sha256"].strip() == sha256(ENGINES / name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_json_holds_the_sidecar_and_the_check(name: str) -> None:
+    done = cli(ENGINES / name, "--json", blocked=("onnx",))
+    assert (done.returncode, done.stderr) == (0, "")
+    report = json.loads(done.stdout)
+    written = sidecar_of(ENGINES / name)
+    del written["schema_version"]
+    size = (ENGINES / name).stat().st_size
+    assert report.pop("check") == {"sha256": sha256(ENGINES / name), "matches": True, "bytes": size}
+    assert report == written
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_sidecar_can_be_named_instead_of_the_engine(name: str) -> None:
+    assert inspection(ENGINES / f"{name}.json") == inspection(ENGINES / name)
+
+
+def test_the_graph_is_described_as_onnx_itself_reads_it() -> None:
+    onnx = pytest.importorskip("onnx")
+    graph = onnx.load(ENGINES / "unet.onnx").graph
+    found = inspection(ENGINES / "unet.onnx")["graph"]
+    assert found["nodes"] == len(graph.node) == sum(found["operators"].values())
+    assert [line.split(":")[0] for line in found["inputs"]] == [value.name for value in graph.input]
+    assert [line.split(":")[0] for line in found["outputs"]] == [value.name for value in graph.output]
+    assert found["operators"]["Conv"] == sum(node.op_type == "Conv" for node in graph.node)
+
+
+def test_no_engine_library_and_no_onnx_are_needed() -> None:
+    blocked = ("onnx", "onnxruntime", "torch", "tensorrt", "google.protobuf")
+    done = cli(ENGINES / "unet.onnx", blocked=blocked)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "check.matches" in done.stdout
+    assert "graph." not in done.stdout
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_changed_byte_exits_1_and_names_both_hashes(bundle: Path, as_json: bool) -> None:
+    engine = bundle / "unet.onnx"
+    content = bytearray(engine.read_bytes())
+    content[len(content) // 2] ^= 1
+    engine.write_bytes(content)
+    done = cli(engine, *(["--json"] if as_json else []))
+    assert done.returncode == 1
+    assert sha256(engine) in done.stdout
+    assert sidecar_of(engine)["file"]["sha256"] in done.stdout
+    assert done.stderr.startswith("error: ")
+    assert "sidecar" in done.stderr
+    if as_json:
+        assert json.loads(done.stdout)["check"]["matches"] is False
+
+
+def test_a_truncated_engine_exits_1(bundle: Path) -> None:
+    os.truncate(bundle / "classifier.onnx", 1000)
+    done = cli(bundle / "classifier.onnx")
+    assert done.returncode == 1
+    assert "damaged" in done.stderr
+
+
+def test_an_engine_that_onnx_cannot_read_is_no_traceback(bundle: Path) -> None:
+    """The hash is right, the content is not ONNX: another format, or a sidecar made for a damaged file."""
+    engine = bundle / "unet.onnx"
+    os.truncate(engine, 1000)
+    fields = sidecar_of(engine)
+    fields["file"]["sha256"] = sha256(engine)
+    Path(f"{engine}.json").write_text(json.dumps(fields))
+    done = cli(engine)
+    assert done.returncode in (0, 1)
+    assert "check.matches" in done.stdout or "unet.onnx" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["nothing.onnx", "nothing.onnx.json"])
+def test_a_missing_file_exits_2_and_says_how_to_get_one(tmp_path: Path, name: str) -> None:
+    done = cli(tmp_path / name)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert str(tmp_path / "nothing.onnx") in done.stderr
+    assert "densepure-rt export" in done.stderr
+
+
+def test_a_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no file at"):
+        inspection(tmp_path)
+
+
+def test_a_missing_sidecar_is_refused_by_name(bundle: Path) -> None:
+    (bundle / "unet.onnx.json").unlink()
+    with pytest.raises(UsageError, match=r"unet\.onnx\.json.*copy it along"):
+        inspection(bundle / "unet.onnx")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", "[" * 100_000, '{"schema_version": 99}', '{"schema_version": 1}']
+)
+def test_a_sidecar_of_another_kind_is_refused(bundle: Path, text: str) -> None:
+    (bundle / "unet.onnx.json").write_text(text)
+    with pytest.raises(CheckFailed, match=r"unet\.onnx\.json.*export the bundle again"):
+        inspection(bundle / "unet.onnx")
+
+
+def test_a_binary_sidecar_is_refused(bundle: Path) -> None:
+    (bundle / "unet.onnx.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(CheckFailed, match="not a text file"):
+        inspection(bundle / "unet.onnx")
+
+
+def test_ctrl_c_while_onnx_is_imported_is_no_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled code makes an ImportError of it."""
+    (tmp_path / "onnx.py").write_text("raise ImportError('initialization failed') from KeyboardInterrupt()")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "onnx", raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        onnx_graph(tmp_path / "unet.onnx")

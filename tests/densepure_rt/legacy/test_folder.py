@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from densepure_rt.errors import CheckFailed, UsageError
+from densepure_rt.legacy.claims import Imported, import_folder, import_log
+from densepure_rt.legacy.folder import ImportedRun, read_imported, write
+from densepure_rt.legacy.label_arrays import open_folder
+from densepure_rt.legacy.logs import read_log
+from densepure_rt.report.sources import read_results
+from densepure_rt.runs.reader import Run
+from tests.densepure_rt.commands.test_import_results import DDS, arrays
+from tests.support.runs import Made, make_run
+
+__all__ = ["arrays"]
+RADII = (0.0, 0.5)
+
+
+def log_imported(path: Path, text: str = DDS, sigma: float | None = None, n: int | None = None) -> Imported:
+    path.write_text(text)
+    return import_log(read_log(path), sigma, n, 0.001, RADII)
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Path:
+    write(log_imported(tmp_path / "log.tsv", sigma=0.25, n=10_000), RADII, tmp_path / "kept")
+    return tmp_path / "kept"
+
+
+def same(read: ImportedRun, written: Imported) -> None:
+    claims = [asdict(claim) | {"correct": claim.correct} for claim in written.claims]
+    assert [asdict(record) for record in read.records] == claims
+    assert [tuple(asdict(flag).values()) for flag in read.origin.flags] == list(written.flags)
+    assert (read.origin.reach, read.origin.sources_sha256) == (written.reach, written.sources)
+    settings = {name: value for name, value in written.settings.items() if value is not None}
+    assert settings.items() <= json.loads(json.dumps(asdict(read.origin.settings))).items()
+
+
+def test_a_log_is_read_as_it_was_written(tmp_path: Path) -> None:
+    for name, sigma, n in (("known", 0.25, 10_000), ("unknown", None, None)):
+        written = log_imported(tmp_path / "log.tsv", sigma=sigma, n=n)
+        write(written, RADII, tmp_path / name)
+        read = read_imported(tmp_path / name)
+        same(read, written)
+        assert read.origin_sha256 == hashlib.sha256((tmp_path / name / "imported.json").read_bytes()).hexdigest()
+
+
+def test_label_arrays_are_read_as_they_were_written(arrays: Path, tmp_path: Path) -> None:
+    written = import_folder(open_folder(arrays, None, None), 0.001, 10, None, None, RADII, lambda images, _: images)
+    write(written, RADII, tmp_path / "kept")
+    same(read_imported(tmp_path / "kept"), written)
+
+
+def test_a_folder_is_a_run_or_imported_or_refused(kept: Path, tmp_path: Path) -> None:
+    assert isinstance(read_results(make_run(tmp_path / "run", [Made(0.5)])), Run)
+    assert isinstance(read_results(kept), ImportedRun)
+    for path in (tmp_path, tmp_path / "nothing", tmp_path / "log.tsv"):
+        with pytest.raises(UsageError, match=r"holds no run and no imported results: .*manifest\.json.*imported\.json"):
+            read_results(path)
+
+
+def edited(change: Callable[[dict[str, object]], object], kept: Path) -> None:
+    origin = json.loads((kept / "imported.json").read_text())
+    change(origin)
+    (kept / "imported.json").write_text(json.dumps(origin))
+
+
+def test_a_damaged_folder_is_one_clear_error(kept: Path) -> None:
+    edited(lambda origin: origin.update(images=4), kept)
+    with pytest.raises(CheckFailed, match=r"3 images where imported\.json counts 4"):
+        read_results(kept)
+    edited(lambda origin: origin.update(images=3, reach="far"), kept)
+    with pytest.raises(CheckFailed, match=r"imported\.json is damaged, at reach"):
+        read_results(kept)
+    edited(lambda origin: origin.update(reach=None), kept)
+    (kept / "results.jsonl").write_text('{"idx": 0}\n')
+    with pytest.raises(CheckFailed, match="line 1 is damaged"):
+        read_results(kept)
+    (kept / "results.jsonl").unlink()
+    with pytest.raises(UsageError, match=r"results\.jsonl is missing"):
+        read_results(kept)
