@@ -70,14 +70,14 @@ test: $(DEV) ## all tests
 	$(ENV)/bin/python -m pytest $(SPREAD) $(PYTEST_ARGS)
 
 # What test-fast leaves out: tests/export, which exports networks, and these, which certify, serve or drive a browser.
-NOT_FAST = $(patsubst %,densepure_rt/test_%.py,audit audit_commands certify_run cli cluster connections decoder \
-  decoders demo doctor falsifier falsify_run forecast gallery inspection ledger merge model_commands replay report_page run_folder sequential \
-  serve_command server serving shards smoothing triton_model) \
-  $(patsubst %,runtime/test_%.py,bundle fork kernels onnx_device other_cpus providers reverse tensorrt_device_on_host)
+NOT_FAST = commands serving cluster test_cli.py test_signals.py images/test_decoder.py report/test_gallery.py \
+  report/test_page.py $(patsubst %,smoothing/test_%.py,classifier forecast replay scheduling sequential) \
+  $(patsubst %,runs/test_%.py,audit certify falsifier falsify folder ledger merge shards)
+NOT_FAST_RUNTIME = $(patsubst %,test_%.py,bundle fork kernels onnx_device other_cpus providers reverse tensorrt_device_on_host)
 
 test-fast: $(DEV) ## a minute's check while developing: the part of test that exports, certifies and serves nothing
 	$(ENV)/bin/python -m pytest $(SPREAD) $(PYTEST_ARGS) tests/test_house.py tests/runtime \
-	  tests/densepure_rt $(NOT_FAST:%=--ignore tests/%)
+	  tests/densepure_rt $(NOT_FAST:%=--ignore tests/densepure_rt/%) $(NOT_FAST_RUNTIME:%=--ignore tests/runtime/%)
 
 test-slow: $(DEV) ## the tests that take minutes each
 	$(ENV)/bin/python -m pytest -m "slow and not gpu" $(PYTEST_ARGS)
@@ -88,10 +88,11 @@ fuzz: $(DEV) ## damaged and invented input for every reader of foreign files, fo
 test-gpu: $(DEV) $(GPU) ## the checks that need an NVIDIA GPU; writes runs/gpu-report.txt
 	$(ENV)/bin/python -m pytest -m gpu -rs $(PYTEST_ARGS) tests
 
-lint: $(DEV) ## formatting, lint and types
+lint: $(DEV) ## formatting, lint, types, and which room may import from which
 	$(ENV)/bin/ruff format --check .
 	$(ENV)/bin/ruff check .
 	$(ENV)/bin/mypy
+	$(ENV)/bin/lint-imports --no-logo
 
 test-pythons: | python ## the demo and the tests that need no heavy package, on each Python that is found (slow)
 	$(PYTHON) -m tests.pythons --jobs $(JOBS) --pip-flags "$(PIP_FLAGS)" $(PYTEST_ARGS)
@@ -124,7 +125,7 @@ engines: $(DEV) ## export the default model's weights to engines/
 	$(ENV)/bin/densepure-rt export --out engines --force
 
 clean: ## remove build outputs and caches; runs/ stays
-	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf build dist *.egg-info .mypy_cache .import_linter_cache .ruff_cache .pytest_cache .hypothesis
 	find densepure_rt export runtime tests -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## clean, and remove the virtual environments

@@ -27,7 +27,7 @@ LATEST_FIRST: tuple[Kind, ...] = ("classify", "step", "smooth")  # finish what i
 
 
 class Ballot(Protocol):
-    """What the loop asks of a ballot; see `densepure_rt.voting.Ballot`."""
+    """What the loop asks of a ballot; see `densepure_rt.smoothing.voting.Ballot`."""
 
     @property
     def needed(self) -> int: ...

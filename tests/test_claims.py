@@ -44,46 +44,53 @@ from densepure_rt.smoothing.settings import Settings
 from tests.support.runs import SEQUENTIAL, Made, make_run, record_of
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = sorted([*ROOT.glob("densepure_rt/*.py"), *ROOT.glob("export/**/*.py"), *ROOT.glob("runtime/*.py")])
+SOURCES = sorted(
+    path
+    for top in ("densepure_rt", "export", "runtime")
+    for path in ROOT.glob(f"{top}/**/*.py")
+    if not (top == "densepure_rt" and path.relative_to(ROOT).parts[1] in ("export", "runtime"))  # links
+)
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 # What is rounded to the nearest where it is printed. None of it claims anything: times, speeds, counts, sizes, places
 # on a page, sigma, what a network was declared with. A claim goes through `densepure_rt.rounding` instead.
 NO_CLAIM = {
-    "densepure_rt/benchmark_tables.py": """100 * route.of_peak | 100 * stage.share | 1000 * route.seconds.lower
-        | 1000 * route.seconds.median | 1000 * route.seconds.upper | 1000000.0 * seconds.lower
-        | 1000000.0 * seconds.median | 1000000.0 * seconds.upper | found.sigma | gflops | load | others | ratio.lower
-        | ratio.median | ratio.upper | route.gflops | work""",
-    "densepure_rt/cli.py": "2 * sigma | sigma | summary.samples | value",
-    "densepure_rt/clients.py": "seconds",
-    "densepure_rt/cluster.py": "some.get(name, 0) | timeout",
-    "densepure_rt/console.py": "value",
-    "densepure_rt/decoders.py": "DECODE_SECONDS",
-    "densepure_rt/doctor.py": "seconds",
-    "densepure_rt/fleet.py": "rate",
-    "densepure_rt/import_command.py": "sigma",
-    "densepure_rt/label_arrays.py": "value",
-    "densepure_rt/model_commands.py": """error | found.error[sigma] | found.other_error[sigma] | found.shrinkage[sigma]
-        | gap.noise | labels.sigma""",
-    "densepure_rt/procedure_tables.py": """100 * found.main_thread | 100 * full | 1000 * seconds | count | factor |
-        found.ours.samples | found.samples_judged | load | number""",
-    "densepure_rt/report.py": "identity.sigma | settings.sigma",
-    "densepure_rt/report_page.py": "total / max(1, report.done)",
+    "densepure_rt/cluster/fleet.py": "rate",
+    "densepure_rt/cluster/ray_workers.py": "some.get(name, 0) | timeout",
+    "densepure_rt/commands/bench_tables.py": """100 * found.main_thread | 100 * full | 100 * route.of_peak |
+        100 * stage.share | 1000 * route.seconds.lower | 1000 * route.seconds.median | 1000 * route.seconds.upper |
+        1000000.0 * seconds.lower | 1000000.0 * seconds.median | 1000000.0 * seconds.upper | found.ours.samples |
+        found.samples_judged | found.sigma | gflops | load | number | others | ratio.lower | ratio.median |
+        ratio.upper | route.gflops | work""",
+    "densepure_rt/commands/certify.py": "2 * sigma | sigma | summary.samples | value",
+    "densepure_rt/commands/doctor.py": "seconds",
+    "densepure_rt/commands/export.py": """error | found.error[sigma] | found.other_error[sigma] |
+        found.shrinkage[sigma] | labels.sigma""",
+    "densepure_rt/commands/import_results.py": "sigma",
+    "densepure_rt/commands/parity.py": "gap.noise",
+    "densepure_rt/commands/procedure_chart.py": "1000 * seconds | count | factor",
+    "densepure_rt/legacy/label_arrays.py": "value",
+    "densepure_rt/report/page.py": "total / max(1, report.done)",
+    "densepure_rt/report/step_chart.py": "100 * share | at - 4 | bottom | tick | top | x(place) | y_of(share)",
+    "densepure_rt/report/summary.py": "identity.sigma | settings.sigma",
+    "densepure_rt/report/templates.py": "round(value, 2)",
     "densepure_rt/rounding.py": "found",
-    "densepure_rt/server.py": "1000 * self.most | FORCE_SECONDS | asked.deadline_ms | self.default | self.most",
-    "densepure_rt/serving.py": "END_SECONDS",
-    "densepure_rt/smoothing.py": "self.image | self.run",
-    "densepure_rt/step_chart.py": "100 * share | at - 4 | bottom | tick | top | x(place) | y_of(share)",
-    "densepure_rt/templates.py": "round(value, 2)",
-    "densepure_rt/triton_model.py": "self.max_deadline_ms",
-    "export/agreement.py": "found.sigma",
-    "export/denoising.py": "declared.timestep_scale | end | scale | sigma | start",
-    "export/openai_unet.py": "trained.timestep_scale",
-    "export/parity.py": "coef[0] / coef[1] | sigma",
-    "export/preprocessing.py": "high | low | p.scale[0] | p.scale[1] | value",
-    "export/sources.py": "scale",
-    "export/to_onnx.py": "LARGE / 2 ** 30 | torch.finfo(DTYPES[kind]).max | weight_bytes(module) / 2 ** 30",
-    "export/unets.py": "high | low",
+    "densepure_rt/serving/api.py": "1000 * self.most | asked.deadline_ms | self.default | self.most",
+    "densepure_rt/serving/clients.py": "seconds",
+    "densepure_rt/serving/decoders.py": "DECODE_SECONDS",
+    "densepure_rt/serving/server.py": "FORCE_SECONDS",
+    "densepure_rt/serving/service.py": "END_SECONDS",
+    "densepure_rt/serving/triton_model.py": "self.max_deadline_ms",
+    "densepure_rt/smoothing/settings.py": "self.image | self.run",
+    "densepure_rt/text.py": "value",
+    "export/compare/agreement.py": "found.sigma",
+    "export/compare/denoising.py": "declared.timestep_scale | end | scale | sigma | start",
+    "export/convert/parity.py": "coef[0] / coef[1] | sigma",
+    "export/convert/to_onnx.py": "LARGE / 2 ** 30 | torch.finfo(DTYPES[kind]).max | weight_bytes(module) / 2 ** 30",
+    "export/models/openai_unet.py": "trained.timestep_scale",
+    "export/models/preprocessing.py": "high | low | p.scale[0] | p.scale[1] | value",
+    "export/models/sources.py": "scale",
+    "export/models/unets.py": "high | low",
     "export/zoo/train.py": "smooth_loss",
     "runtime/noise.py": "float(std)",
     "runtime/schedule.py": "sigma | timestep",
@@ -256,7 +263,7 @@ def text_of_benchmark(tmp_path: Path) -> None:
 
 def text_of_procedures(tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    from tests.densepure_rt.commands.test_procedure_tables import OURS, found_with
+    from tests.densepure_rt.commands.test_procedure_chart import OURS, found_with
 
     print_procedures(found_with(replace(OURS, certified=199 / 200)))
 

@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 
+import densepure_rt
+import densepure_rt.smoothing
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -22,8 +25,17 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("export", "runtime", "engines")
 ENGINE_LIBRARIES = {"cuda", "cupy", "onnxruntime", "pycuda", "tensorrt", "tensorrt_rtx"}
 DEVICE_MODULES = {ROOT / "runtime" / "onnx_device.py", ROOT / "runtime" / "tensorrt_device.py"}
-SEAM = ROOT / "runtime" / "device.py"  # imports an engine library late, when a device is asked for
-TORCH_FREE = sorted([*ROOT.glob("densepure_rt/*.py"), *ROOT.glob("runtime/*.py")])
+SEAM = ROOT / "runtime" / "onnxruntime_api.py"  # imports it late, when it is asked for
+
+
+def modules(top: str) -> Iterator[Path]:
+    """Every module below a folder of the top level, each by its own path and not by a link."""
+    for path, below, names in os.walk(ROOT / top):  # os.walk does not follow the links
+        below[:] = [name for name in below if name != "__pycache__"]
+        yield from (Path(path) / name for name in names if name.endswith(".py"))
+
+
+TORCH_FREE = sorted([*modules("densepure_rt"), *modules("runtime")])
 
 
 def project() -> dict[str, Any]:
@@ -68,20 +80,37 @@ def in_fresh_python(code: str) -> str:
 
 def test_pyproject_lists_every_package_folder() -> None:
     folders = {ROOT / "densepure_rt", ROOT / "engines"}
-    for top in ("densepure_rt", "export", "runtime"):
-        for path, below, files in os.walk(ROOT / top):  # os.walk does not follow the links
-            below[:] = [name for name in below if name != "__pycache__"]
-            if any(name.endswith(".py") for name in files):
-                folders.add(Path(path))
+    folders |= {path.parent for top in ("densepure_rt", "export", "runtime") for path in modules(top)}
     setuptools = project()["tool"]["setuptools"]
     assert setuptools["package-dir"] == {dotted(folder): folder.relative_to(ROOT).as_posix() for folder in folders}
     assert sorted(setuptools["packages"]) == sorted(setuptools["package-dir"])
 
 
-def test_the_map_of_the_house_has_every_module_once() -> None:
+def test_the_map_of_the_house_has_every_module_in_its_room() -> None:
     rows = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("### The map of the house\n")[2]
-    mapped = re.findall(r"`(\w+)`", rows.partition("\n## ")[0])
-    assert sorted(mapped) == sorted(path.stem for path in ROOT.glob("densepure_rt/*.py") if path.stem != "__init__")
+    mapped = [
+        f"{room}{module}.py"
+        for room, names in re.findall(r"^\| `([a-z_/]+/)` \|[^|]*\|([^|]*)\|$", rows.partition("\n## ")[0], re.M)
+        for module in re.findall(r"`(\w+)`", names)
+    ]
+    there = [path for top in ("densepure_rt", "export", "runtime") for path in modules(top)]
+    assert sorted(mapped) == sorted(name_of(path) for path in there if path.stem != "__init__")
+
+
+def test_the_public_names_are_these() -> None:
+    assert densepure_rt.__all__ == sorted(densepure_rt.__all__)
+    assert set(densepure_rt.__all__) == {
+        *("Certificate", "Certified", "Predicted", "Settings", "Budget", "SmoothedClassifier", "load", "__version__"),
+        *("DensePureError", "UsageError", "EnvironmentFault", "CheckFailed"),
+    }
+    assert densepure_rt.smoothing.__all__ == ["Settings", "SmoothedClassifier", "load"]
+    for package in (densepure_rt, densepure_rt.smoothing):
+        assert all(hasattr(package, name) for name in package.__all__)
+        assert not hasattr(package, "certify")
+
+
+def test_the_version_stands_in_both_places_alike() -> None:
+    assert densepure_rt.__version__ == project()["project"]["version"]
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -113,13 +142,13 @@ OWN = {  # files of this program, of the kernel, or checked by a line before
     "decoder.py": {"/proc/self/statm"},
     "demo.py": {"resources.files"},
     "tensorrt_device.py": {"files("},
-    "image_files.py": {"np.fromfile"},
+    "formats.py": {"np.fromfile"},
     "to_onnx.py": {"onnx.load(str(path)"},
     "train.py": {"gzip.decompress"},
 }
 
 
-@pytest.mark.parametrize("path", [*TORCH_FREE, *sorted(ROOT.glob("export/**/*.py"))], ids=name_of)
+@pytest.mark.parametrize("path", [*TORCH_FREE, *sorted(modules("export"))], ids=name_of)
 def test_files_that_are_named_are_opened_by_the_module_that_refuses_pipes_and_devices(path: Path) -> None:
     found = [line.strip() for line in path.read_text().splitlines() if BY_NAME.search(line)]
     allowed = OWN.get(path.name, set())
@@ -139,9 +168,10 @@ import importlib, sys
 sys.modules.update(dict.fromkeys({blocked!r}))
 for name in {names!r}:
     importlib.import_module(name)
-print("export loaded:", "densepure_rt.export" in sys.modules)
+print("of export:", *sorted(name for name in sys.modules if name.startswith("densepure_rt.export.")))
 """
-    assert in_fresh_python(code) == "export loaded: False\n"
+    options = "densepure_rt.export.models densepure_rt.export.models.model_options"  # what commands are told of models
+    assert in_fresh_python(code) == f"of export: {options}\n"
 
 
 def test_the_command_exists() -> None:

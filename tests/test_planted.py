@@ -43,7 +43,7 @@ QUICK = ("certify", "report", "export", "serve")  # each has imports that others
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a module of each name that the project imports; each of them says that it was imported."""
     folder = tmp_path_factory.mktemp("planted")
-    sources = [file for room in ("densepure_rt", "runtime", "export") for file in (ROOT / room).glob("*.py")]
+    sources = [file for room in ("densepure_rt", "runtime", "export") for file in (ROOT / room).glob("**/*.py")]
     names = {name for file in sources for name in imports(ast.parse(file.read_text()))}
     assert {"pydantic", "numpy", "onnxruntime", "torch", "ray", "json"} <= names
     for name in names | {"sitecustomize", "usercustomize"}:

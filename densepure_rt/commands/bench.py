@@ -12,8 +12,8 @@ import typer
 from densepure_rt.commands.bench_tables import print_benchmark, print_procedures
 from densepure_rt.commands.console import finite, make_folder, needs_pytorch, say, watched, write_report
 from densepure_rt.commands.options import EngineFile, Json, ProviderName, with_models
+from densepure_rt.commands.procedure_chart import draw_procedures
 from densepure_rt.errors import UsageError
-from densepure_rt.export.compare.procedure_chart import draw_procedures
 from densepure_rt.export.models.model_options import ModelOptions
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def refuse_given(options: dict[str, Any], owner: str) -> None:
 def bench_step(
     models: ModelOptions, engine: Path | None, images: Path | None, options: dict[str, Any], as_json: bool
 ) -> None:
-    """Time a reverse step. options: of `densepure_rt.export.bench.bench`."""
+    """Time a reverse step. options: of `densepure_rt.export.compare.bench.bench`."""
     with needs_pytorch("bench"):
         from densepure_rt.export.compare.bench import bench as measure
         from densepure_rt.export.models.sources import comparison_images, open_models
@@ -140,7 +140,7 @@ def bench_procedure(
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """Compare whole certifications. options: of `densepure_rt.export.procedure.compare`."""
+    """Compare whole certifications. options: of `densepure_rt.export.compare.procedure.compare`."""
     with needs_pytorch("bench"):
         from densepure_rt.export.compare.procedure import compare
         from densepure_rt.export.models.sources import comparison_images, open_models

@@ -10,15 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from densepure_rt.commands.console import rows, stderr, stdout
-from densepure_rt.export.compare.machine import CLOCKS
-from densepure_rt.export.compare.procedure_chart import Bar, bars, elapsed, shortened
+from densepure_rt.commands.procedure_chart import CLOCKS, Bar, bars, elapsed, shortened
 from densepure_rt.rounding import exact, floored_share, raised
 
 if TYPE_CHECKING:
     from densepure_rt.export.compare.bench import Benchmark
     from densepure_rt.export.compare.machine import Clock, Load
-
-if TYPE_CHECKING:
     from densepure_rt.export.compare.procedure import Procedure, ProcedureBenchmark
 
 OTHER_LOAD = 0.5  # cores that other programs may use before the timings are doubted

@@ -34,7 +34,7 @@ ANSWER = struct.Struct(">cI")  # whether it is PIXELS or REFUSED; bytes of the J
 PIXELS, REFUSED, READY = b"p", b"r", b"."
 TOO_LARGE = f"the picture takes more than {MEMORY // 2**20} MiB of memory to decode: save it smaller"
 MOST_JSON = 2**16
-BOOT = "import sys; sys.path[:] = sys.argv[1:]; from densepure_rt.decoder import main; main()"
+BOOT = "import sys; sys.path[:] = sys.argv[1:]; from densepure_rt.images.decoder import main; main()"
 ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}  # each reserves address space
 
 

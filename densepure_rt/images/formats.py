@@ -113,7 +113,10 @@ def require_pixels(given: object, shape: Shape) -> Pixels:
             [f"{array} of one of mode {'L' if shape[0] == 1 else 'RGB'}"],
         )
     elif isinstance(given, str | bytes | os.PathLike):
-        found, moves = f"the name {os.fsdecode(given)!r}", ["what densepure_rt.datasets.open_images reads of the file"]
+        found, moves = (
+            f"the name {os.fsdecode(given)!r}",
+            ["what densepure_rt.images.datasets.open_images reads of the file"],
+        )
     else:
         found = f"an object of type {type(given).__qualname__}"
         moves = ["np.array(image, dtype=np.uint8) of whole levels from 0 to 255"]

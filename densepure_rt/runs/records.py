@@ -26,7 +26,7 @@ ShardName = Annotated[str, Field(pattern=PATTERN), AfterValidator(lambda name: s
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """A line of results.jsonl: a certificate, full precision; see `densepure_rt.certification.Certificate`.
+    """A line of results.jsonl: a certificate, full precision; see `densepure_rt.smoothing.certificate.Certificate`.
 
     label: None where it is not known; correct then too. predict, radius: None for an abstention. image_sha256: of
     shape and pixels, as the noise's key takes it.

@@ -41,7 +41,7 @@ J = TypeVar("J", bound=Judge)
 
 
 class AnytimeJudge:
-    """A decider of `densepure_rt.sequential`, fed with at most n samples for one purpose."""
+    """A decider of `densepure_rt.smoothing.decider`, fed with at most n samples for one purpose."""
 
     def __init__(self, decider: GridDecider | RadiusDecider, purpose: Purpose, n: int) -> None:
         self.decider = decider

@@ -1,6 +1,6 @@
 """Projected gradient ascent through the PyTorch pipeline and its noise: proposes images that may break a certificate.
 
-A proposal proves nothing: `densepure_rt.falsifier` puts it to the test on the engine that was certified.
+A proposal proves nothing: `densepure_rt.runs.falsifier` puts it to the test on the engine that was certified.
 """
 
 from __future__ import annotations

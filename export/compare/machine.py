@@ -132,10 +132,3 @@ def gpu_state() -> dict[str, str | None]:
         return None if not found or found.startswith("[") else found  # [N/A], [Not Supported]
 
     return {name: next(filter(None, map(ask, fields)), None) for name, fields in GPU_FIELDS.items()}
-
-
-CLOCKS: Mapping[Clock, str] = {
-    "wall": "wall clock",
-    "core": "CPU time",
-    "events": "CUDA events, the engine by the wall",
-}

@@ -211,7 +211,7 @@ def engine_config(model: str, sidecar: Sidecar, classes: int, batch: int) -> str
 
 
 def model_config(model: ModelName, bundle: Bundle, shared: Sequence[str]) -> str:
-    """The configuration of `predict` or `certify`; its parameters are read by `densepure_rt.triton_model`."""
+    """The configuration of `predict` or `certify`; its parameters are read by `densepure_rt.serving.triton_model`."""
     settings = Settings() if bundle.unet.prediction != "none" else Settings(steps=0, votes=1)
     own = [
         parameter("sigma", exact(settings.sigma), "std of the smoothing noise in [0, 1] pixel units"),

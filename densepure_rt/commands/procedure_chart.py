@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from densepure_rt.export.compare.machine import CLOCKS
 from densepure_rt.optional import optional
 from densepure_rt.rounding import exact
 from densepure_rt.text import duration, plural
 
 if TYPE_CHECKING:
+    from densepure_rt.export.compare.machine import Clock
     from densepure_rt.export.compare.procedure import ProcedureBenchmark
 
+CLOCKS: Mapping[Clock, str] = {
+    "wall": "wall clock",
+    "core": "CPU time",
+    "events": "CUDA events, the engine by the wall",
+}
 NAMES = {  # of the factors
     "statistics": "stop when it is clear",
     "shared_step": "share the first step",

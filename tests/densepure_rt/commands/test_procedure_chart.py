@@ -9,9 +9,9 @@ from PIL import Image
 from rich.console import Console
 
 from densepure_rt.commands.bench_tables import WIDTH, chart, print_procedures
+from densepure_rt.commands.procedure_chart import NAMES, bars, draw_procedures
 from densepure_rt.export.compare.machine import Load
 from densepure_rt.export.compare.procedure import SMALL, CallSeconds, Procedure, ProcedureBenchmark, factors_of
-from densepure_rt.export.compare.procedure_chart import NAMES, bars, draw_procedures
 from densepure_rt.smoothing.settings import PAPER, Settings
 
 CALLS = CallSeconds(unet=0.003, classifier=0.0005)
