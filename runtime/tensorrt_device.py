@@ -132,7 +132,7 @@ class OpenImage:
 
 
 @contextlib.contextmanager
-def said_plainly() -> Iterator[None]:
+def translating_cuda_errors() -> Iterator[None]:
     """Raise what CUDA complains of as one EnvironmentFault; it comes from the GPU's state, not from the request."""
     try:
         yield
@@ -150,7 +150,7 @@ class TensorRTDevice:
 
     in_flight = IN_FLIGHT
 
-    @said_plainly()
+    @translating_cuda_errors()
     def __init__(self, bundle: Bundle, batch: int | None) -> None:
         plan = bundle.unet.plan
         assert plan is not None
@@ -205,7 +205,7 @@ class TensorRTDevice:
 
     # The contract of Device
 
-    @said_plainly()
+    @translating_cuda_errors()
     def open_image(self, pixels: NDArray[np.uint8], key: Key, sigma: float, scale: float) -> int:
         if not self._free_images:
             raise UsageError(f"{MAX_IMAGES} images are open on the GPU, and there is room for no more")
@@ -219,13 +219,13 @@ class TensorRTDevice:
         self._images[handle] = OpenImage(self._free_images.pop(), on_gpu)
         return handle
 
-    @said_plainly()
+    @translating_cuda_errors()
     def close_image(self, handle: int) -> None:
         if image := self._images.pop(handle, None):
             image.pixels.close(self._stream)
             self._free_images.append(image.index)
 
-    @said_plainly()
+    @translating_cuda_errors()
     def reserve(self, slots: int) -> None:
         if self._process != os.getpid():
             raise forked("and its engines are on a GPU")
@@ -236,7 +236,7 @@ class TensorRTDevice:
             self._finite = self._allocate(slots)
             self._slots = slots
 
-    @said_plainly()
+    @translating_cuda_errors()
     def submit(self, batch: Batch) -> int:
         staging = self._idle[-1]  # taken at the end, so that an error on the way does not lose it
         self._fill(staging, batch)
@@ -249,7 +249,7 @@ class TensorRTDevice:
         self._outstanding.append((ticket, batch.kind, len(batch.image), self._idle.pop()))
         return ticket
 
-    @said_plainly()
+    @translating_cuda_errors()
     def collect(self) -> tuple[int, NDArray[np.int64] | None]:
         ticket, kind, n, staging = self._outstanding.popleft()  # one stream: the oldest is done first
         staging.event.sync()
@@ -263,7 +263,7 @@ class TensorRTDevice:
         self._idle += [staging for *_, staging in self._outstanding]
         self._outstanding.clear()
 
-    @said_plainly()
+    @translating_cuda_errors()
     def read(self, slots: Sequence[int]) -> tuple[Floats, Floats]:
         shape = (self._slots, *self.image_shape)
         mean, std = (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from densepure_rt.commands.console import rows, stderr, stdout
-from densepure_rt.commands.procedure_chart import CLOCKS, Bar, bars, elapsed, shortened
+from densepure_rt.commands.procedure_chart import CLOCKS, bars, elapsed, shortened
 from densepure_rt.rounding import exact, floored_share, raised
 
 if TYPE_CHECKING:
@@ -102,9 +101,6 @@ def stage_table(found: Benchmark) -> Table:
     return table
 
 
-WIDTH = 40  # columns of the printed axis
-
-
 def print_procedures(found: ProcedureBenchmark, console: Console = stdout) -> None:
     """The result for a person: what was run on what, what it took, and what makes the difference."""
     versions = ", ".join(f"{name} {version}" for name, version in found.versions.items())
@@ -131,10 +127,9 @@ def print_procedures(found: ProcedureBenchmark, console: Console = stdout) -> No
     console.print(cost_table(found))
     console.print(
         f"ours takes {shortened(found.unet_call_ratio)} times fewer UNet calls and {shortened(found.time_ratio)} times "
-        f"less time: an image, on a log scale"
+        f"less time an image:"
     )
-    for line in chart(bars(found), "█" if console.encoding.lower().startswith("utf") else "#"):
-        console.print(line)
+    rows(console, ((f" {bar.name}", bar.text) for bar in bars(found)))
     warn_of_others(max(found.load, key=lambda load: load.others or 0.0), found.cores, found.clock)
 
 
@@ -153,19 +148,3 @@ def cost_table(found: ProcedureBenchmark) -> Table:
     add("published, priced", found.published)
     add("ours", found.ours)
     return table
-
-
-def chart(shown: list[Bar], block: str) -> list[str]:
-    """The bars as lines of text, each a block long at least."""
-    start, end = min(bar.low for bar in shown), max(bar.high for bar in shown)
-    width = max(len(bar.name) for bar in shown)
-
-    def column(seconds: float) -> int:
-        return round(WIDTH * math.log(seconds / start) / math.log(end / start))
-
-    lines = []
-    for bar in shown:
-        first = min(column(bar.low), WIDTH - 1)
-        drawn = " " * first + block * max(1, column(bar.high) - first)
-        lines.append(f" {bar.name:<{width}}  {drawn:<{WIDTH}}  {bar.text}")
-    return lines

@@ -108,7 +108,7 @@ DAMAGED = ("malformed", "Could not decode", "not a database", "no such table", "
 
 
 @contextlib.contextmanager
-def saying(path: Path) -> Iterator[None]:
+def translating_sqlite_errors(path: Path) -> Iterator[None]:
     """Turn SQLite's errors into ours: a damaged file, another process, a full disk, a folder that cannot be written."""
     try:
         yield
@@ -172,7 +172,7 @@ class Ledger:
         self._pending: dict[int, Pending] = {}
         self._committed = time.monotonic()
         refuse_unfit(path)
-        with saying(path):
+        with translating_sqlite_errors(path):
             address = f"{path.resolve().as_uri()}?mode={'ro' if read_only else 'rwc'}"
             if not read_only and path.exists():  # judged before the pragmas below write to it
                 with contextlib.closing(sqlite3.connect(address, uri=True, timeout=BUSY)) as database:
@@ -236,14 +236,14 @@ class Ledger:
                 f"{self.path} was removed or replaced while the run wrote to it, and its labels are lost: certify "
                 f"again, into another folder with --out"
             )
-        with saying(self.path):
+        with translating_sqlite_errors(self.path):
             self._database.execute("pragma journal_mode = delete")
             self._database.execute("pragma shrink_memory")
 
     @property
     def empty(self) -> bool:
         """Whether nothing has been sampled."""
-        with saying(self.path):
+        with translating_sqlite_errors(self.path):
             query = "select exists (select 1 from samples) or exists (select 1 from images)"
             return not self._database.execute(query).fetchone()[0]
 
@@ -253,12 +253,12 @@ class Ledger:
         return sum(1 for _ in self._ascending("select place from images order by place"))
 
     def value(self, name: str) -> str | None:
-        with saying(self.path):
+        with translating_sqlite_errors(self.path):
             row = self._database.execute("select value from run where name = ?", (name,)).fetchone()
         return None if row is None else str(row[0])
 
     def set_value(self, name: str, value: str) -> None:
-        with saying(self.path):
+        with translating_sqlite_errors(self.path):
             self._database.execute("insert or replace into run values (?, ?)", (name, value))
 
     def taken(self, idx: int) -> Taken:
@@ -272,7 +272,7 @@ class Ledger:
             count += len(parts[-1])
             unets, classifiers = unets + unet_calls, classifiers + classifier_calls
         if not self.read_only:
-            with saying(self.path), self._transaction():
+            with translating_sqlite_errors(self.path), self._transaction():
                 self._database.execute("delete from samples where idx = ? and first >= ?", (idx, count))
             self._pending[idx] = Pending(count)
         return Taken(np.concatenate(parts), unets, classifiers)
@@ -289,7 +289,7 @@ class Ledger:
         labels = self.taken(idx).labels
         if len(labels) != samples:
             raise CheckFailed(f"{self.path} has {len(labels)} labels of image {idx}, which {samples} decided")
-        with saying(self.path), self._transaction():
+        with translating_sqlite_errors(self.path), self._transaction():
             self._database.execute("delete from samples where idx = ?", (idx,))
             row = (place, idx, packed(labels), record, timing)
             self._database.execute("insert into images values (?, ?, ?, ?, ?)", row)
@@ -298,7 +298,7 @@ class Ledger:
     def take_over(self, images: Iterable[DoneImage]) -> None:
         """Images that are done in other ledgers: all of them, or after an error none."""
         rows = ((image.place, image.idx, packed(image.labels()), image.record, image.timing) for image in images)
-        with saying(self.path), self._transaction():
+        with translating_sqlite_errors(self.path), self._transaction():
             self._database.executemany("insert into images values (?, ?, ?, ?, ?)", rows)
 
     def commit(self) -> None:
@@ -317,7 +317,7 @@ class Ledger:
         ]
         if not rows:
             return
-        with saying(self.path), self._transaction():
+        with translating_sqlite_errors(self.path), self._transaction():
             self._database.executemany("insert or replace into samples values (?, ?, ?, ?, ?)", rows)
         self._pending = {  # one step: before it, a repeated commit replaces the very rows; after it, nothing is pending
             idx: Pending(pending.first + len(pending.outcomes)) for idx, pending in self._pending.items()
@@ -333,7 +333,7 @@ class Ledger:
     def _ascending(self, query: str, *values: int) -> Iterator[tuple[Any, ...]]:
         """Rows whose first column ascends. Raises CheckFailed where it does not: damaged pages can go in circles."""
         last = None
-        with saying(self.path):
+        with translating_sqlite_errors(self.path):
             for row in self._database.execute(query, values):
                 if not isinstance(row[0], int) or (last is not None and row[0] <= last):
                     raise CheckFailed(f"{self.path} is damaged: {row[0]!r} follows {last} where numbers ascend")
@@ -343,7 +343,7 @@ class Ledger:
     def content_sha256(self) -> str:
         """Of everything that the ledger says, whatever its pages look like."""
         digest = hashlib.sha256()
-        with saying(self.path):
+        with translating_sqlite_errors(self.path):
             if (found := self._database.execute("pragma integrity_check").fetchone()[0]) != "ok":
                 raise CheckFailed(f"{self.path} is damaged ({found})")
             for table, order in (("run", "name"), ("samples", "idx, first"), ("images", "place")):

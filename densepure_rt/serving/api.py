@@ -32,7 +32,7 @@ from densepure_rt.serving.clients import body_of, unless_gone
 from densepure_rt.serving.decoders import Decoders
 from densepure_rt.serving.metrics import Metrics, Outcome
 from densepure_rt.serving.models import models_of, values_of
-from densepure_rt.serving.origins import OwnPages
+from densepure_rt.serving.origins import SameOrigin
 from densepure_rt.serving.protocol import (
     EXTENSIONS,
     HEADER_LENGTH,
@@ -243,6 +243,6 @@ def make_app(
         routes += demo.routes(service.served, provider, decoders or Decoders())
     return Starlette(
         routes=routes,
-        middleware=[Middleware(OwnPages, names=names)],
+        middleware=[Middleware(SameOrigin, names=names)],
         exception_handlers={HTTPException: http_error, Exception: our_error},
     )

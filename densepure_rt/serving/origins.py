@@ -21,7 +21,7 @@ LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
 NAME = r"\[[0-9a-f:.]+\]|[a-z0-9._-]+"  # of a Host, without its port
 
 
-class OwnPages:
+class SameOrigin:
     """ASGI: `app`, for programs and for the server's own pages. names: of `hosts_of`."""
 
     def __init__(self, app: ASGIApp, names: Collection[str] | None = None) -> None:
