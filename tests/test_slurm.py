@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.densepure_rt.test_cli import commands
+from tests.support.cli import commands
 
 ROOT = Path(__file__).resolve().parent.parent
 FENCE = re.compile(r"^```bash\n(.*?)^```", re.DOTALL | re.MULTILINE)

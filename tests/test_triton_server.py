@@ -31,7 +31,7 @@ from densepure_rt.export.convert.to_triton import MODELS, export_repository
 from densepure_rt.images.datasets import open_images
 from densepure_rt.keys import shared_key
 from densepure_rt.runtime.bundle import open_bundle, shipped_engine
-from tests.densepure_rt.test_cli import cli
+from tests.support.cli import cli
 
 pytest.importorskip("gevent", reason="tritonclient[http] is not installed")
 from tritonclient.http import InferenceServerClient, InferInput

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -13,20 +12,27 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import typer
 from PIL import Image
 from scipy import integrate, stats
-from typer.core import TyperGroup
 
 from densepure_rt import __version__
-from densepure_rt.cli import app, main
 from densepure_rt.commands.options import SHIPPED_MAX
 from tests.support.cli import Done as Done
-from tests.support.cli import code_without, densepure_rt, environment, in_a_process
+from tests.support.cli import (
+    cli,
+    code_without,
+    commands,
+    densepure_rt,
+    edit_sidecar,
+    environment,
+    in_a_process,
+    one_line,
+    refused,
+    sha256,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINES = ROOT / "engines"
@@ -50,46 +56,6 @@ COMMANDS = (
     "inspect",
     "doctor",
 )
-
-
-def cli(*arguments: object, cwd: Path | None = None, without: tuple[str, ...] = ()) -> Done:
-    """`densepure-rt ARGUMENTS`; in a fresh interpreter only when that cannot import the packages `without`."""
-    return in_a_process(*arguments, cwd=cwd, without=without) if without else densepure_rt(*arguments, cwd=cwd)
-
-
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
-    """As `cli`, in this process: for the long tables of what is refused. Anything but an exit fails the test."""
-
-    def call(*arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["densepure-rt", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        printed = capsys.readouterr()
-        return Done(sys.argv, int(ended.value.code or 0), printed.out, printed.err)
-
-    return call
-
-
-def refused(done: Done, code: int, *words: str) -> None:
-    """One error message that holds `words`, nothing on stdout, and this exit code."""
-    assert done.returncode == code, done.stderr
-    assert done.stdout == ""
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, done.stderr
-    assert done.stderr.splitlines()[-1] == errors[0]
-    for word in words:
-        assert word in errors[0]
-
-
-def commands() -> dict[str, Any]:
-    group = typer.main.get_command(app)
-    assert isinstance(group, TyperGroup)
-    return dict(group.commands)
-
-
-def one_line(text: str) -> str:
-    return " ".join(re.sub("[│╭╮╰╯─]", " ", text).split())
 
 
 # help and version
@@ -266,15 +232,6 @@ def bundle(tmp_path: Path) -> Path:
     for file in ENGINES.glob("*.onnx*"):
         shutil.copy(file, folder)
     return folder
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def edit_sidecar(engine: Path, **fields: object) -> None:
-    sidecar = Path(f"{engine}.json")
-    sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | fields))
 
 
 @pytest.mark.parametrize("upper", [False, True])

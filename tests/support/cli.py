@@ -5,16 +5,23 @@ Where the process is what is tested (exit codes, pipes, packages that are missin
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
+from typer.core import TyperGroup
 
-from densepure_rt.cli import main
+from densepure_rt.cli import app, main
 
 ROOT = Path(__file__).resolve().parents[2]
 Done = subprocess.CompletedProcess[str]
@@ -51,3 +58,52 @@ def code_without(*packages: str) -> str:
 
 def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "300"}
+
+
+def cli(*arguments: object, cwd: Path | None = None, without: tuple[str, ...] = ()) -> Done:
+    """`densepure-rt ARGUMENTS`; in a fresh interpreter only when that cannot import the packages `without`."""
+    return in_a_process(*arguments, cwd=cwd, without=without) if without else densepure_rt(*arguments, cwd=cwd)
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """As `cli`, in this process: for the long tables of what is refused. Anything but an exit fails the test."""
+
+    def call(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["densepure-rt", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = capsys.readouterr()
+        return Done(sys.argv, int(ended.value.code or 0), printed.out, printed.err)
+
+    return call
+
+
+def refused(done: Done, code: int, *words: str) -> None:
+    """One error message that holds `words`, nothing on stdout, and this exit code."""
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    assert done.stderr.splitlines()[-1] == errors[0]
+    for word in words:
+        assert word in errors[0]
+
+
+def commands() -> dict[str, Any]:
+    group = typer.main.get_command(app)
+    assert isinstance(group, TyperGroup)
+    return dict(group.commands)
+
+
+def one_line(text: str) -> str:
+    return " ".join(re.sub("[│╭╮╰╯─]", " ", text).split())
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def edit_sidecar(engine: Path, **fields: object) -> None:
+    sidecar = Path(f"{engine}.json")
+    sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | fields))

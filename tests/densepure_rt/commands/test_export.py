@@ -18,7 +18,8 @@ from densepure_rt.commands.console import finite, write_report
 from densepure_rt.errors import EnvironmentFault
 from densepure_rt.export.models.model_options import ModelOptions
 from densepure_rt.runtime.bundle import shipped_engine
-from tests.densepure_rt.test_cli import Done, cli, commands, edit_sidecar, here, one_line, refused, sha256
+from tests.densepure_rt.test_cli import Done
+from tests.support.cli import cli, commands, edit_sidecar, here, one_line, refused, sha256
 
 __all__ = ["here"]  # a fixture
 ENGINES = shipped_engine().parent
@@ -365,7 +366,7 @@ def test_ctrl_c_ends_bench_procedure_in_one_line(here: Here, monkeypatch: pytest
         yield next(iter(work))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("densepure_rt.commands.console.watched", interrupted)
+    monkeypatch.setattr("densepure_rt.commands.bench.watched", interrupted)
     done = here(*PROCEDURE, "--max", 2, "--out", tmp_path)
     assert (done.returncode, done.stdout) == (130, "")
     assert done.stderr.endswith("\nstopped\n")

@@ -21,7 +21,8 @@ from PIL import Image
 from densepure_rt.images.datasets import open_images
 from densepure_rt.keys import stored_key
 from tests.densepure_rt.images.test_uploads import file_of
-from tests.densepure_rt.test_cli import Done, cli, here, refused
+from tests.densepure_rt.test_cli import Done
+from tests.support.cli import cli, here, refused
 from tests.support.server import QUICK, decoders, serving, until
 
 assert here  # a fixture
@@ -115,8 +116,8 @@ def test_a_name_that_it_is_given_is_its_own() -> None:
 def test_it_ends_even_when_a_batch_does_not_and_says_so() -> None:
     """What was asked is answered by what is known; the exit code says that something is wrong with the device."""
     fault = (
-        "import time; from densepure_rt.serving import service as serving; "
-        "serving.MeteredDevice.collect = lambda self: time.sleep(3600); serving.END_SECONDS = 0.5"
+        "import time; from densepure_rt.serving import service; "
+        "service.MeteredDevice.collect = lambda self: time.sleep(3600); service.END_SECONDS = 0.5"
     )
     with serving(*QUICK, "--no-demo", "--drain", "0.5s", fault=fault) as running, ThreadPoolExecutor(1) as pool:
         asked = pool.submit(running.ask, "POST", "/v2/models/certify/infer", request(IMAGES[0]))
@@ -149,9 +150,9 @@ def test_who_hangs_up_takes_the_picture_along_and_the_next_one_is_read() -> None
 THREAD_SLEEPS = "import time; from densepure_rt.serving import demo; demo.Demo.draw = lambda *_: time.sleep(3600)"
 LOOP_SLEEPS = """
 import time
-from densepure_rt.serving import api as server
+from densepure_rt.serving import api
 async def about(*_): time.sleep(3600)
-server.Api.about = about
+api.Api.about = about
 """
 
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from densepure_rt.report.compare import AtRadius, Comparison, compare, mcnemar
 from densepure_rt.runs.reader import read_run
 from densepure_rt.runs.records import NamedFile
-from tests.densepure_rt.test_cli import Done, here, refused
+from tests.densepure_rt.test_cli import Done
+from tests.support.cli import here, refused
 from tests.support.runs import SEQUENTIAL, Made, make_run
 
 __all__ = ["here"]

@@ -11,8 +11,9 @@ import pytest
 from densepure_rt.images.datasets import open_images
 from densepure_rt.report.gallery import choose
 from tests.densepure_rt.images.test_pictures import decoded
-from tests.densepure_rt.report.test_templates import Seen
-from tests.densepure_rt.test_cli import Done, cli, here, refused
+from tests.densepure_rt.test_cli import Done
+from tests.support.cli import cli, here, refused
+from tests.support.html import Seen
 from tests.support.runs import Made, record_of
 
 __all__ = ["here"]

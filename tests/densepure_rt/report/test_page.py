@@ -21,7 +21,7 @@ from densepure_rt.report.summary import report_of
 from densepure_rt.runs.reader import read_run
 from densepure_rt.runs.records import ImagesIdentity
 from densepure_rt.smoothing.replay import Replayed
-from tests.densepure_rt.report.test_templates import Seen
+from tests.support.html import Seen
 from tests.support.runs import SEQUENTIAL, Made, make_run, record_of
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")

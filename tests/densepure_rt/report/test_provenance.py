@@ -21,8 +21,9 @@ from densepure_rt.runtime.bundle import Accuracy
 from tests.densepure_rt.legacy.test_folder import RADII, edited, log_imported
 from tests.densepure_rt.report.test_page import OUTSIDE, attacks
 from tests.densepure_rt.report.test_summary import Tables
-from tests.densepure_rt.report.test_templates import Seen
-from tests.densepure_rt.test_cli import Done, here, refused
+from tests.densepure_rt.test_cli import Done
+from tests.support.cli import here, refused
+from tests.support.html import Seen
 from tests.support.runs import Made, make_run
 
 __all__ = ["here"]

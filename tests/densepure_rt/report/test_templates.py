@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from html.parser import HTMLParser
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,23 +11,9 @@ from markupsafe import Markup
 from densepure_rt.report.step_chart import COLOURS
 from densepure_rt.report.templates import ENVIRONMENT, environment, rendered
 from densepure_rt.text import printable
+from tests.support.html import Seen
 
 ANY = st.text(st.characters(exclude_categories=()))
-
-
-class Seen(HTMLParser):
-    def __init__(self, page: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(page)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
 
 
 def made(template: str, **values: object) -> str:

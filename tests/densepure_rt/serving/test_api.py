@@ -460,9 +460,9 @@ def test_health_takes_less_than_a_tenth_of_a_second_under_attack() -> None:
 
 def test_an_error_that_nobody_expected_is_told_in_json_and_logged(tmp_path: Path) -> None:
     fault = (
-        "from densepure_rt.serving import demo, service as serving\n"
+        "from densepure_rt.serving import demo, service\n"
         "def broken(*_): raise RuntimeError('cannot allocate 0xdeadbeef')\n"
-        "demo.replay = serving.Service.meter = broken"
+        "demo.replay = service.Service.meter = broken"
     )
     picture = io.BytesIO()
     Image.new("L", (28, 28)).save(picture, "PNG")

@@ -246,7 +246,7 @@ def test_too_few_descriptors_are_said_at_the_start() -> None:
 
 def test_a_connection_that_cannot_be_accepted_is_said_once_a_second_and_counted() -> None:
     """The limit is lied about, so that the system itself refuses."""
-    fault = "from densepure_rt.serving import api as server; server.room_for_connections = lambda: 512"
+    fault = "from densepure_rt.serving import server; server.room_for_connections = lambda: 512"
     with serving(*QUICK, "--no-demo", fault=f"{limit_of(64)}\n{fault}") as running:
         with contextlib.ExitStack() as stack:
             idle_at(running, 100, stack)
