@@ -2,6 +2,8 @@
 
 The sidecar of `unet.onnx` is `unet.onnx.json`. A step engine names the classifier that it was exported with. A sidecar
 proves integrity, not origin: who can write both files is not stopped; `--engine-sha256` pins one.
+
+This module is long because the sidecar's fields and every check of them belong together.
 """
 
 from __future__ import annotations

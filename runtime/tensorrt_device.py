@@ -5,6 +5,8 @@ classify, argmax. Batches run one after another on one stream, so they share the
 is staged in pinned memory that is used again only after its batch is done.
 
 Not run on a GPU yet: `make test-gpu` runs its checks and writes a report to send back.
+
+This module is long because one class owns the GPU's buffers, its graph and its engines.
 """
 
 from __future__ import annotations

@@ -97,6 +97,25 @@ def test_the_map_of_the_house_has_every_module_in_its_room() -> None:
     assert sorted(mapped) == sorted(name_of(path) for path in there if path.stem != "__init__")
 
 
+SOURCES = sorted(path for top in ("densepure_rt", "export", "runtime") for path in modules(top))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_a_module_that_is_long_says_why(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 450 or "is long because" in (ast.get_docstring(ast.parse(text)) or "")
+
+
+def test_half_of_all_functions_have_at_most_six_lines_of_code() -> None:
+    lengths = sorted(
+        len({part.lineno for part in ast.walk(node) if isinstance(part, ast.stmt)}) - 1
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    )
+    assert lengths[len(lengths) // 2] <= 6
+
+
 def test_the_public_names_are_these() -> None:
     assert densepure_rt.__all__ == sorted(densepure_rt.__all__)
     assert set(densepure_rt.__all__) == {

@@ -5,6 +5,8 @@ engine runs as `certify` runs it: in batches, on a CPU one caller of one thread 
 many batches, one after another, each on `threads` threads. A round calls every route once, and each round begins with
 another; ratios are taken within a round, since on a shared machine seconds of different rounds do not compare. With
 one thread seconds are CPU time, which other programs hardly stretch; with more they are the wall's, on an idle machine.
+
+This module is long because it is one measurement: every route and its clock stand beside each other.
 """
 
 from __future__ import annotations

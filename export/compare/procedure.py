@@ -10,6 +10,8 @@ labels only tell afterwards who was right. The published procedure could name a 
 
 With one thread seconds are CPU time, which other programs hardly stretch; with more they are the wall's, on an idle
 machine.
+
+This module is long because both procedures and what prices them are read against each other.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The graphs as ONNX files with their sidecars, checked against PyTorch before they are published."""
+"""The graphs as ONNX files with their sidecars, checked against PyTorch before they are published.
+
+This module is long because tracing, checking and writing a graph share what they know of it.
+"""
 
 from __future__ import annotations
 

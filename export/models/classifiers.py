@@ -7,6 +7,8 @@
     FILE.onnx                  one image in, logits out
 
 The last three say nothing of the pixels they want: that must be declared, and without it nothing is exported.
+
+This module is long because the five kinds of source end in one declaration, which each must fill alike.
 """
 
 from __future__ import annotations

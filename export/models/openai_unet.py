@@ -8,6 +8,8 @@ Four things leave no trace in the weights: the number of heads, the order in whi
 noise schedule and the image size. They are known for the published checkpoints. For others the order is the public
 code's default (`use_new_attention_order` off) unless it is given, and the rest has to be given; `denoising.py` tries
 the alternatives. Heads that differ on the way up (`num_heads_upsample`) are not supported.
+
+This module is long because a network of the public layout reads best whole.
 """
 
 from __future__ import annotations
