@@ -14,6 +14,6 @@ def __getattr__(name: str) -> Any:
     """Import on first use, as `densepure_rt` does."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import densepure_rt
+    from densepure_rt.smoothing import classifier
 
-    return getattr(densepure_rt, name)
+    return getattr(classifier, name)
