@@ -211,9 +211,7 @@ def proposal_of_samples(
     """
     if not certificate.radius:
         return None
-    phases: Phases = (("certify", len(labels)),)
-    if settings.method == "fixed":
-        phases = (("select", certificate.n0), ("certify", certificate.n))
+    phases: Phases = (("select", certificate.n0), ("certify", len(labels) - certificate.n0))
     ends = itertools.accumulate(samples for _, samples in phases)
     push = np.zeros(image.pixels.shape)
     for (purpose, samples), end in zip(phases, ends, strict=True):

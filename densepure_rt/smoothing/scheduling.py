@@ -68,7 +68,7 @@ class Judge(Protocol):
     def needed(self) -> int:
         """Samples, beyond those taken, before anything more can be decided; 0 when all is."""
 
-    def add(self, label: int) -> None:
+    def add(self, label: int) -> object:
         """The next sample's label, or NOT_FINITE."""
 
 
@@ -90,6 +90,7 @@ class UnderWay(Generic[J]):
         open_handles: Callable[[Phases], list[int]],
         deadline: float = math.inf,
         journal: Journal | None = None,
+        classes: float = math.inf,
     ) -> None:
         self.image, self.judge, self.deadline, self.journal = image, judge, deadline, journal
         self.stopped = self.failed = False
@@ -97,6 +98,9 @@ class UnderWay(Generic[J]):
         self._most = sum(samples for _, samples in judge.phases)
         if len(taken.labels) > self._most:
             raise CheckFailed(f"image {image.idx} has {len(taken.labels)} labels, and takes {self._most} at most")
+        for label in taken.labels.tolist():
+            if not NOT_FINITE <= label < classes:
+                raise CheckFailed(f"label {label} is none of the {classes} classes: the ledger is damaged")
         self.cost = Cost(unet_calls=taken.unet_calls, classifier_calls=taken.classifier_calls)
         for label in taken.labels.tolist():
             self._judge(label)

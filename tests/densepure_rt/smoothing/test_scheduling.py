@@ -13,10 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from densepure_rt.errors import CheckFailed
 from densepure_rt.images.datasets import LabelledImage
 from densepure_rt.runtime.device import NOT_FINITE
 from densepure_rt.runtime.reverse import Outcome
-from densepure_rt.smoothing.fixed import Tally
+from densepure_rt.smoothing.fixed import FixedDecider, FixedRule
 from densepure_rt.smoothing.scheduling import LOST, NOTHING, Phases, Scheduler, Taken, UnderWay
 
 CLASSES = 4
@@ -188,30 +189,30 @@ def test_one_image_alone_fills_batches_with_samples_that_it_may_need() -> None:
 
 
 def test_phases_follow_each_other_with_indices_of_their_own() -> None:
-    tally = Tally((("select", 2), ("certify", 3)), CLASSES)
-    found = UnderWay(image(0), tally, lambda phases: [5, 6])
+    decider = fixed(2, 3)
+    found = UnderWay(image(0), decider, lambda phases: [5, 6])
     found.open()
     assert [found.draw() for _ in range(5)] == [(5, 0), (5, 1), (6, 0), (6, 1), (6, 2)]
     for label in (3, 3, 1, NOT_FINITE, 1):
-        assert tally.needed > 0
-        tally.add(label)
-    assert tally.needed == 0
-    assert [count.tolist() for count in tally.counts] == [[0, 0, 0, 2], [0, 2, 0, 0]]
-    assert tally.not_finite == 1
+        assert decider.needed > 0
+        decider.add(label)
+    assert decider.needed == 0
+    assert [count.tolist() for count in decider.counts] == [[0, 0, 0, 2], [0, 2, 0, 0]]
+    assert decider.n - sum(int(count.sum()) for count in decider.counts) == 1  # not finite
 
 
 @given(st.permutations([(5, 0), (5, 1), (6, 0), (6, 1), (6, 2)]))
 def test_a_sample_is_counted_for_its_own_phase_whenever_it_comes(order: list[tuple[int, int]]) -> None:
     label = {(5, 0): 3, (5, 1): 3, (6, 0): 1, (6, 1): NOT_FINITE, (6, 2): 1}
-    tally = Tally((("select", 2), ("certify", 3)), CLASSES)
-    found = UnderWay(image(0), tally, lambda phases: [5, 6])
+    decider = fixed(2, 3)
+    found = UnderWay(image(0), decider, lambda phases: [5, 6])
     found.open()
     assert {found.draw() for _ in range(5)} == set(order)
     for handle, sample in order:
         assert not found.decided
         found.add(Outcome(handle, sample, label[handle, sample], 1, 1))
     assert found.decided
-    assert [count.tolist() for count in tally.counts] == [[0, 0, 0, 2], [0, 2, 0, 0]]
+    assert [count.tolist() for count in decider.counts] == [[0, 0, 0, 2], [0, 2, 0, 0]]
 
 
 def test_an_image_of_which_a_sample_is_lost_has_failed_and_its_others_change_nothing() -> None:
@@ -224,8 +225,8 @@ def test_an_image_of_which_a_sample_is_lost_has_failed_and_its_others_change_not
         def add(self, idx: int, outcome: Outcome) -> None:
             kept.append(outcome.label)
 
-    tally = Tally((("certify", 5),), CLASSES)
-    found = UnderWay(image(0), tally, lambda phases: [5], journal=Kept())
+    decider = fixed(1, 4)
+    found = UnderWay(image(0), decider, lambda phases: [5, 6], journal=Kept())
     found.open()
     drawn = [found.draw() for _ in range(4)]
     for sample, label in ((0, 3), (2, 1), (1, LOST), (3, 1)):
@@ -234,4 +235,21 @@ def test_an_image_of_which_a_sample_is_lost_has_failed_and_its_others_change_not
     assert found.decided
     assert found.idle
     assert kept == [3]
-    assert tally.counts[0].sum() == 1
+    assert [int(count.sum()) for count in decider.counts] == [1, 0]
+
+
+def fixed(n0: int, n: int) -> FixedDecider:
+    return FixedRule(n0=n0, n=n, alpha=0.05, sigma=1.0).start()
+
+
+@pytest.mark.parametrize("label", [CLASSES, NOT_FINITE - 1])
+def test_a_label_that_is_none_of_the_classes_is_not_taken_from_a_journal(label: int) -> None:
+    class Damaged:
+        def taken(self, idx: int) -> Taken:
+            return Taken(np.array([0, label], np.int32), 0, 0)
+
+        def add(self, idx: int, outcome: Outcome) -> None:
+            raise AssertionError
+
+    with pytest.raises(CheckFailed, match=f"label {label} is none of the {CLASSES} classes"):
+        UnderWay(image(0), Patient(4, 2, 9), lambda phases: [5], journal=Damaged(), classes=CLASSES)
