@@ -45,8 +45,7 @@ from densepure_rt.runtime.noise import (
 from densepure_rt.runtime.reverse import decide
 from densepure_rt.smoothing.certificate import Certificate
 from densepure_rt.smoothing.classifier import SmoothedClassifier
-from densepure_rt.smoothing.decider import LOOK, Decision, certify_at
-from densepure_rt.smoothing.scheduling import Phases
+from densepure_rt.smoothing.decider import LOOK, Decision, Phases, certify_at
 from densepure_rt.smoothing.sequential import SequentialRule, prediction_rule
 from densepure_rt.smoothing.settings import Settings
 

@@ -32,14 +32,9 @@ from densepure_rt.runtime.metered_device import MeteredDevice
 from densepure_rt.runtime.noise import image_key
 from densepure_rt.runtime.reverse import Outcome, decide
 from densepure_rt.serving.fair_share import Asked, FairShare
-from densepure_rt.smoothing.classifier import (
-    Certified,
-    Predicted,
-    SmoothedClassifier,
-    prediction_of,
-)
-from densepure_rt.smoothing.decider import AnytimeDecider, Decider
-from densepure_rt.smoothing.scheduling import MOST_OPEN, Phases
+from densepure_rt.smoothing.classifier import Certified, Predicted, SmoothedClassifier, prediction_of
+from densepure_rt.smoothing.decider import AnytimeDecider, Decider, Phases
+from densepure_rt.smoothing.scheduling import MOST_OPEN
 from densepure_rt.smoothing.settings import PREDICT_N, RULES, Settings
 
 END_SECONDS = 4.0  # in which the batch under way has to end, when all is answered
@@ -99,8 +94,8 @@ class Meter:
 class Request(Asked[Decider]):
     """An image of a request, and the answer that it waits for."""
 
-    def __init__(self, model: ModelName, image: LabelledImage, judge: Decider, open_handles: Any) -> None:
-        super().__init__(image, judge, model == "predict", open_handles)
+    def __init__(self, model: ModelName, image: LabelledImage, decider: Decider, open_handles: Any) -> None:
+        super().__init__(image, decider, model == "predict", open_handles)
         self.model, self.answer = model, Future[Any]()
         self.answer.set_running_or_notify_cancel()  # it is given up by `Service.give_up` alone
         self.came = time.monotonic()
@@ -234,13 +229,13 @@ class Service:
     def _request(self, model: ModelName, pixels: Pixels, secret: bytes) -> Request:
         self._came += 1
         image, sigma = LabelledImage(self._came, pixels, None), self.served.settings.sigma
-        judge = (self._predicts if model == "predict" else self._certifies).start()
+        decider = (self._predicts if model == "predict" else self._certifies).start()
 
         def open_handles(phases: Phases) -> list[int]:
             keys = [image_key(secret, purpose, sigma, pixels) for purpose, _ in phases]
             return [self._device.open_image(pixels, key, sigma, self._chain.scale) for key in keys]
 
-        return Request(model, image, judge, open_handles)
+        return Request(model, image, decider, open_handles)
 
     def stop(self, requests: Sequence[Request]) -> None:
         """Answer those that have no answer yet by what their samples bear out."""
@@ -338,11 +333,11 @@ class Service:
 
     def _answer_of(self, request: Request) -> Predicted | Certified:
         request.cost.seconds = time.monotonic() - request.came
-        image, judge, cost, stopped = request.image, request.judge, request.cost, request.stopped
+        image, decider, cost, stopped = request.image, request.decider, request.cost, request.stopped
         if request.model == "predict":
-            decider, classes = cast(AnytimeDecider, judge), len(self.served.class_names)
-            return prediction_of(image, decider, self._predicts.charge, classes, cost, stopped)
-        return Certified(image, judge.certificate(stopped), cost)
+            charge, classes = self._predicts.charge, len(self.served.class_names)
+            return prediction_of(image, cast(AnytimeDecider, decider), charge, classes, cost, stopped)
+        return Certified(image, decider.certificate(stopped), cost)
 
     def _close_settled(self) -> None:
         for handle in self._share.settled():

@@ -26,13 +26,7 @@ from densepure_rt.runtime.device import MAX_BATCH, MAX_THREADS
 from densepure_rt.runtime.triton_device import Cancelled, TritonDevice
 from densepure_rt.serving.models import MOST_IMAGES, outputs_of, pixels_of, values_of
 from densepure_rt.serving.service import ModelName
-from densepure_rt.smoothing.classifier import (
-    Certified,
-    Predicted,
-    SmoothedClassifier,
-    chain_of,
-    prediction_of,
-)
+from densepure_rt.smoothing.classifier import Certified, Predicted, SmoothedClassifier, chain_of, prediction_of
 from densepure_rt.smoothing.decider import AnytimeDecider
 from densepure_rt.smoothing.samplers import OnDevice
 from densepure_rt.smoothing.scheduling import Cost

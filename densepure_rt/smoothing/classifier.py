@@ -29,12 +29,12 @@ from densepure_rt.runtime.open_device import open_device, provider_of
 from densepure_rt.runtime.schedule import Chain, make_chain
 from densepure_rt.smoothing.bounds import error_at_most
 from densepure_rt.smoothing.certificate import Certificate, Method
-from densepure_rt.smoothing.decider import AnytimeDecider, Decider
+from densepure_rt.smoothing.decider import AnytimeDecider, Decider, Phases
 from densepure_rt.smoothing.samplers import OnDevice, Sampler
-from densepure_rt.smoothing.scheduling import Cost, Journal, Judge, Phases, Scheduler, UnderWay
+from densepure_rt.smoothing.scheduling import Cost, Journal, Scheduler, UnderWay
 from densepure_rt.smoothing.settings import PREDICT_N, UNLIMITED, Budget, Settings
 
-J = TypeVar("J", bound=Judge)
+D = TypeVar("D", bound=Decider)
 
 
 class Certified(NamedTuple):
@@ -199,11 +199,11 @@ class SmoothedClassifier:
         settings.check_reach(pixels, labelled=True)
         rules = {labelled: settings.rule(pixels, labelled) for labelled in (False, True)}
 
-        def judge(image: LabelledImage) -> Decider:
+        def decider(image: LabelledImage) -> Decider:
             return rules[image.label is not None].start(image.label)
 
-        for decided in self._judged(images, settings, judge, budget, journal):
-            yield Certified(decided.image, decided.judge.certificate(decided.stopped), decided.cost)
+        for decided in self._judged(images, settings, decider, budget, journal):
+            yield Certified(decided.image, decided.decider.certificate(decided.stopped), decided.cost)
 
     def predict_each(
         self, images: Iterable[LabelledImage], settings: Settings, budget: Budget = UNLIMITED
@@ -214,7 +214,9 @@ class SmoothedClassifier:
         """
         rule = settings.prediction_rule(math.prod(self.bundle.unet.image))
         for found in self._judged(images, settings, lambda _: rule.start(), budget):
-            yield prediction_of(found.image, found.judge, rule.charge, len(self.class_names), found.cost, found.stopped)
+            yield prediction_of(
+                found.image, found.decider, rule.charge, len(self.class_names), found.cost, found.stopped
+            )
 
     def _refuse_closed(self) -> None:
         if self.closed:
@@ -235,22 +237,22 @@ class SmoothedClassifier:
         self,
         images: Iterable[LabelledImage],
         settings: Settings,
-        new_judge: Callable[[LabelledImage], J],
+        new_decider: Callable[[LabelledImage], D],
         budget: Budget = UNLIMITED,
         journal: Journal | None = None,
-    ) -> Iterator[UnderWay[J]]:
-        """Each image, when its judge has all that it needs or its time is up."""
+    ) -> Iterator[UnderWay[D]]:
+        """Each image, when its decider has all that it needs or its time is up."""
         self._refuse_closed()
         chain = self.chain(settings)
         started = answered = time.perf_counter()
         end = started + budget.run
 
-        def opened() -> Iterator[UnderWay[J]]:
+        def opened() -> Iterator[UnderWay[D]]:
             for image in images:
                 if (now := time.perf_counter()) >= end:
                     return
                 open_handles, deadline = partial(self._open, image, settings.sigma, chain), min(end, now + budget.image)
-                yield UnderWay(image, new_judge(image), open_handles, deadline, journal, len(self.class_names))
+                yield UnderWay(image, new_decider(image), open_handles, deadline, journal, len(self.class_names))
 
         if self.busy:
             raise UsageError("this classifier is already at work: finish or close that iteration, or load another one")
@@ -283,7 +285,7 @@ class SmoothedClassifier:
         keys = [image_key(self.secret, purpose, sigma, image.pixels) for purpose, _ in phases]
         return [self.sampler.open_image(image.pixels, key, sigma, chain.scale) for key in keys]
 
-    def _close(self, image: UnderWay[J]) -> None:
+    def _close(self, image: UnderWay[D]) -> None:
         for handle in image.handles:
             self.sampler.close_image(handle)
 

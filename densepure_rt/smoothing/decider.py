@@ -18,18 +18,18 @@ from densepure_rt.runtime.device import NOT_FINITE
 from densepure_rt.runtime.noise import Purpose
 from densepure_rt.smoothing.bounds import THRESHOLD_MARGIN, anytime_lower, check_alpha, log_e
 from densepure_rt.smoothing.certificate import Certificate, EpsOutcome, Result
-from densepure_rt.smoothing.scheduling import Phases
 
 RESERVE = 0.25  # share of alpha for one Clopper-Pearson look at n_max (Cohen et al. 2019); the e-process has the rest
 BETA = 0.01  # chance of giving up an eps that holds, by the same e-process on the failures (Waudby-Smith & Ramdas 2024)
 LOOK = 32  # samples between looks; part of the rule, whatever the device's batch is
 CACHED_LOOKS = 2**17
+Phases = tuple[tuple[Purpose, int], ...]  # what the samples of an image are for, and the most of each, in their order
 
 
 class Decider(ABC):
     """Takes the voted labels of an image in the order of its samples, whenever they come, and decides.
 
-    phases: what the samples are for, and the most of each, in their order. n: how many labels were taken.
+    n: how many labels were taken.
     """
 
     def __init__(self, phases: Phases) -> None:
@@ -78,7 +78,7 @@ class Rule(ABC):
     @property
     @abstractmethod
     def phases(self) -> Phases:
-        """What the samples of an image are for, and the most of each, in their order."""
+        """What its samples are for."""
 
     @property
     @abstractmethod

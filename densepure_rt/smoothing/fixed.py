@@ -10,8 +10,7 @@ import numpy as np
 from densepure_rt.runtime.device import NOT_FINITE
 from densepure_rt.smoothing.bounds import check_sampling, clopper_pearson_lower, l2_radius
 from densepure_rt.smoothing.certificate import Certificate, Counts
-from densepure_rt.smoothing.decider import Decider, Rule
-from densepure_rt.smoothing.scheduling import Phases
+from densepure_rt.smoothing.decider import Decider, Phases, Rule
 
 
 @dataclass(frozen=True, kw_only=True)

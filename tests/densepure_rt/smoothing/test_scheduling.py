@@ -17,8 +17,10 @@ from densepure_rt.errors import CheckFailed
 from densepure_rt.images.datasets import LabelledImage
 from densepure_rt.runtime.device import NOT_FINITE
 from densepure_rt.runtime.reverse import Outcome
+from densepure_rt.smoothing.certificate import Certificate
+from densepure_rt.smoothing.decider import Decider
 from densepure_rt.smoothing.fixed import FixedDecider, FixedRule
-from densepure_rt.smoothing.scheduling import LOST, NOTHING, Phases, Scheduler, Taken, UnderWay
+from densepure_rt.smoothing.scheduling import LOST, NOTHING, Scheduler, Taken, UnderWay
 
 CLASSES = 4
 
@@ -28,12 +30,12 @@ def label_of(handle: int, sample: int) -> int:
     return (handle * 7919 + sample * 104_729) % (CLASSES + 1) - 1
 
 
-class Patient:
+class Patient(Decider):
     """Looks after every `look` samples and is done at the `last` look, or when it has seen `enough` of class 0."""
 
     def __init__(self, look: int, last: int, enough: int) -> None:
+        super().__init__((("certify", look * last),))
         self.look, self.last, self.enough = look, last, enough
-        self.phases: Phases = (("certify", look * last),)
         self.seen: list[int] = []
         self.decided = False
 
@@ -41,28 +43,32 @@ class Patient:
     def needed(self) -> int:
         return 0 if self.decided else self.look - len(self.seen) % self.look
 
-    def add(self, label: int) -> None:
-        assert not self.decided, "a sample beyond the deciding look reached the judge"
+    def add(self, label: int) -> bool:
+        assert not self.decided, "a sample beyond the deciding look reached the decider"
         self.seen.append(label)
         if len(self.seen) % self.look == 0:
             self.decided = self.seen.count(0) >= self.enough or len(self.seen) == self.look * self.last
+        return self.decided
+
+    def certificate(self, stopped: bool = False) -> Certificate:
+        raise AssertionError
 
 
 def image(idx: int) -> LabelledImage:
     return LabelledImage(idx, np.zeros((1, 2, 2), np.uint8), None)
 
 
-def under_way(handle: int, judge: Patient, deadline: float = math.inf) -> UnderWay[Patient]:
-    return UnderWay(image(handle), judge, lambda phases: [handle], deadline)
+def under_way(handle: int, decider: Patient, deadline: float = math.inf) -> UnderWay[Patient]:
+    return UnderWay(image(handle), decider, lambda phases: [handle], deadline)
 
 
-def alone(handle: int, judge: Patient) -> list[int]:
-    """What a judge sees that is fed with one image's samples, one at a time."""
+def alone(handle: int, decider: Patient) -> list[int]:
+    """What a decider sees that is fed with one image's samples, one at a time."""
     sample = 0
-    while judge.needed:
-        judge.add(label_of(handle, sample))
+    while decider.needed:
+        decider.add(label_of(handle, sample))
         sample += 1
-    return judge.seen
+    return decider.seen
 
 
 def run(
@@ -109,7 +115,7 @@ def test_every_image_is_judged_as_if_it_were_alone_in_whatever_order_outcomes_co
     expected = [alone(i, Patient(p.look, p.last, p.enough)) for i, p in enumerate(patients)]
     finished, _ = run(patients, most_open, room, lambda waiting: chance.randint(1, waiting), chance.randrange)
     assert [each.image.idx for each in finished] == list(range(len(patients)))
-    assert [each.judge.seen for each in finished] == expected
+    assert [each.decider.seen for each in finished] == expected
     assert [each.cost.samples for each in finished] == [len(seen) for seen in expected]
     assert [each.cost.not_finite for each in finished] == [seen.count(NOT_FINITE) for seen in expected]
 
@@ -155,10 +161,10 @@ def test_late_images_are_decided_by_what_they_have() -> None:
     assert list(scheduler.finished()) == []
     assert list(scheduler.stop_late(5.0)) == []  # two of its samples are under way: its handle stays
     assert list(scheduler.finished()) == [late]
-    assert (late.stopped, late.judge.seen, late.cost.samples) == (True, [1, 1], 2)
+    assert (late.stopped, late.decider.seen, late.cost.samples) == (True, [1, 1], 2)
     assert list(scheduler.add(Outcome(0, 2, 1, 1, 1))) == []
     assert list(scheduler.add(Outcome(0, 3, 1, 1, 1))) == [late]
-    assert late.judge.seen == [1, 1]
+    assert late.decider.seen == [1, 1]
     assert scheduler.open == {other}
 
 
