@@ -26,7 +26,7 @@ from densepure_rt.keys import seeded_secret
 from densepure_rt.runtime.reverse import Outcome
 from densepure_rt.serving.models import values_of
 from densepure_rt.serving.protocol import HEADER_LENGTH
-from densepure_rt.smoothing.classifier import Certified, certificate_of, load
+from densepure_rt.smoothing.classifier import Certified, load
 from densepure_rt.smoothing.scheduling import NOTHING, Cost, Taken
 from densepure_rt.smoothing.settings import PREDICT_N, Settings
 from tests.support.server import ServerProcess, serving
@@ -90,11 +90,10 @@ class Expected:
         if not stopped:
             return values_of([self._certified[image]])
         shown = self._images[image]
-        judge = self._settings.anytime_rule(shown.pixels.size, labelled=False).start()
+        decider = self._settings.rule(shown.pixels.size, labelled=False).start()
         for label in self._labels.found[shown.idx][:n]:
-            judge.add(label)
-        certificate = certificate_of(judge.so_far(), self._settings.alpha, stopped=True)
-        return values_of([Certified(shown, certificate, Cost())])
+            decider.add(label)
+        return values_of([Certified(shown, decider.certificate(stopped=True), Cost())])
 
 
 class Labels:

@@ -270,7 +270,7 @@ def text_of_procedures(tmp_path: Path) -> None:
 
 def text_of_a_charge(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as refused:
-        FixedRule(100, 1000, 0.001, charge=0.00051001)
+        FixedRule(n0=100, n=1000, alpha=0.001, sigma=0.25, charge=0.00051001)
     print(refused.value)
 
 
@@ -280,7 +280,7 @@ def text_of_reach(tmp_path: Path) -> None:
     print(refused.value)
 
 
-REACHED = Settings(sigma=0.25).anytime_rule(784, True).reach() or 0.0
+REACHED = Settings(sigma=0.25).rule(784, True).reach() or 0.0
 PREDICTED = Predicted(LabelledImage(0, np.zeros((1, 2, 2), np.uint8), 0), 0, 13, np.array([13, 0]), BOUND, Cost())
 BAND = 100 * math.sqrt(math.log(40) / 6)
 REACHED_FIXED = 0.5 * float(stats.norm.ppf(stats.beta.ppf(0.001, 200, 1)))
@@ -373,7 +373,7 @@ def test_the_server_claims_no_more_than_was_found() -> None:
 
 def test_the_charge_in_the_readme_is_that_of_the_defaults_rounded_up() -> None:
     (said,) = re.findall(r"([\d.]+e-\d+) at the defaults", README)
-    charge = Settings().anytime_rule(28 * 28, True).charge
+    charge = Settings().rule(28 * 28, True).charge
     assert charge <= float(said) <= 1.1 * charge
 
 

@@ -177,12 +177,10 @@ def certify(
     from densepure_rt.runs.falsify import check_share, no_proposals
     from densepure_rt.runs.shards import Shard
     from densepure_rt.smoothing.forecast import forecast
-    from densepure_rt.smoothing.settings import Budget
+    from densepure_rt.smoothing.settings import RULES, Budget
 
     if falsify is not None:
         check_share(falsify)
-    if method != "fixed" and was_typed(context, "n0") and preset is None:
-        raise UsageError(f"--n0 is of --method fixed alone, and {method} was asked for: leave it out")
     if cluster is None and (workers, group) != (None, None):
         raise UsageError("--workers and --group are of --cluster: name one, such as --cluster ray")
     if cluster is not None and falsify is not None:
@@ -193,6 +191,8 @@ def certify(
     asked: dict[str, Any] = {"method": method, "radii": radii_of(radii, radii_sigma, sigma), "radius_loss": radius_loss}
     asked |= {"sigma": sigma, "steps": steps, "votes": votes, "n0": n0, "n": n, "alpha": alpha}
     settings = make_settings(context, preset, **asked, timestep_rule=timestep_rule)
+    if RULES[settings.method].anytime and was_typed(context, "n0") and preset is None:
+        raise UsageError(f"--n0 is of --method fixed alone, and {method} was asked for: leave it out")
     if resume and out is None:
         raise UsageError("--resume goes on with a run: name its folder with --out")
     part = None if shard is None else Shard.parsed(shard)

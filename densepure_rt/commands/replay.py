@@ -45,7 +45,7 @@ def replay(
     settings = settings_of(identity)
     if batch is None and identity.arithmetic is not None:
         batch = identity.arithmetic.batch
-    place = sample + (settings.n0 if settings.method == "fixed" else 0)
+    place = sample + (identity.rule.n0 or 0)
     counted = counted_label(run, image, place, identity.rule.most_samples)
     with load(engine, classifier, secret=secret_of(run, manifest), batch=batch, threads=1) as smoothed:
         bundle = smoothed.bundle

@@ -119,7 +119,7 @@ def import_log(log: Log, sigma: float | None, n: int | None, alpha: float, radii
     settings = {"kind": "log", "sigma": sigma, "n": n, "alpha": alpha, "printed_digits": log.digits}
     reach = None
     if sigma is not None and n is not None:
-        reach = FixedRule(1, n, alpha).largest_radius(sigma) or 0.0
+        reach = FixedRule(n0=1, n=n, alpha=alpha, sigma=sigma).reach() or 0.0
         beyond = [claim.radius is not None and claim.radius > reach * (1 + SLACK) for claim in claims]
         flags += beyond_reach(list(compress(claims, beyond)), sigma, n, reach)
         claims = [abstaining(claim) if too_far else claim for claim, too_far in zip(claims, beyond, strict=True)]
@@ -229,7 +229,7 @@ def import_folder(
     settings |= {"seeds": list(folder.seeds), "tie_rule": "the label seen first"}
     settings |= {"alpha_of_merged": None if merged is None else ALPHA}
     sources = reader.digests | {log.name: log.sha256 for log in (labels, merged) if log is not None}
-    reach = FixedRule(n0, n, alpha).largest_radius(folder.sigma) or 0.0
+    reach = FixedRule(n0=n0, n=n, alpha=alpha, sigma=folder.sigma).reach() or 0.0
     return Imported(tuple(claims), tuple(flags), reach, sources, settings)
 
 

@@ -228,8 +228,8 @@ def retake(selection: Labels, estimation: Labels, sigma: float, alpha: float) ->
     )
     by_estimation = bool((estimated.tied & (estimated.leads & (estimation == candidate)).any(axis=0)).any())
     return Retaken(
-        certificate=FixedRule(n0, n, alpha).certify(counts[0], counts[1], sigma),
-        as_merged=FixedRule(n0, n, ALPHA).certify(counts[0], counts[1], sigma),
+        certificate=FixedRule(n0=n0, n=n, alpha=alpha, sigma=sigma).certify(*counts),
+        as_merged=FixedRule(n0=n0, n=n, alpha=ALPHA, sigma=sigma).certify(*counts),
         ties=int(selected.tied.sum() + estimated.tied.sum()),
         by_tie_rule=by_selection or by_estimation,
     )

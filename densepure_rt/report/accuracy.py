@@ -16,7 +16,7 @@ from densepure_rt.legacy.folder import ImportedRun
 from densepure_rt.runs.identity import settings_of
 from densepure_rt.runs.reader import Run
 from densepure_rt.runs.records import Identity
-from densepure_rt.smoothing.forecast import reach_of
+from densepure_rt.smoothing.decider import Rule
 from densepure_rt.smoothing.radius import RadiusRule
 from densepure_rt.smoothing.sequential import SequentialRule
 
@@ -112,8 +112,8 @@ def breakpoints(run: Run) -> tuple[float, ...]:
 
 def largest_sought(identity: Identity) -> float:
     """What a run that measures radii settles for at best: its reach, less what it gives up for stopping early."""
-    rule = None if identity.rule.method == "fixed" else anytime_rule(identity)
-    largest = reach(identity) or 0.0
+    rule = rule_of(identity)
+    largest = rule.reach() or 0.0
     if isinstance(rule, RadiusRule):
         return min(largest, (1 - rule.radius_loss) * (rule.fixed_radius(rule.n_max, rule.n_max) or 0.0))
     return largest
@@ -121,17 +121,17 @@ def largest_sought(identity: Identity) -> float:
 
 def reach(identity: Identity) -> float | None:
     """The largest radius that all n samples agreeing on the label certify; None when even they certify nothing."""
-    return reach_of(settings_of(identity), math.prod(identity.image))
+    return rule_of(identity).reach()
 
 
 def reachable_radii(identity: Identity) -> tuple[float, ...]:
     """Of the radii that a sequential run was asked about, those that n agreeing samples certify."""
-    rule = anytime_rule(identity)
+    rule = rule_of(identity)
     return rule.reachable() if isinstance(rule, SequentialRule) else ()
 
 
-def anytime_rule(identity: Identity) -> SequentialRule | RadiusRule:
-    return settings_of(identity).anytime_rule(math.prod(identity.image), labelled=True)
+def rule_of(identity: Identity) -> Rule:
+    return settings_of(identity).rule(math.prod(identity.image), labelled=True)
 
 
 def band_half_width(images: int, confidence: float = CONFIDENCE) -> float:

@@ -21,6 +21,7 @@ from densepure_rt.rounding import exact, floored, floored_share, raised, raised_
 from densepure_rt.runs.reader import Run
 from densepure_rt.runs.records import ImageRecord
 from densepure_rt.smoothing.certificate import abstention
+from densepure_rt.smoothing.settings import RULES
 from densepure_rt.text import duration, plural
 
 Cell = str | tuple[str, str]  # a text, or one with a note beneath
@@ -99,7 +100,7 @@ def page(reports: Sequence[RunReport], gallery: Sequence[Shown] = ()) -> str:
         rho=exact(RHO),
         wrong=[(report.name, "".join(wrong_words(report))) for report in reports],
         counted=[(report.name, list(outcomes(report))) for report in reports],
-        anytime=any(run.manifest.identity.rule.method != "fixed" for _, run in own(reports)),
+        anytime=any(RULES[run.manifest.identity.rule.method].anytime for _, run in own(reports)),
         samples=samples(reports),
         costs=cost_rows(reports),
         gallery=[shown_image(shown, classes) for shown in gallery],

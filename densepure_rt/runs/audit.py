@@ -15,8 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from densepure_rt import files
 from densepure_rt.errors import CheckFailed, DensePureError, EnvironmentFault
 from densepure_rt.files import Kind
@@ -59,7 +57,6 @@ from densepure_rt.runtime.device import NOT_FINITE
 from densepure_rt.runtime.noise import NOISE_LAW, image_sha256, smoothing_law, vote_law
 from densepure_rt.runtime.schedule import Coefficients, make_chain
 from densepure_rt.smoothing.certificate import Certificate
-from densepure_rt.smoothing.classifier import certificate_of
 from densepure_rt.smoothing.forecast import reach_of
 from densepure_rt.smoothing.settings import Settings
 
@@ -232,7 +229,7 @@ def faults_of(image: DoneImage, labels: Labels, identity: Identity, settings: Se
     if len(labels) and not NOT_FINITE <= labels.min() <= labels.max() < classes:
         yield f"a label is none of the {classes} classes"
         return
-    certificate = decided(labels.tolist(), record, settings, math.prod(identity.image), classes)
+    certificate = decided(labels.tolist(), record, settings, math.prod(identity.image))
     if certificate is None:
         yield f"{len(labels)} labels are not those that decide it"
         return
@@ -246,29 +243,15 @@ def faults_of(image: DoneImage, labels: Labels, identity: Identity, settings: Se
         yield f"samples and not_finite are {timing.samples} and {timing.not_finite}, its labels give {counted}"
 
 
-def decided(
-    labels: list[int], record: ImageRecord, settings: Settings, pixels: int, classes: int
-) -> Certificate | None:
+def decided(labels: list[int], record: ImageRecord, settings: Settings, pixels: int) -> Certificate | None:
     """The certificate of these labels; None when they are more or fewer than it takes."""
-    if settings.method == "fixed":
-        rule = settings.rule(pixels)
-        selection, estimation = (
-            np.bincount([label for label in part if label != NOT_FINITE], minlength=classes)
-            for part in (labels[: rule.n0], labels[rule.n0 :])
-        )
-        if record.stopped:
-            return rule.stopped(selection, estimation, len(labels)) if len(labels) < rule.n0 + rule.n else None
-        whole = len(labels) == rule.n0 + rule.n
-        return rule.certify(selection, estimation, settings.sigma) if whole else None
-    decider = settings.anytime_rule(pixels, record.label is not None).start(record.label)
+    decider = settings.rule(pixels, record.label is not None).start(record.label)
     ended = decider.needed == 0
     for label in labels:
         if ended:
             return None
         ended = decider.add(label)
-    if ended == record.stopped:
-        return None
-    return certificate_of(decider.so_far(), settings.alpha, record.stopped)
+    return None if ended == record.stopped else decider.certificate(record.stopped)
 
 
 def check_tables(path: Path, done: list[DoneImage]) -> Finding:

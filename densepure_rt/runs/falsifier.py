@@ -45,8 +45,7 @@ from densepure_rt.runtime.noise import (
 from densepure_rt.runtime.reverse import decide
 from densepure_rt.smoothing.certificate import Certificate
 from densepure_rt.smoothing.classifier import SmoothedClassifier
-from densepure_rt.smoothing.decider import LOOK, Decision, certify_at
-from densepure_rt.smoothing.scheduling import Phases
+from densepure_rt.smoothing.decider import LOOK, Decision, Phases, certify_at
 from densepure_rt.smoothing.sequential import SequentialRule, prediction_rule
 from densepure_rt.smoothing.settings import Settings
 
@@ -211,9 +210,7 @@ def proposal_of_samples(
     """
     if not certificate.radius:
         return None
-    phases: Phases = (("certify", len(labels)),)
-    if settings.method == "fixed":
-        phases = (("select", certificate.n0), ("certify", certificate.n))
+    phases: Phases = (("select", certificate.n0), ("certify", len(labels) - certificate.n0))
     ends = itertools.accumulate(samples for _, samples in phases)
     push = np.zeros(image.pixels.shape)
     for (purpose, samples), end in zip(phases, ends, strict=True):

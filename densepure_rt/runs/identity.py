@@ -145,15 +145,10 @@ def settings_of(identity: Identity) -> Settings:
 def rule_of(settings: Settings, pixels: int) -> RuleIdentity:
     """How samples become certificates."""
     given: dict[str, Any] = {"method": settings.method, "n": settings.n, "alpha": settings.alpha}
-    if settings.method == "fixed":
-        fixed = settings.rule(pixels)
-        return RuleIdentity(
-            **given, alpha_charged_for_noise=fixed.charge, n0=fixed.n0, tested="the class that n0 samples select"
-        )
-    rule = settings.anytime_rule(pixels, labelled=False)
-    own = {name: getattr(rule, name) for name in ("radii", "reserve", "radius_loss", "look") if hasattr(rule, name)}
-    tested = "the label of an image that has one, else every class"
-    return RuleIdentity(**given, **own, alpha_charged_for_noise=rule.charge, tested=tested)
+    rule = settings.rule(pixels, labelled=False)
+    names = ("n0", "radii", "reserve", "radius_loss", "look")
+    own = {name: getattr(rule, name) for name in names if hasattr(rule, name)}
+    return RuleIdentity(**given, **own, alpha_charged_for_noise=rule.charge, tested=rule.tested)
 
 
 MOST_FIELDS = 4  # that a message names of those in which two identities differ

@@ -11,20 +11,20 @@ from typing import Generic, TypeVar
 
 from densepure_rt.images.datasets import LabelledImage
 from densepure_rt.runtime.reverse import Outcome
-from densepure_rt.smoothing.decider import LOOK
-from densepure_rt.smoothing.scheduling import Judge, Phases, UnderWay
+from densepure_rt.smoothing.decider import LOOK, Decider, Phases
+from densepure_rt.smoothing.scheduling import UnderWay
 
 URGENT_LOOKS = 3  # in a row, before one of another image that waits: short ones without end starve nobody either
-J = TypeVar("J", bound=Judge)
+D = TypeVar("D", bound=Decider)
 
 
-class Asked(UnderWay[J]):
+class Asked(UnderWay[D]):
     """An image that somebody waits for. urgent: it comes before those that are not, but for URGENT_LOOKS."""
 
     def __init__(
-        self, image: LabelledImage, judge: J, urgent: bool, open_handles: Callable[[Phases], list[int]]
+        self, image: LabelledImage, decider: D, urgent: bool, open_handles: Callable[[Phases], list[int]]
     ) -> None:
-        super().__init__(image, judge, open_handles)
+        super().__init__(image, decider, open_handles)
         self.urgent = urgent
 
     @property
@@ -33,7 +33,7 @@ class Asked(UnderWay[J]):
         return not self.urgent, self.drawn // LOOK
 
 
-class FairShare(Generic[J]):
+class FairShare(Generic[D]):
     """The work of `runtime.reverse.decide`, (image handle, sample) pairs, for images that come and go meanwhile.
 
     A sample that is needed for certain comes before any that may be needed; of the latter an image has up to `ahead`
@@ -42,13 +42,13 @@ class FairShare(Generic[J]):
 
     def __init__(self, ahead: int) -> None:
         self._ahead = ahead
-        self.undecided: list[Asked[J]] = []  # in the order in which they came
-        self._turn: Asked[J] | None = None
+        self.undecided: list[Asked[D]] = []  # in the order in which they came
+        self._turn: Asked[D] | None = None
         self._urgent_draws = 0  # since another image had a turn
-        self._by_handle: dict[int, Asked[J]] = {}
-        self._leaving: list[Asked[J]] = []  # decided, with handles
+        self._by_handle: dict[int, Asked[D]] = {}
+        self._leaving: list[Asked[D]] = []  # decided, with handles
 
-    def put(self, image: Asked[J]) -> None:
+    def put(self, image: Asked[D]) -> None:
         self.undecided.append(image)
         if not self._overdue:
             self._turn = None
@@ -71,7 +71,7 @@ class FairShare(Generic[J]):
         """Whether it is the turn of an image that is not urgent."""
         return self._urgent_draws >= URGENT_LOOKS * LOOK
 
-    def _next(self) -> Asked[J] | None:
+    def _next(self) -> Asked[D] | None:
         if self._turn is not None and not self._turn.urgent:
             self._urgent_draws = 0
         certain = [image for image in self.undecided if image.wants]
@@ -80,10 +80,10 @@ class FairShare(Generic[J]):
         useful = certain or [image for image in self.undecided if image.may_want and self._room_for(image)]
         return min(useful, key=lambda image: image.turn, default=None)  # of equals the one that came first
 
-    def _room_for(self, image: Asked[J]) -> bool:
-        return image.drawn - image.returned < image.judge.needed + self._ahead
+    def _room_for(self, image: Asked[D]) -> bool:
+        return image.drawn - image.returned < image.decider.needed + self._ahead
 
-    def add(self, outcome: Outcome) -> Asked[J] | None:
+    def add(self, outcome: Outcome) -> Asked[D] | None:
         """Count an outcome; its image, where that decides it."""
         image = self._by_handle[outcome.image]
         undecided = not image.decided
@@ -93,12 +93,12 @@ class FairShare(Generic[J]):
         self._remove(image)
         return image
 
-    def stop(self, image: Asked[J]) -> None:
+    def stop(self, image: Asked[D]) -> None:
         """Draw no more of an undecided image."""
         image.stopped = True
         self._remove(image)
 
-    def _remove(self, image: Asked[J]) -> None:
+    def _remove(self, image: Asked[D]) -> None:
         self.undecided.remove(image)
         if image is self._turn:
             self._turn = None

@@ -32,16 +32,10 @@ from densepure_rt.runtime.metered_device import MeteredDevice
 from densepure_rt.runtime.noise import image_key
 from densepure_rt.runtime.reverse import Outcome, decide
 from densepure_rt.serving.fair_share import Asked, FairShare
-from densepure_rt.smoothing.classifier import (
-    AnytimeJudge,
-    Certified,
-    Predicted,
-    SmoothedClassifier,
-    certificate_of,
-    prediction_of,
-)
-from densepure_rt.smoothing.scheduling import MOST_OPEN, Phases
-from densepure_rt.smoothing.settings import PREDICT_N, Settings
+from densepure_rt.smoothing.classifier import Certified, Predicted, SmoothedClassifier, prediction_of
+from densepure_rt.smoothing.decider import AnytimeDecider, Decider, Phases
+from densepure_rt.smoothing.scheduling import MOST_OPEN
+from densepure_rt.smoothing.settings import PREDICT_N, RULES, Settings
 
 END_SECONDS = 4.0  # in which the batch under way has to end, when all is answered
 ModelName = Literal["predict", "certify"]
@@ -97,11 +91,11 @@ class Meter:
     items: Mapping[str, int]
 
 
-class Request(Asked[AnytimeJudge]):
+class Request(Asked[Decider]):
     """An image of a request, and the answer that it waits for."""
 
-    def __init__(self, model: ModelName, image: LabelledImage, judge: AnytimeJudge, open_handles: Any) -> None:
-        super().__init__(image, judge, model == "predict", open_handles)
+    def __init__(self, model: ModelName, image: LabelledImage, decider: Decider, open_handles: Any) -> None:
+        super().__init__(image, decider, model == "predict", open_handles)
         self.model, self.answer = model, Future[Any]()
         self.answer.set_running_or_notify_cancel()  # it is given up by `Service.give_up` alone
         self.came = time.monotonic()
@@ -121,7 +115,7 @@ class Service:
         secret: Callable[[], bytes],
         most: int = MOST_OPEN,
     ) -> None:
-        if settings.method == "fixed":
+        if not RULES[settings.method].anytime:
             raise UsageError("method fixed has no answer before its last sample: serve sequential or radius", "method")
         if most < 1:
             raise UsageError(f"a queue holds one request or more, got {most}")
@@ -132,14 +126,11 @@ class Service:
         self.most = most
         self._meter = MeteredDevice(classifier.device)
         self._device, self._chain = cast(Device, self._meter), classifier.chain(settings)
-        self._predict_settings = dataclasses.replace(
-            settings, n=PREDICT_N, method="sequential", radii=None, radius_loss=None
-        )
-        self._predicts = self._predict_settings.prediction_rule(pixels)
+        self._predicts = dataclasses.replace(settings, n=PREDICT_N).prediction_rule(pixels)
         settings.check_reach(pixels, labelled=False)
-        self._certifies = settings.anytime_rule(pixels, labelled=False)
+        self._certifies = settings.rule(pixels, labelled=False)
         self._changed = threading.Condition()  # held for whatever stands below
-        self._share = FairShare[AnytimeJudge](ahead=classifier.device.batch)
+        self._share = FairShare[Decider](ahead=classifier.device.batch)
         self._draining = self._ended = False
         self._failed: BaseException | None = None
         self._done = Counter[str]()
@@ -238,16 +229,13 @@ class Service:
     def _request(self, model: ModelName, pixels: Pixels, secret: bytes) -> Request:
         self._came += 1
         image, sigma = LabelledImage(self._came, pixels, None), self.served.settings.sigma
-        if model == "predict":
-            judge = AnytimeJudge(self._predicts.start(), "predict", self._predict_settings.n)
-        else:
-            judge = AnytimeJudge(self._certifies.start(), "certify", self.served.settings.n)
+        decider = (self._predicts if model == "predict" else self._certifies).start()
 
         def open_handles(phases: Phases) -> list[int]:
             keys = [image_key(secret, purpose, sigma, pixels) for purpose, _ in phases]
             return [self._device.open_image(pixels, key, sigma, self._chain.scale) for key in keys]
 
-        return Request(model, image, judge, open_handles)
+        return Request(model, image, decider, open_handles)
 
     def stop(self, requests: Sequence[Request]) -> None:
         """Answer those that have no answer yet by what their samples bear out."""
@@ -345,13 +333,11 @@ class Service:
 
     def _answer_of(self, request: Request) -> Predicted | Certified:
         request.cost.seconds = time.monotonic() - request.came
+        image, decider, cost, stopped = request.image, request.decider, request.cost, request.stopped
         if request.model == "predict":
-            classes = len(self.served.class_names)
-            return prediction_of(
-                request.image, request.judge, self._predicts.charge, classes, request.cost, request.stopped
-            )
-        certificate = certificate_of(request.judge.decision, self.served.settings.alpha, request.stopped)
-        return Certified(request.image, certificate, request.cost)
+            charge, classes = self._predicts.charge, len(self.served.class_names)
+            return prediction_of(image, cast(AnytimeDecider, decider), charge, classes, cost, stopped)
+        return Certified(image, decider.certificate(stopped), cost)
 
     def _close_settled(self) -> None:
         for handle in self._share.settled():

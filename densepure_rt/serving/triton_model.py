@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,22 +26,14 @@ from densepure_rt.runtime.device import MAX_BATCH, MAX_THREADS
 from densepure_rt.runtime.triton_device import Cancelled, TritonDevice
 from densepure_rt.serving.models import MOST_IMAGES, outputs_of, pixels_of, values_of
 from densepure_rt.serving.service import ModelName
-from densepure_rt.smoothing.certificate import Method
-from densepure_rt.smoothing.classifier import (
-    AnytimeJudge,
-    Certified,
-    Predicted,
-    SmoothedClassifier,
-    certificate_of,
-    chain_of,
-    prediction_of,
-)
+from densepure_rt.smoothing.classifier import Certified, Predicted, SmoothedClassifier, chain_of, prediction_of
+from densepure_rt.smoothing.decider import AnytimeDecider
 from densepure_rt.smoothing.samplers import OnDevice
 from densepure_rt.smoothing.scheduling import Cost
-from densepure_rt.smoothing.settings import Budget, Settings
+from densepure_rt.smoothing.settings import RULES, Budget, Settings
 
 MODEL_NAMES: tuple[ModelName, ...] = ("predict", "certify")
-METHODS = tuple(name for name in get_args(Method) if name != "fixed")  # that have an answer whenever they are stopped
+METHODS = tuple(name for name, rule in RULES.items() if rule.anytime)  # that have an answer whenever they are stopped
 DEADLINE, MAX_DEADLINE = "deadline_ms", "max_deadline_ms"  # the first is a parameter of requests too
 T = TypeVar("T")
 
@@ -170,9 +162,7 @@ class TritonModel:
         chain_of(self.bundle, self.settings)  # raises where there is none
         pixels = math.prod(self.bundle.unet.image)
         self.rule = (
-            self.settings.prediction_rule(pixels)
-            if name == "predict"
-            else self.settings.anytime_rule(pixels, labelled=False)
+            self.settings.prediction_rule(pixels) if name == "predict" else self.settings.rule(pixels, labelled=False)
         )
         if name == "certify":
             self.settings.check_reach(pixels, labelled=False)
@@ -222,14 +212,12 @@ class TritonModel:
 
     def no_prediction(self, image: LabelledImage) -> Predicted:
         """Of an image that was not come to in time."""
-        judge = AnytimeJudge(self.rule.start(), "predict", self.settings.n)
-        classes = len(self.bundle.classifier.class_names)
-        return prediction_of(image, judge, self.rule.charge, classes, Cost(), stopped=True)
+        decider, classes = cast(AnytimeDecider, self.rule.start()), len(self.bundle.classifier.class_names)
+        return prediction_of(image, decider, self.rule.charge, classes, Cost(), stopped=True)
 
     def no_certificate(self, image: LabelledImage) -> Certified:
         """Of an image that was not come to in time."""
-        decision = self.rule.start().so_far()
-        return Certified(image, certificate_of(decision, self.settings.alpha, stopped=True), Cost())
+        return Certified(image, self.rule.start().certificate(stopped=True), Cost())
 
     def opened(self) -> TritonDevice:
         """The engines, ready to run. Only while a request is executed."""

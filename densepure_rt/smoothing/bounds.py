@@ -9,7 +9,7 @@ from collections.abc import Callable
 from scipy import special
 
 from densepure_rt.errors import UsageError
-from densepure_rt.rounding import exact
+from densepure_rt.rounding import exact, raised
 
 MARGIN = 1e-12  # relative; wider than the error of scipy's betainc and ndtr where they are used
 
@@ -46,8 +46,21 @@ def check_sampling(n0: int, n: int, alpha: float) -> None:
     """Raise UsageError unless n0 and n are counts and alpha is a probability of failure."""
     if n0 < 1 or n < 1:
         raise UsageError(f"n0 and n are counts of samples, at least 1, got {n0} and {n}")
+    check_alpha(alpha)
+
+
+def check_alpha(alpha: float, charge: float = 0.0, n: int = 0) -> None:
+    """Raise UsageError unless alpha is a probability of failure of which the noise of n samples leaves more than half.
+
+    charge: taken off alpha for the noise that is drawn not being exactly normal.
+    """
     if not 0 < alpha < 0.5:
         raise UsageError(f"alpha is a probability of failure, between 0 and 0.5, got {exact(alpha)}")
+    if not alpha - charge > alpha / 2:
+        raise UsageError(
+            f"the noise's finite precision over n = {n} samples costs {raised(charge, figures=2)}, "
+            f"more than half of alpha = {exact(alpha)}: ask for a smaller n or a larger alpha"
+        )
 
 
 THRESHOLD_MARGIN = 1e-6  # on logs, where an integer threshold is sought

@@ -24,54 +24,17 @@ from densepure_rt.keys import SECRET_BYTES, new_secret
 from densepure_rt.runtime.bundle import Bundle, open_bundle, shipped_engine
 from densepure_rt.runtime.device import CLOSED, MAX_BATCH, MAX_THREADS, Device
 from densepure_rt.runtime.machine import available_cores
-from densepure_rt.runtime.noise import Purpose, image_key
+from densepure_rt.runtime.noise import image_key
 from densepure_rt.runtime.open_device import open_device, provider_of
 from densepure_rt.runtime.schedule import Chain, make_chain
 from densepure_rt.smoothing.bounds import error_at_most
 from densepure_rt.smoothing.certificate import Certificate, Method
-from densepure_rt.smoothing.decider import Decision
-from densepure_rt.smoothing.fixed import FixedRule, Tally
-from densepure_rt.smoothing.radius import RadiusDecider
+from densepure_rt.smoothing.decider import AnytimeDecider, Decider, Phases
 from densepure_rt.smoothing.samplers import OnDevice, Sampler
-from densepure_rt.smoothing.scheduling import Cost, Journal, Judge, Phases, Scheduler, UnderWay
-from densepure_rt.smoothing.sequential import GridDecider
+from densepure_rt.smoothing.scheduling import Cost, Journal, Scheduler, UnderWay
 from densepure_rt.smoothing.settings import PREDICT_N, UNLIMITED, Budget, Settings
 
-J = TypeVar("J", bound=Judge)
-
-
-class AnytimeJudge:
-    """A decider of `densepure_rt.smoothing.decider`, fed with at most n samples for one purpose."""
-
-    def __init__(self, decider: GridDecider | RadiusDecider, purpose: Purpose, n: int) -> None:
-        self.decider = decider
-        self.phases: Phases = ((purpose, n),)
-
-    @property
-    def needed(self) -> int:
-        return self.decider.needed
-
-    def add(self, label: int) -> None:
-        self.decider.add(label)
-
-    @property
-    def decision(self) -> Decision:
-        return self.decider.so_far()
-
-
-def certificate_of(decision: Decision, alpha: float, stopped: bool = False) -> Certificate:
-    """A decision as a certificate; there was no selection."""
-    return Certificate(
-        predict=decision.predict,
-        radius=decision.radius,
-        n0=0,
-        n=decision.n,
-        n_a=decision.n_a,
-        alpha=alpha,
-        p_lower=decision.p_lower,
-        outcomes=decision.outcomes,
-        stopped=stopped,
-    )
+D = TypeVar("D", bound=Decider)
 
 
 class Certified(NamedTuple):
@@ -98,10 +61,10 @@ class Predicted(NamedTuple):
 
 
 def prediction_of(
-    image: LabelledImage, judge: AnytimeJudge, charge: float, classes: int, cost: Cost, stopped: bool = False
+    image: LabelledImage, decider: AnytimeDecider, charge: float, classes: int, cost: Cost, stopped: bool = False
 ) -> Predicted:
-    """What a judge says by `prediction_rule`, which took `charge` off its alpha."""
-    decision, counts = judge.decision, judge.decider.counts
+    """What a decider says by `prediction_rule`, which took `charge` off its alpha."""
+    decision, counts = decider.so_far(), decider.counts
     votes = np.array([counts.get(label, 0) for label in range(classes)])
     bound = None if decision.predict is None else error_at_most(decision.n_a, decision.n) + charge
     return Predicted(image, decision.predict, decision.n, votes, bound, cost, stopped)
@@ -233,39 +196,14 @@ class SmoothedClassifier:
         Raises UsageError when every radius that "sequential" was asked for is beyond the reach of n samples.
         """
         pixels = math.prod(self.bundle.unet.image)
-        if settings.method == "fixed":
-            yield from self._certify_fixed(images, settings, settings.rule(pixels), budget, journal)
-            return
         settings.check_reach(pixels, labelled=True)
-        rules = {labelled: settings.anytime_rule(pixels, labelled) for labelled in (False, True)}
+        rules = {labelled: settings.rule(pixels, labelled) for labelled in (False, True)}
 
-        def judge(image: LabelledImage) -> AnytimeJudge:
-            return AnytimeJudge(rules[image.label is not None].start(image.label), "certify", settings.n)
+        def decider(image: LabelledImage) -> Decider:
+            return rules[image.label is not None].start(image.label)
 
-        for decided, found in self._judged(images, settings, judge, budget, journal):
-            certificate = certificate_of(found.decision, settings.alpha, decided.stopped)
-            yield Certified(decided.image, certificate, decided.cost)
-
-    def _certify_fixed(
-        self,
-        images: Iterable[LabelledImage],
-        settings: Settings,
-        rule: FixedRule,
-        budget: Budget,
-        journal: Journal | None,
-    ) -> Iterator[Certified]:
-        phases: Phases = (("select", settings.n0), ("certify", settings.n))
-
-        def judge(image: LabelledImage) -> Tally:
-            return Tally(phases, len(self.class_names))
-
-        for counted, tally in self._judged(images, settings, judge, budget, journal):
-            selection, estimation = tally.counts
-            if counted.stopped:
-                certificate = rule.stopped(selection, estimation, counted.cost.samples)
-            else:
-                certificate = rule.certify(selection, estimation, settings.sigma)
-            yield Certified(counted.image, certificate, counted.cost)
+        for decided in self._judged(images, settings, decider, budget, journal):
+            yield Certified(decided.image, decided.decider.certificate(decided.stopped), decided.cost)
 
     def predict_each(
         self, images: Iterable[LabelledImage], settings: Settings, budget: Budget = UNLIMITED
@@ -275,12 +213,10 @@ class SmoothedClassifier:
         With a budget: of the images that were come to before its end, and by what its samples bear out.
         """
         rule = settings.prediction_rule(math.prod(self.bundle.unet.image))
-
-        def judge(image: LabelledImage) -> AnytimeJudge:
-            return AnytimeJudge(rule.start(), "predict", settings.n)
-
-        for image, found in self._judged(images, settings, judge, budget):
-            yield prediction_of(image.image, found, rule.charge, len(self.class_names), image.cost, image.stopped)
+        for found in self._judged(images, settings, lambda _: rule.start(), budget):
+            yield prediction_of(
+                found.image, found.decider, rule.charge, len(self.class_names), found.cost, found.stopped
+            )
 
     def _refuse_closed(self) -> None:
         if self.closed:
@@ -301,22 +237,22 @@ class SmoothedClassifier:
         self,
         images: Iterable[LabelledImage],
         settings: Settings,
-        new_judge: Callable[[LabelledImage], J],
+        new_decider: Callable[[LabelledImage], D],
         budget: Budget = UNLIMITED,
         journal: Journal | None = None,
-    ) -> Iterator[tuple[UnderWay[J], J]]:
-        """Each image with its judge, when it has all that it needs or its time is up."""
+    ) -> Iterator[UnderWay[D]]:
+        """Each image, when its decider has all that it needs or its time is up."""
         self._refuse_closed()
         chain = self.chain(settings)
         started = answered = time.perf_counter()
         end = started + budget.run
 
-        def opened() -> Iterator[UnderWay[J]]:
+        def opened() -> Iterator[UnderWay[D]]:
             for image in images:
                 if (now := time.perf_counter()) >= end:
                     return
-                open_handles = partial(self._open, image, settings.sigma, chain)
-                yield UnderWay(image, new_judge(image), open_handles, min(end, now + budget.image), journal)
+                open_handles, deadline = partial(self._open, image, settings.sigma, chain), min(end, now + budget.image)
+                yield UnderWay(image, new_decider(image), open_handles, deadline, journal, len(self.class_names))
 
         if self.busy:
             raise UsageError("this classifier is already at work: finish or close that iteration, or load another one")
@@ -335,11 +271,11 @@ class SmoothedClassifier:
                                 self.failed.append(ready.image.idx)
                                 continue
                             ready.cost.seconds, answered = time.perf_counter() - answered, time.perf_counter()
-                            yield ready, ready.judge
+                            yield ready
                         if scheduler.done:
                             return
                 for ready in scheduler.finished():  # images that needed no sample
-                    yield ready, ready.judge
+                    yield ready
         finally:
             for unfinished in scheduler.open:
                 self._close(unfinished)
@@ -349,7 +285,7 @@ class SmoothedClassifier:
         keys = [image_key(self.secret, purpose, sigma, image.pixels) for purpose, _ in phases]
         return [self.sampler.open_image(image.pixels, key, sigma, chain.scale) for key in keys]
 
-    def _close(self, image: UnderWay[J]) -> None:
+    def _close(self, image: UnderWay[D]) -> None:
         for handle in image.handles:
             self.sampler.close_image(handle)
 

@@ -1,4 +1,4 @@
-"""Decide by looks at growing counts whether to certify, go on or give up."""
+"""The face that all rules have, and what those share that look at growing counts: certify, go on or give up."""
 
 from __future__ import annotations
 
@@ -9,20 +9,89 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, reduce
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from scipy import special
 
 from densepure_rt.errors import UsageError
-from densepure_rt.rounding import exact, raised
 from densepure_rt.runtime.device import NOT_FINITE
-from densepure_rt.smoothing.bounds import THRESHOLD_MARGIN, anytime_lower, log_e
-from densepure_rt.smoothing.certificate import EpsOutcome, Result
+from densepure_rt.runtime.noise import Purpose
+from densepure_rt.smoothing.bounds import THRESHOLD_MARGIN, anytime_lower, check_alpha, log_e
+from densepure_rt.smoothing.certificate import Certificate, EpsOutcome, Result
 
 RESERVE = 0.25  # share of alpha for one Clopper-Pearson look at n_max (Cohen et al. 2019); the e-process has the rest
 BETA = 0.01  # chance of giving up an eps that holds, by the same e-process on the failures (Waudby-Smith & Ramdas 2024)
 LOOK = 32  # samples between looks; part of the rule, whatever the device's batch is
 CACHED_LOOKS = 2**17
+Phases = tuple[tuple[Purpose, int], ...]  # what the samples of an image are for, and the most of each, in their order
+
+
+class Decider(ABC):
+    """Takes the voted labels of an image in the order of its samples, whenever they come, and decides.
+
+    n: how many labels were taken.
+    """
+
+    def __init__(self, phases: Phases) -> None:
+        self.phases, self.n = phases, 0
+
+    @property
+    @abstractmethod
+    def needed(self) -> int:
+        """Samples before all can be decided, at the earliest; 0 when all is."""
+
+    @abstractmethod
+    def add(self, label: int) -> bool:
+        """Take the next sample's label, or NOT_FINITE, which is a vote against every class; return whether all is
+        decided. A label beyond the deciding one changes nothing.
+        """
+
+    @abstractmethod
+    def certificate(self, stopped: bool = False) -> Certificate:
+        """Return what may be claimed now. stopped: from outside, before all was decided."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule(ABC):
+    """How the labels of an image become its certificate.
+
+    sigma: std of the smoothing noise in [0, 1] pixel units. charge: taken off alpha for the noise that is drawn not
+    being exactly normal: n * pixels * total variation a pixel. tested: which classes are asked about.
+    """
+
+    tested: ClassVar[str]
+    anytime: ClassVar[bool]  # whether there is an answer whenever sampling is stopped
+    sigma: float
+    alpha: float
+    charge: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma < math.inf:
+            raise UsageError(f"sigma is the standard deviation of the noise, above 0, got {self.sigma}")
+        check_alpha(self.alpha, self.charge, self.phases[-1][1])
+
+    @property
+    def test_level(self) -> float:
+        """What is left of alpha for the tests themselves."""
+        return self.alpha - self.charge
+
+    @property
+    @abstractmethod
+    def phases(self) -> Phases:
+        """What its samples are for."""
+
+    @property
+    @abstractmethod
+    def samples(self) -> tuple[int, int]:
+        """The fewest and the most samples that an image takes."""
+
+    @abstractmethod
+    def reach(self) -> float | None:
+        """The largest radius that an image can get, all its samples agreeing; None when even that certifies nothing."""
+
+    @abstractmethod
+    def start(self, label: int | None = None) -> Decider:
+        """Ready for the first sample of an image. label: its class, where it is known."""
 
 
 @dataclass(frozen=True)
@@ -90,38 +159,32 @@ class Decision(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Limits:
-    """What both rules have in common.
+class AnytimeRule(Rule):
+    """What the rules have in common that hold at every look.
 
-    sigma: std of the smoothing noise in [0, 1] pixel units. charge: taken off alpha for the noise that is drawn not
-    being exactly normal: n_max * pixels * total variation a pixel. look: samples between looks; n_max is always a look.
-    labelled: one class is named before the first sample and only that is asked about; else every class is.
+    look: samples between looks; n_max is always a look. labelled: one class is named before the first sample and only
+    that is asked about; else every class is. purpose: of the samples.
     """
 
-    sigma: float
+    tested = "the label of an image that has one, else every class"
+    anytime = True
     n_max: int
-    alpha: float
-    charge: float = 0.0
     look: int = LOOK
     labelled: bool = False
+    purpose: Purpose = "certify"
 
     def __post_init__(self) -> None:
-        if not 0 < self.sigma < math.inf:
-            raise UsageError(f"sigma is the standard deviation of the noise, above 0, got {self.sigma}")
+        super().__post_init__()
         if self.n_max < 1 or self.look < 1:
             raise UsageError(f"n and look are counts of samples, at least 1, got {self.n_max} and {self.look}")
-        if not 0 < self.alpha < 0.5:
-            raise UsageError(f"alpha is a probability of failure, between 0 and 0.5, got {exact(self.alpha)}")
-        if not self.alpha - self.charge > self.alpha / 2:
-            raise UsageError(
-                f"the noise's finite precision over n = {self.n_max} samples costs {raised(self.charge, figures=2)}, "
-                f"more than half of alpha = {exact(self.alpha)}: ask for a smaller n or a larger alpha"
-            )
 
     @property
-    def test_level(self) -> float:
-        """What is left of alpha for the tests themselves."""
-        return self.alpha - self.charge
+    def phases(self) -> Phases:
+        return ((self.purpose, self.n_max),)
+
+    @property
+    def samples(self) -> tuple[int, int]:
+        return self.next_look(0), self.n_max
 
     def next_look(self, n: int) -> int:
         """The first look after n samples; n_max after that."""
@@ -176,14 +239,11 @@ class Bound(NamedTuple):
     votes: Votes
 
 
-class _Decider(ABC):
-    """Takes the voted labels of an image in the order of its samples, whenever they come, and decides.
+class AnytimeDecider(Decider):
+    """Decides at looks, which are at fixed numbers of samples."""
 
-    Only that order counts: looks are at fixed numbers of samples, and labels beyond the deciding one change nothing.
-    """
-
-    def __init__(self, limits: _Limits, label: int | None, anytime_level: float) -> None:
-        self.n = 0
+    def __init__(self, limits: AnytimeRule, label: int | None, anytime_level: float) -> None:
+        super().__init__(limits.phases)
         self.decision: Decision | None = None
         self._limits, self._label, self._level = limits, label, anytime_level
         self._next_look = self._deciding_look = limits.next_look(0)
@@ -191,7 +251,6 @@ class _Decider(ABC):
         self._bound, self._looked_at = Bound(0.0, self._votes()), list[Votes]()  # the latter is not in the bound yet
 
     def add(self, label: int) -> bool:
-        """The next sample's label, or NOT_FINITE, which counts against every class. Returns whether all is decided."""
         if self.decision is None:
             self.n += 1
             if label != NOT_FINITE:
@@ -206,7 +265,6 @@ class _Decider(ABC):
 
     @property
     def needed(self) -> int:
-        """Samples before all can be decided, at the earliest; 0 when all is."""
         return 0 if self.decision else self._deciding_look - self.n
 
     @property
@@ -217,6 +275,21 @@ class _Decider(ABC):
     def so_far(self) -> Decision:
         """What may be claimed if sampling is stopped from outside now, for whatever reason. Changes nothing."""
         return self.decision or self._claim(self._raised(self._best(), self._votes()), "undecided")
+
+    def certificate(self, stopped: bool = False) -> Certificate:
+        """What may be claimed now; there was no selection."""
+        claimed = self.so_far()
+        return Certificate(
+            predict=claimed.predict,
+            radius=claimed.radius,
+            n0=0,
+            n=claimed.n,
+            n_a=claimed.n_a,
+            alpha=self._limits.alpha,
+            p_lower=claimed.p_lower,
+            outcomes=claimed.outcomes,
+            stopped=stopped,
+        )
 
     @abstractmethod
     def _look(self) -> Decision | None:

@@ -2,50 +2,47 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from collections import Counter
 from dataclasses import dataclass
-from itertools import accumulate
 
 import numpy as np
 
-from densepure_rt.errors import CheckFailed, UsageError
-from densepure_rt.rounding import exact, raised
 from densepure_rt.runtime.device import NOT_FINITE
 from densepure_rt.smoothing.bounds import check_sampling, clopper_pearson_lower, l2_radius
 from densepure_rt.smoothing.certificate import Certificate, Counts
-from densepure_rt.smoothing.scheduling import Phases
+from densepure_rt.smoothing.decider import Decider, Phases, Rule
 
 
-@dataclass(frozen=True)
-class FixedRule:
-    """Cohen's CERTIFY: n0 samples select a class, n fresh ones bound its probability.
+@dataclass(frozen=True, kw_only=True)
+class FixedRule(Rule):
+    """Cohen's CERTIFY (Algorithm 1, section 3.2.2): n0 samples select a class, n fresh ones bound its probability."""
 
-    charge: taken off alpha for the noise that is drawn not being exactly normal: n * pixels * total variation a pixel.
-    """
-
+    tested = "the class that n0 samples select"
+    anytime = False
     n0: int
     n: int
-    alpha: float
-    charge: float = 0.0
 
     def __post_init__(self) -> None:
         check_sampling(self.n0, self.n, self.alpha)
-        if self.alpha - self.charge <= self.alpha / 2:
-            raise UsageError(
-                f"the noise's finite precision over n = {self.n} samples costs {raised(self.charge, figures=2)}, "
-                f"more than half of alpha = {exact(self.alpha)}: ask for a smaller n or a larger alpha"
-            )
+        super().__post_init__()
 
     @property
-    def test_level(self) -> float:
-        """What is left of alpha for the bound itself."""
-        return self.alpha - self.charge
+    def phases(self) -> Phases:
+        return ("select", self.n0), ("certify", self.n)
 
-    def largest_radius(self, sigma: float) -> float | None:
+    @property
+    def samples(self) -> tuple[int, int]:
+        return (self.n0 + self.n,) * 2
+
+    def start(self, label: int | None = None) -> FixedDecider:
+        """Ready for the first sample of an image. Its label changes nothing: n0 samples select the class."""
+        return FixedDecider(self)
+
+    def reach(self) -> float | None:
         """What an image gets when all n samples agree; None when even that certifies nothing."""
-        return l2_radius(clopper_pearson_lower(self.n, self.n, self.test_level), sigma)
+        return l2_radius(clopper_pearson_lower(self.n, self.n, self.test_level), self.sigma)
 
-    def certify(self, selection: Counts, estimation: Counts, sigma: float) -> Certificate:
+    def certify(self, selection: Counts, estimation: Counts) -> Certificate:
         """The certificate of an image from the counts of its n0 and of its n samples.
 
         Samples that were not finite are in no count; n includes them, so they weigh against the class.
@@ -53,7 +50,7 @@ class FixedRule:
         candidate = int(selection.argmax())
         n_a = int(estimation[candidate])
         p_lower = clopper_pearson_lower(n_a, self.n, self.test_level)
-        radius = l2_radius(p_lower, sigma)
+        radius = l2_radius(p_lower, self.sigma)
         return Certificate(
             predict=None if radius is None else candidate,
             radius=radius,
@@ -78,26 +75,35 @@ class FixedRule:
         )
 
 
-class Tally:
-    """Counts the labels of a fixed number of samples in each phase, int64 [classes]."""
+class FixedDecider(Decider):
+    """Counts the labels of the n0 samples that select a class, and of the n that bound its probability."""
 
-    def __init__(self, phases: Phases, classes: int) -> None:
-        self.phases = phases
-        self.counts = [np.zeros(classes, np.int64) for _ in phases]
-        self.not_finite = 0
-        self._ends = list(accumulate(samples for _, samples in phases))
-        self._taken = 0
+    def __init__(self, rule: FixedRule) -> None:
+        super().__init__(rule.phases)
+        self._rule = rule
+        self._selection, self._estimation = Counter[int](), Counter[int]()
 
     @property
     def needed(self) -> int:
-        return self._ends[-1] - self._taken
+        return self._rule.n0 + self._rule.n - self.n
 
-    def add(self, label: int) -> None:
-        phase = bisect_right(self._ends, self._taken)
-        self._taken += 1
-        if label == NOT_FINITE:
-            self.not_finite += 1
-        elif not 0 <= label < len(self.counts[phase]):
-            raise CheckFailed(f"label {label} is none of the {len(self.counts[phase])} classes: the ledger is damaged")
-        else:
-            self.counts[phase][label] += 1
+    def add(self, label: int) -> bool:
+        if self.needed:
+            if label != NOT_FINITE:
+                (self._selection if self.n < self._rule.n0 else self._estimation)[label] += 1
+            self.n += 1
+        return self.needed == 0
+
+    @property
+    def counts(self) -> tuple[Counts, Counts]:
+        """The votes for each class of the selection and of the estimation, up to the last class that has any."""
+        classes = range(1 + max((*self._selection, *self._estimation), default=0))
+        selection, estimation = (
+            np.array([votes[label] for label in classes], np.int64) for votes in (self._selection, self._estimation)
+        )
+        return selection, estimation
+
+    def certificate(self, stopped: bool = False) -> Certificate:
+        if stopped or self.needed:
+            return self._rule.stopped(*self.counts, self.n)
+        return self._rule.certify(*self.counts)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from densepure_rt.errors import UsageError
 from densepure_rt.rounding import exact
 from densepure_rt.smoothing.classifier import SmoothedClassifier
-from densepure_rt.smoothing.radius import RadiusRule
+from densepure_rt.smoothing.decider import Rule
 from densepure_rt.smoothing.sequential import SequentialRule
 from densepure_rt.smoothing.settings import Settings
 
@@ -64,24 +64,21 @@ def calls_a_sample(settings: Settings) -> tuple[tuple[int, int], tuple[int, int]
 
 def reach_of(settings: Settings, pixels: int) -> float | None:
     """The largest radius of a labelled image, when all its samples agree; None when even that certifies nothing."""
-    if settings.method == "fixed":
-        return settings.rule(pixels).largest_radius(settings.sigma)
-    return settings.anytime_rule(pixels, labelled=True).reach()
+    return settings.rule(pixels, labelled=True).reach()
 
 
 def costs_of(rule: SequentialRule) -> tuple[RadiusCost, ...]:
     return tuple(RadiusCost(radius, rule.needed(radius)) for radius in rule.radii)
 
 
-def samples_of(settings: Settings, rule: SequentialRule | RadiusRule | None) -> Range:
-    """Of one image. rule: None for "fixed"."""
-    least, most = settings.samples
-    if rule is None:
-        return Range(most, most, most)
-    return Range(least, sum(expected_samples(rule, p) for p in TYPICAL_P) / len(TYPICAL_P), most)
+def samples_of(rule: Rule) -> Range:
+    """Of one image."""
+    least, most = rule.samples
+    expected = sum(expected_samples(rule, p) for p in TYPICAL_P) / len(TYPICAL_P) if rule.anytime else most
+    return Range(least, expected, most)
 
 
-def expected_samples(rule: SequentialRule | RadiusRule, p: float) -> float:
+def expected_samples(rule: Rule, p: float) -> float:
     """Of a labelled image whose label each sample votes for with probability p: exact, or of one run with "radius"."""
     if isinstance(rule, SequentialRule):
         return rule.forecast(p).samples
@@ -98,8 +95,8 @@ def forecast(classifier: SmoothedClassifier, settings: Settings, images: int, la
     """
     chain = classifier.chain(settings)  # first: it refuses a sigma that no table should be made for
     pixels = math.prod(classifier.bundle.unet.image)
-    rule = None if settings.method == "fixed" else settings.anytime_rule(pixels, labelled=True)
-    if (reach := reach_of(settings, pixels)) is None:
+    rule = settings.rule(pixels, labelled=True)
+    if (reach := rule.reach()) is None:
         enough = next(n for n in itertools.count(settings.n) if reach_of(replace(settings, n=n), pixels) is not None)
         raise UsageError(
             f"n {settings.n} cannot certify any radius at alpha = {exact(settings.alpha)}, even when all samples "
@@ -107,7 +104,7 @@ def forecast(classifier: SmoothedClassifier, settings: Settings, images: int, la
             "n",
         )
     settings.check_reach(pixels, labelled)
-    samples = samples_of(settings, rule)
+    samples = samples_of(rule)
     (unet_least, unet_most), (label_least, label_most) = calls_a_sample(settings)
     unet_calls = Range(samples.least * unet_least, samples.expected * unet_least, samples.most * unet_most)
     labels = Range(samples.least * label_least, samples.expected * label_least, samples.most * label_most)

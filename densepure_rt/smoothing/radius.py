@@ -9,13 +9,13 @@ from densepure_rt.errors import UsageError
 from densepure_rt.rounding import exact
 from densepure_rt.smoothing.bounds import anytime_radius, clopper_pearson_lower, l2_radius
 from densepure_rt.smoothing.certificate import EpsOutcome, Result
-from densepure_rt.smoothing.decider import Bound, Decision, EpsTest, _Decider, _Limits, give_up_at
+from densepure_rt.smoothing.decider import AnytimeDecider, AnytimeRule, Bound, Decision, EpsTest, give_up_at
 
 RADIUS_LOSS = 0.05  # of the radius that n_max samples would give; what is given up for stopping early
 
 
 @dataclass(frozen=True, kw_only=True)
-class RadiusRule(_Limits):
+class RadiusRule(AnytimeRule):
     """The largest radius to be had: `anytime_lower`, the greatest of all looks.
 
     Stops when its radius is (1 - radius_loss) of what a fixed n_max would give at the present rate of votes, or when
@@ -49,7 +49,7 @@ class RadiusRule(_Limits):
         return RadiusDecider(self, label)
 
 
-class RadiusDecider(_Decider):
+class RadiusDecider(AnytimeDecider):
     """Decides the radius of a `RadiusRule`. Its one outcome names the look that the bound is from."""
 
     def __init__(self, rule: RadiusRule, label: int | None) -> None:

@@ -19,10 +19,9 @@ from numpy.typing import NDArray
 from densepure_rt.errors import CheckFailed
 from densepure_rt.images.datasets import LabelledImage
 from densepure_rt.runtime.device import NOT_FINITE
-from densepure_rt.runtime.noise import Purpose
 from densepure_rt.runtime.reverse import Outcome
+from densepure_rt.smoothing.decider import Decider, Phases
 
-Phases = tuple[tuple[Purpose, int], ...]  # what its samples are for, and the most of each, in their order
 LOST = -2  # in place of a label: whatever draws the samples of this image dies of it, so that the image has failed
 MOST_OPEN = 256  # images held at a time: enough for the others to go on beside one that takes thousands of samples
 
@@ -58,24 +57,10 @@ class Journal(Protocol):
         """The next label of an image."""
 
 
-class Judge(Protocol):
-    """Takes an image's labels in the order of its samples."""
-
-    @property
-    def phases(self) -> Phases: ...
-
-    @property
-    def needed(self) -> int:
-        """Samples, beyond those taken, before anything more can be decided; 0 when all is."""
-
-    def add(self, label: int) -> None:
-        """The next sample's label, or NOT_FINITE."""
+D = TypeVar("D", bound=Decider)
 
 
-J = TypeVar("J", bound=Judge)
-
-
-class UnderWay(Generic[J]):
+class UnderWay(Generic[D]):
     """An image that is being sampled, from where `taken` ends. It is judged in the order in which samples are drawn,
     whatever the order in which their outcomes come.
 
@@ -86,17 +71,21 @@ class UnderWay(Generic[J]):
     def __init__(
         self,
         image: LabelledImage,
-        judge: J,
+        decider: D,
         open_handles: Callable[[Phases], list[int]],
         deadline: float = math.inf,
         journal: Journal | None = None,
+        classes: float = math.inf,
     ) -> None:
-        self.image, self.judge, self.deadline, self.journal = image, judge, deadline, journal
+        self.image, self.decider, self.deadline, self.journal = image, decider, deadline, journal
         self.stopped = self.failed = False
         taken = NOTHING if journal is None else journal.taken(image.idx)
-        self._most = sum(samples for _, samples in judge.phases)
+        self._most = sum(samples for _, samples in decider.phases)
         if len(taken.labels) > self._most:
             raise CheckFailed(f"image {image.idx} has {len(taken.labels)} labels, and takes {self._most} at most")
+        for label in taken.labels.tolist():
+            if not NOT_FINITE <= label < classes:
+                raise CheckFailed(f"label {label} is none of the {classes} classes: the ledger is damaged")
         self.cost = Cost(unet_calls=taken.unet_calls, classifier_calls=taken.classifier_calls)
         for label in taken.labels.tolist():
             self._judge(label)
@@ -108,10 +97,10 @@ class UnderWay(Generic[J]):
 
     def open(self) -> None:
         """Take its handles, for the samples that are drawn from now on."""
-        self.handles = self._open_handles(self.judge.phases)
+        self.handles = self._open_handles(self.decider.phases)
         every = (
             (handle, sample)
-            for handle, (_, samples) in zip(self.handles, self.judge.phases, strict=True)
+            for handle, (_, samples) in zip(self.handles, self.decider.phases, strict=True)
             for sample in range(samples)
         )
         self._samples = islice(every, self.drawn, None)
@@ -119,7 +108,7 @@ class UnderWay(Generic[J]):
     @property
     def decided(self) -> bool:
         """Whether no further label is taken."""
-        return self.stopped or self.failed or self.judge.needed == 0
+        return self.stopped or self.failed or self.decider.needed == 0
 
     @property
     def idle(self) -> bool:
@@ -129,7 +118,7 @@ class UnderWay(Generic[J]):
     @property
     def wants(self) -> bool:
         """Whether another sample is needed for certain."""
-        return len(self._next) < self.judge.needed
+        return len(self._next) < self.decider.needed
 
     @property
     def may_want(self) -> bool:
@@ -160,10 +149,10 @@ class UnderWay(Generic[J]):
     def _judge(self, label: int) -> None:
         self.cost.samples += 1
         self.cost.not_finite += label == NOT_FINITE
-        self.judge.add(label)
+        self.decider.add(label)
 
 
-class Scheduler(Generic[J]):
+class Scheduler(Generic[D]):
     """The work of `runtime.reverse.decide`: (image handle, sample) pairs, of many images at once.
 
     The oldest image that needs a sample for certain comes first; then a new image; then, with no more images or with
@@ -171,11 +160,11 @@ class Scheduler(Generic[J]):
     that there is to know is under way.
     """
 
-    def __init__(self, images: Iterator[UnderWay[J]], most_open: int = MOST_OPEN) -> None:
+    def __init__(self, images: Iterator[UnderWay[D]], most_open: int = MOST_OPEN) -> None:
         self._images, self._most_open, self._exhausted = images, most_open, False
-        self._undecided: list[UnderWay[J]] = []
-        self._in_order: deque[UnderWay[J]] = deque()
-        self._by_handle: dict[int, UnderWay[J]] = {}
+        self._undecided: list[UnderWay[D]] = []
+        self._in_order: deque[UnderWay[D]] = deque()
+        self._by_handle: dict[int, UnderWay[D]] = {}
 
     def __iter__(self) -> Iterator[tuple[int, int] | None]:
         while True:
@@ -187,7 +176,7 @@ class Scheduler(Generic[J]):
             else:
                 return
 
-    def _next(self) -> UnderWay[J] | None:
+    def _next(self) -> UnderWay[D] | None:
         for image in self._undecided:
             if image.wants:
                 return image
@@ -204,19 +193,19 @@ class Scheduler(Generic[J]):
                 return opened
         return next((image for image in self._undecided if image.may_want), None)
 
-    def add(self, outcome: Outcome) -> Iterator[UnderWay[J]]:
+    def add(self, outcome: Outcome) -> Iterator[UnderWay[D]]:
         """Count an outcome. Yields its image once it is decided and nothing more of it is under way."""
         image = self._by_handle[outcome.image]
         image.add(outcome)
         yield from self._decided(image)
 
-    def stop_late(self, now: float) -> Iterator[UnderWay[J]]:
+    def stop_late(self, now: float) -> Iterator[UnderWay[D]]:
         """Decide the images whose deadline has come by what they have. Yields those of which nothing is under way."""
         for image in [image for image in self._undecided if image.deadline <= now]:
             image.stopped = True
             yield from self._decided(image)
 
-    def _decided(self, image: UnderWay[J]) -> Iterator[UnderWay[J]]:
+    def _decided(self, image: UnderWay[D]) -> Iterator[UnderWay[D]]:
         if image.decided and image in self._undecided:
             self._undecided.remove(image)
         if image.decided and image.idle:
@@ -224,7 +213,7 @@ class Scheduler(Generic[J]):
                 del self._by_handle[handle]
             yield image
 
-    def finished(self) -> Iterator[UnderWay[J]]:
+    def finished(self) -> Iterator[UnderWay[D]]:
         """Images whose turn it is and that are decided, in the order in which they came.
 
         Those that were not stopped have nothing under way any more, so that their cost is whole.
@@ -237,6 +226,6 @@ class Scheduler(Generic[J]):
         return self._exhausted and not self._in_order
 
     @property
-    def open(self) -> set[UnderWay[J]]:
+    def open(self) -> set[UnderWay[D]]:
         """Images with handles on the device."""
         return set(self._by_handle.values())

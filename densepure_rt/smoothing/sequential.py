@@ -27,12 +27,12 @@ from densepure_rt.smoothing.bounds import MARGIN, NEGLIGIBLE, _greatest, l2_radi
 from densepure_rt.smoothing.certificate import EpsOutcome, Result
 from densepure_rt.smoothing.decider import (
     RESERVE,
+    AnytimeDecider,
+    AnytimeRule,
     Bound,
     Decision,
     EpsTest,
     Standing,
-    _Decider,
-    _Limits,
     certify_at,
     give_up_at,
 )
@@ -65,7 +65,7 @@ def _binomial(n: int, p: float) -> NDArray[np.float64]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SequentialRule(_Limits):
+class SequentialRule(AnytimeRule):
     """Which `radii` hold (l2 in [0, 1] pixel units, ascending), each told as soon as it is clear.
 
     A radius counts when its own test and those of all smaller ones certify the same class. The smallest that does not
@@ -155,10 +155,12 @@ def prediction_rule(n_max: int, alpha: float, charge: float = 0.0, look: int = 1
 
     Every class is tested at alpha / 2 with E alone, after every sample: 13 that agree do at alpha = 0.001.
     """
-    return SequentialRule(sigma=1.0, radii=(0.0,), n_max=n_max, alpha=alpha, charge=charge, look=look, reserve=0.0)
+    return SequentialRule(
+        sigma=1.0, radii=(0.0,), n_max=n_max, alpha=alpha, charge=charge, look=look, reserve=0.0, purpose="predict"
+    )
 
 
-class GridDecider(_Decider):
+class GridDecider(AnytimeDecider):
     """Decides which of a `SequentialRule`'s radii hold.
 
     Without a label the class that leads is in question, until it has a certificate, and then no other is: certificates

@@ -13,7 +13,7 @@ from densepure_rt.runtime.noise import smoothing_law
 from densepure_rt.runtime.schedule import TimestepRule
 from densepure_rt.smoothing.bounds import check_sampling
 from densepure_rt.smoothing.certificate import Method
-from densepure_rt.smoothing.decider import LOOK
+from densepure_rt.smoothing.decider import Rule
 from densepure_rt.smoothing.fixed import FixedRule
 from densepure_rt.smoothing.radius import RADIUS_LOSS, RadiusRule
 from densepure_rt.smoothing.sequential import SequentialRule, prediction_rule
@@ -22,6 +22,7 @@ from densepure_rt.smoothing.voting import Ballot
 MAX_VOTES = 1000  # published work uses up to 40
 MOST_N = 10**7  # samples, of what an error proposes
 PREDICT_N = 1000  # samples of a prediction at most; 13 that agree are enough
+RULES: dict[Method, type[Rule]] = {"fixed": FixedRule, "sequential": SequentialRule, "radius": RadiusRule}
 
 
 @dataclass(frozen=True)
@@ -68,22 +69,18 @@ class Settings:
         """With fewer than two steps nothing is random after the smoothing noise: all votes would be the same one."""
         return replace(self, votes=1) if self.steps < 2 else self
 
-    def rule(self, pixels: int) -> FixedRule:
-        """Cohen's rule, its alpha charged for the finite precision of the noise on images of so many pixels."""
-        return FixedRule(self.n0, self.n, self.alpha, self._charge(pixels))
+    def rule(self, pixels: int, labelled: bool) -> Rule:
+        """The rule of the method, its alpha charged for the finite precision of the noise on images of so many pixels.
 
-    def anytime_rule(self, pixels: int, labelled: bool) -> SequentialRule | RadiusRule:
-        """The rule of an anytime method, its alpha charged as in `rule`. labelled: whether one class is asked about."""
-        limits: dict[str, Any] = {
-            "sigma": self.sigma,
-            "n_max": self.n,
-            "alpha": self.alpha,
-            "charge": self._charge(pixels),
-        }
+        labelled: whether an anytime method is asked about one class, and not about every one.
+        """
+        given: dict[str, Any] = {"sigma": self.sigma, "alpha": self.alpha, "charge": self._charge(pixels)}
+        if self.method == "fixed":
+            return FixedRule(**given, n0=self.n0, n=self.n)
+        given |= {"n_max": self.n, "labelled": labelled}
         if self.method == "radius":
-            loss = RADIUS_LOSS if self.radius_loss is None else self.radius_loss
-            return RadiusRule(**limits, labelled=labelled, radius_loss=loss)
-        return SequentialRule(**limits, labelled=labelled, radii=self.grid)
+            return RadiusRule(**given, radius_loss=RADIUS_LOSS if self.radius_loss is None else self.radius_loss)
+        return SequentialRule(**given, radii=self.grid)
 
     def prediction_rule(self, pixels: int) -> SequentialRule:
         """Which class has more than half of the votes, from n samples at most, its alpha charged as in `rule`."""
@@ -98,11 +95,6 @@ class Settings:
         """The radii that "sequential" decides."""
         return (0.0, self.sigma) if self.radii is None else self.radii
 
-    @property
-    def samples(self) -> tuple[int, int]:
-        """The fewest and the most samples that an image takes."""
-        return (self.n0 + self.n,) * 2 if self.method == "fixed" else (min(LOOK, self.n), self.n)
-
     def check_reach(self, pixels: int, labelled: bool) -> None:
         """Raise UsageError when the smallest radius of "sequential", and so every one, is beyond what n can certify.
 
@@ -110,7 +102,7 @@ class Settings:
         """
         if self.method != "sequential" or not self.grid[0] > 0:
             return
-        rule = self.anytime_rule(pixels, labelled)
+        rule = self.rule(pixels, labelled)
         assert isinstance(rule, SequentialRule)
         if rule.reachable():
             return
@@ -132,7 +124,7 @@ class Settings:
         """Find the least n, above the present one, whose samples certify the smallest radius when all agree."""
 
         def reaches(n: int) -> bool:
-            rule = replace(self, n=n).anytime_rule(pixels, labelled)
+            rule = replace(self, n=n).rule(pixels, labelled)
             return bool(isinstance(rule, SequentialRule) and rule.reachable())
 
         few = many = self.n

@@ -288,7 +288,7 @@ def our_settings(unet: DiffusionModel, sigma: float, steps: int, votes: int, n: 
         return Settings(sigma=sigma, steps=steps, votes=votes, n=samples, method="sequential", radii=(sigma,))
 
     def enough(samples: int) -> bool:
-        rule = asking(samples).anytime_rule(math.prod(unet.image), labelled=False)
+        rule = asking(samples).rule(math.prod(unet.image), labelled=False)
         return (rule.reach() or 0.0) >= sigma
 
     chain_of(unet, sigma, steps)  # refuses a sigma that no table should be made for
@@ -362,7 +362,7 @@ class PublishedProcedure:
     ) -> None:
         self.unet, self.classifier, self.settings, self.batch = unet, classifier, settings, batch
         self.chain = chain_of(unet, settings.sigma, settings.steps)
-        self.rule = FixedRule(settings.n0, settings.n, settings.alpha)
+        self.rule = FixedRule(n0=settings.n0, n=settings.n, alpha=settings.alpha, sigma=settings.sigma)
         self.meter = Meter(now)
         self.where = next((weights.device for weights in unet.network.parameters()), torch.device("cpu"))
         self.runs = [(self.seeded(seed), self.seeded(run)) for run in range(settings.votes)]
@@ -379,7 +379,7 @@ class PublishedProcedure:
         selection, estimation = (
             np.bincount(part, minlength=len(self.classifier.class_names)) for part in (voted[:n0], voted[n0:])
         )
-        return self.rule.certify(selection, estimation, self.settings.sigma)
+        return self.rule.certify(selection, estimation)
 
     def run_labels(self, pixels: NDArray[np.uint8], noise: Generator, reverse: Generator) -> list[int]:
         """The label of each of n0 + n samples by one whole run, in batches as full as can be."""
@@ -439,7 +439,7 @@ def run_published(
         unet_calls=calls["step"] / len(images),
         classifier_calls=calls["classify"] / len(images),
         seconds=seconds / len(images),
-        certified=certified_at(settings.sigma, images, certificates, procedure.rule.largest_radius(settings.sigma)),
+        certified=certified_at(settings.sigma, images, certificates, procedure.rule.reach()),
     )
     return taken, procedure.meter.each
 

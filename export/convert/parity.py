@@ -290,15 +290,15 @@ def compare_labels(
     labels = [noisy_labels(label, chain, images, samples) for label in (first, second)]
     wrong, total = int((labels[0] != labels[1]).sum()), labels[0].size
     selecting = max(1, samples // 10)
-    rule = FixedRule(selecting, max(1, samples - selecting), ALPHA)
+    rule = FixedRule(n0=selecting, n=max(1, samples - selecting), alpha=ALPHA, sigma=sigma)
     radii = tuple(sigma * quarter / 2 for quarter in range(4))
 
     def accuracy(rows: NDArray[np.int64]) -> tuple[float | None, ...]:
         if all(label is None for label in truth):
             return (None,) * len(radii)
         counts = [[np.bincount(part, minlength=classes) for part in np.split(row, [selecting])] for row in rows]
-        certificates = [rule.certify(selection, estimation, sigma) for selection, estimation in counts]
-        return tuple(certified_accuracy(list(zip(truth, certificates, strict=True)), radii, rule.largest_radius(sigma)))
+        certificates = [rule.certify(selection, estimation) for selection, estimation in counts]
+        return tuple(certified_accuracy(list(zip(truth, certificates, strict=True)), radii, rule.reach()))
 
     return LabelParity(
         by=by,

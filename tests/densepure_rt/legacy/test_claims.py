@@ -169,7 +169,7 @@ def test_arrays_give_what_the_official_merge_gives(arrays: Arrays) -> None:
         assert (ABSTAIN if claim.predict is None else claim.predict) == row.predict
         assert f"{claim.radius or 0.0:.3}" == row.radius
     assert any(claim.predict is None for claim in found.claims)
-    assert found.reach == FixedRule(N0, N, 0.001).largest_radius(SIGMA)
+    assert found.reach == FixedRule(n0=N0, n=N, alpha=0.001, sigma=SIGMA).reach()
     assert len(found.sources) == 4 * RUNS * 2 + 1
 
 
@@ -254,7 +254,7 @@ def test_a_merged_file_takes_work_in_proportion_to_its_rows() -> None:
             Counted.compared += 1
             return int(self) == other
 
-    certificate = FixedRule(4, 20, 0.001).certify(np.array([0, 4]), np.array([0, 20]), 0.25)
+    certificate = FixedRule(n0=4, n=20, alpha=0.001, sigma=0.25).certify(np.array([0, 4]), np.array([0, 20]))
     images: list[int] = [Counted(idx) for idx in range(400)]
     merged = log_of(Row(idx, 0, 0, "0.1", 1) for idx in images)
     retaken = dict.fromkeys(images, Retaken(certificate, certificate, 0, False))

@@ -416,7 +416,8 @@ def test_a_certificates_own_samples_point_across_the_plane(
                 for purpose, samples in parts
             ]
         )
-        made = Certificate(0, 1.0, n0=100, n=1900, n_a=1000, alpha=0.001, p_lower=0.9)
+        n0 = 100 if method == "fixed" else 0
+        made = Certificate(0, 1.0, n0=n0, n=2000 - n0, n_a=1000, alpha=0.001, p_lower=0.9)
         proposal = falsifier.proposal_of_samples(classifier, plane.image, made, sampling, labels)
     assert proposal is not None
     z, wrong = DISTANCE / SIGMA, int((labels != 0).sum())

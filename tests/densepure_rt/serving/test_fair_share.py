@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from densepure_rt.images.datasets import LabelledImage
 from densepure_rt.runtime.reverse import Outcome
 from densepure_rt.serving.fair_share import Asked, FairShare
-from densepure_rt.smoothing.decider import LOOK
-from densepure_rt.smoothing.scheduling import Phases
+from densepure_rt.smoothing.certificate import Certificate
+from densepure_rt.smoothing.decider import LOOK, Decider, Phases
 
 PIXELS = np.zeros((1, 2, 2), np.uint8)
 
@@ -25,12 +25,12 @@ def label_of(handle: int, sample: int) -> int:
     return (handle * 7919 + sample * 104_729) % 5 - 1
 
 
-class Patient:
+class Patient(Decider):
     """Looks after every `look` samples and is done at the `last` look, or when it has seen `enough` of class 0."""
 
     def __init__(self, look: int, last: int, enough: int = 10**6) -> None:
+        super().__init__((("certify", look * last),))
         self.look, self.last, self.enough = look, last, enough
-        self.phases: Phases = (("certify", look * last),)
         self.seen: list[int] = []
         self.decided = False
 
@@ -38,24 +38,28 @@ class Patient:
     def needed(self) -> int:
         return 0 if self.decided else self.look - len(self.seen) % self.look
 
-    def add(self, label: int) -> None:
-        assert not self.decided, "a sample beyond the deciding look reached the judge"
+    def add(self, label: int) -> bool:
+        assert not self.decided, "a sample beyond the deciding look reached the decider"
         self.seen.append(label)
         if len(self.seen) % self.look == 0:
             self.decided = self.seen.count(0) >= self.enough or len(self.seen) == self.look * self.last
+        return self.decided
+
+    def certificate(self, stopped: bool = False) -> Certificate:
+        raise AssertionError
 
 
-def asked(handle: int, judge: Patient, urgent: bool = False) -> Asked[Patient]:
-    return Asked(LabelledImage(handle, PIXELS, None), judge, urgent, lambda phases: [handle])
+def asked(handle: int, decider: Patient, urgent: bool = False) -> Asked[Patient]:
+    return Asked(LabelledImage(handle, PIXELS, None), decider, urgent, lambda phases: [handle])
 
 
-def alone(handle: int, judge: Patient) -> list[int]:
-    """What a judge sees that is fed with one image's samples, one at a time."""
+def alone(handle: int, decider: Patient) -> list[int]:
+    """What a decider sees that is fed with one image's samples, one at a time."""
     sample = 0
-    while judge.needed:
-        judge.add(label_of(handle, sample))
+    while decider.needed:
+        decider.add(label_of(handle, sample))
         sample += 1
-    return judge.seen
+    return decider.seen
 
 
 def back(share: FairShare[Patient], drawn: tuple[int, int]) -> Asked[Patient] | None:
@@ -99,8 +103,8 @@ def test_every_image_is_judged_as_if_it_were_alone_whatever_comes_and_goes_meanw
     assert sorted(closed) == [each.image.idx for each in everyone if each.drawn]
     assert share.handles == []
     for each in everyone:
-        expected = alone(each.image.idx, Patient(each.judge.look, each.judge.last, each.judge.enough))
-        assert each.judge.seen == (expected[: len(each.judge.seen)] if each.image.idx in stopped else expected)
+        expected = alone(each.image.idx, Patient(each.decider.look, each.decider.last, each.decider.enough))
+        assert each.decider.seen == (expected[: len(each.decider.seen)] if each.image.idx in stopped else expected)
 
 
 def test_an_urgent_image_comes_before_all_others_and_in_the_midst_of_them() -> None:
@@ -164,7 +168,7 @@ def test_an_image_is_opened_with_its_first_sample_and_closed_after_its_last() ->
     assert back(share, (7, 1)) is None  # nobody waits for it any more
     assert list(share.settled()) == [7]
     assert (list(share.settled()), share.handles, share.undecided) == ([], [], [])
-    assert only.judge.seen == [label_of(7, 0)]
+    assert only.decider.seen == [label_of(7, 0)]
 
 
 def test_an_image_that_is_stopped_before_its_first_sample_was_never_opened() -> None:

@@ -18,7 +18,8 @@ from densepure_rt.images.datasets import LabelledImage, open_images
 from densepure_rt.keys import seeded_secret
 from densepure_rt.runtime.reverse import Outcome
 from densepure_rt.serving.service import DeviceFailed, Draining, Full, ModelName, Service
-from densepure_rt.smoothing.classifier import Certified, Predicted, SmoothedClassifier, certificate_of, load
+from densepure_rt.smoothing.classifier import Certified, Predicted, SmoothedClassifier, load
+from densepure_rt.smoothing.decider import AnytimeDecider
 from densepure_rt.smoothing.samplers import OnDevice
 from densepure_rt.smoothing.scheduling import NOTHING, Taken
 from densepure_rt.smoothing.settings import PREDICT_N, Settings
@@ -154,10 +155,10 @@ def test_at_its_deadline_a_certificate_is_what_its_samples_so_far_bear_out(
     assert late < 1
     labels = Labels()
     next(classifier.certify_each(images[:1], settings, journal=labels))
-    decider = settings.anytime_rule(784, labelled=False).start()
+    decider = settings.rule(784, labelled=False).start()
     for label in labels.found[: certificate.n]:
         decider.add(label)
-    assert certificate == certificate_of(decider.so_far(), settings.alpha, stopped=True)
+    assert certificate == decider.certificate(stopped=True)
     assert certificate.radius is not None  # there was something to say
 
 
@@ -287,11 +288,11 @@ def test_a_device_that_fails_fails_what_is_open_and_all_that_comes_after(
 def test_a_fault_in_one_answer_is_told_to_whoever_asked_and_to_no_other(
     classifier: SmoothedClassifier, images: list[LabelledImage], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def certificate_of(*_: object) -> None:
+    def certificate(*_: object) -> None:
         raise ZeroDivisionError
 
     with service_of(classifier, CHEAP) as service:
-        monkeypatch.setattr("densepure_rt.serving.service.certificate_of", certificate_of)
+        monkeypatch.setattr(AnytimeDecider, "certificate", certificate)
         for deadline in (None, time.monotonic()):
             with pytest.raises(ZeroDivisionError):
                 run(service.answers("certify", [images[0].pixels], deadline))

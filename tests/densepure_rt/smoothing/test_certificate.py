@@ -89,11 +89,15 @@ def at_most(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+def fixed(n0: int, n: int, alpha: float, sigma: float = 1.0, charge: float = 0.0) -> FixedRule:
+    return FixedRule(n0=n0, n=n, alpha=alpha, sigma=sigma, charge=charge)
+
+
 @pytest.mark.parametrize(("s", "n", "alpha", "p_lower", "radius"), CLOPPER_PEARSON)
 def test_bound_and_radius_equal_the_reference_table(
     s: int, n: int, alpha: float, p_lower: float, radius: float | None
 ) -> None:
-    found = FixedRule(100, n, alpha).certify(counts(0, 100), counts(n - s, s), 1.0)
+    found = fixed(100, n, alpha).certify(counts(0, 100), counts(n - s, s))
     assert found.p_lower == pytest.approx(p_lower, rel=0, abs=0.51e-10)
     assert (found.n0, found.n, found.n_a, found.alpha) == (100, n, s, alpha)
     if radius is None:
@@ -107,7 +111,7 @@ def test_bound_and_radius_equal_the_reference_table(
 def test_largest_radius_equals_the_reference_table(n: int, radii: tuple[float, ...]) -> None:
     for alpha, radius in zip(ALPHAS, radii, strict=True):
         for sigma in (1.0, 0.25):
-            found = FixedRule(1, n, alpha).largest_radius(sigma)
+            found = fixed(1, n, alpha, sigma).reach()
             assert found == pytest.approx(sigma * radius, rel=0, abs=sigma * 0.51e-4)
 
 
@@ -171,51 +175,51 @@ def test_radius_of_a_bound_barely_above_half_is_found_at_once(excess: float) -> 
 
 
 def test_charge_is_taken_off_alpha() -> None:
-    rule = FixedRule(10, 1000, 0.01, charge=0.004)
-    found = rule.certify(counts(10, 0), counts(990, 10), 0.5)
+    rule = fixed(10, 1000, 0.01, 0.5, charge=0.004)
+    found = rule.certify(counts(10, 0), counts(990, 10))
     assert rule.test_level == pytest.approx(0.006, rel=1e-12)
     assert found.p_lower == pytest.approx(float(stats.beta.ppf(0.006, 990, 11)), rel=1e-9)
-    assert found.p_lower < FixedRule(10, 1000, 0.01).certify(counts(10, 0), counts(990, 10), 0.5).p_lower
+    assert found.p_lower < fixed(10, 1000, 0.01, 0.5).certify(counts(10, 0), counts(990, 10)).p_lower
     assert found.alpha == 0.01
 
 
 @pytest.mark.parametrize("share", [0.5, 0.51, 1.0, 3.0])
 def test_charge_of_half_of_alpha_or_more_is_refused(share: float) -> None:
     with pytest.raises(UsageError, match="smaller n or a larger alpha"):
-        FixedRule(10, 1000, 0.01, charge=share * 0.01)
+        fixed(10, 1000, 0.01, charge=share * 0.01)
 
 
 def test_charge_just_below_half_of_alpha_is_accepted() -> None:
-    assert FixedRule(10, 1000, 0.01, charge=0.00499).test_level == pytest.approx(0.00501, rel=1e-9)
+    assert fixed(10, 1000, 0.01, charge=0.00499).test_level == pytest.approx(0.00501, rel=1e-9)
 
 
 @pytest.mark.parametrize(("n0", "n"), [(0, 10), (10, 0), (-1, 10), (10, -5)])
 def test_counts_of_samples_below_one_are_refused(n0: int, n: int) -> None:
     with pytest.raises(UsageError, match="n0 and n"):
-        FixedRule(n0, n, 0.001)
+        fixed(n0, n, 0.001)
 
 
 @pytest.mark.parametrize("alpha", [0.0, -0.1, 0.5, 1.0, math.nan, math.inf])
 def test_alpha_outside_its_range_is_refused(alpha: float) -> None:
     with pytest.raises(UsageError, match="alpha"):
-        FixedRule(10, 10, alpha)
+        fixed(10, 10, alpha)
 
 
 @pytest.mark.parametrize("alpha", [0.001, 0.05, 0.3])
 def test_too_few_samples_reach_no_radius(alpha: float) -> None:
     """n agreeing samples bound p by alpha^(1/n), which passes one half at n = log2(1/alpha)."""
     enough = math.floor(math.log2(1 / alpha)) + 1
-    reach = FixedRule(1, enough, alpha).largest_radius(1.0)
+    reach = fixed(1, enough, alpha).reach()
     assert reach is not None
     assert reach > 0
     if enough > 1:
-        assert FixedRule(1, enough - 1, alpha).largest_radius(1.0) is None
-        found = FixedRule(1, enough - 1, alpha).certify(counts(1, 0), counts(enough - 1, 0), 1.0)
+        assert fixed(1, enough - 1, alpha).reach() is None
+        found = fixed(1, enough - 1, alpha).certify(counts(1, 0), counts(enough - 1, 0))
         assert (found.predict, found.radius, found.n_a) == (None, None, enough - 1)
 
 
 def test_candidate_comes_from_the_selection_alone() -> None:
-    found = FixedRule(10, 100, 0.001).certify(counts(2, 5, 3), counts(100, 0, 0), 1.0)
+    found = fixed(10, 100, 0.001).certify(counts(2, 5, 3), counts(100, 0, 0))
     assert (found.predict, found.radius, found.n_a, found.p_lower) == (None, None, 0, 0.0)
 
 
@@ -224,10 +228,10 @@ def test_samples_that_are_not_finite_only_weaken(n_a: int, others: int, lost: in
     n = 300
     n_a = min(n_a, n)
     others = min(others, n - n_a)
-    rule = FixedRule(10, n, 0.01)
-    whole = rule.certify(counts(10, 0), counts(n_a, n - n_a), 0.5)
-    some_lost = rule.certify(counts(10, 0), counts(n_a, others), 0.5)
-    a_lost = rule.certify(counts(10, 0), counts(max(0, n_a - lost), others), 0.5)
+    rule = fixed(10, n, 0.01, 0.5)
+    whole = rule.certify(counts(10, 0), counts(n_a, n - n_a))
+    some_lost = rule.certify(counts(10, 0), counts(n_a, others))
+    a_lost = rule.certify(counts(10, 0), counts(max(0, n_a - lost), others))
     assert some_lost == whole  # each counts against the class, as another label does
     assert a_lost.n == n
     assert a_lost.p_lower <= whole.p_lower
@@ -236,8 +240,8 @@ def test_samples_that_are_not_finite_only_weaken(n_a: int, others: int, lost: in
 
 def test_samples_that_are_not_finite_are_not_dropped() -> None:
     """98 of 98 finite samples agree; were the 2 others dropped, the radius would be that of n = 98."""
-    found = FixedRule(10, 100, 0.001).certify(counts(10, 0), counts(98, 0), 1.0)
-    dropped = FixedRule(10, 98, 0.001).largest_radius(1.0)
+    found = fixed(10, 100, 0.001).certify(counts(10, 0), counts(98, 0))
+    dropped = fixed(10, 98, 0.001).reach()
     assert found.p_lower == pytest.approx(float(stats.beta.ppf(0.001, 98, 3)), rel=1e-9)
     assert found.radius is not None
     assert dropped is not None
@@ -246,7 +250,7 @@ def test_samples_that_are_not_finite_are_not_dropped() -> None:
 
 @pytest.mark.parametrize(("taken", "n0", "n"), [(0, 0, 0), (7, 7, 0), (10, 10, 0), (52, 10, 42)])
 def test_a_fixed_n_says_nothing_of_fewer_samples(taken: int, n0: int, n: int) -> None:
-    found = FixedRule(10, 100, 0.001).stopped(counts(n0, 0), counts(n, 0), taken)
+    found = fixed(10, 100, 0.001).stopped(counts(n0, 0), counts(n, 0), taken)
     assert (found.predict, found.radius, found.p_lower, found.stopped) == (None, None, 0.0, True)
     assert (found.n0, found.n, found.n_a) == (n0, n, n)
 
@@ -280,7 +284,7 @@ def false_rate(probabilities: list[float], rule: FixedRule, images: int, seed: i
     estimations = draw.multinomial(rule.n, probabilities, images)
     wrong = 0
     for selection, estimation in zip(selections, estimations, strict=True):
-        found = rule.certify(selection, estimation, 1.0)
+        found = rule.certify(selection, estimation)
         if found.predict is not None and found.radius is not None:
             wrong += found.radius > float(stats.norm.ppf(probabilities[found.predict]))
     return wrong / images
@@ -288,7 +292,7 @@ def false_rate(probabilities: list[float], rule: FixedRule, images: int, seed: i
 
 def test_false_certificates_are_as_rare_as_alpha_where_the_bound_is_tightest() -> None:
     """A p just below the bound of 85 of 100: certificates from 85 agreeing samples or more are all false."""
-    rule, images = FixedRule(20, 100, 0.05), 20_000
+    rule, images = fixed(20, 100, 0.05), 20_000
     p = float(stats.beta.ppf(0.05, 85, 16)) - 1e-6
     error = math.sqrt(0.05 * 0.95 / images)
     assert abs(false_rate([0.1, p, 0.9 - p], rule, images, seed=1) - 0.05) < 4 * error
@@ -296,5 +300,5 @@ def test_false_certificates_are_as_rare_as_alpha_where_the_bound_is_tightest() -
 
 @pytest.mark.parametrize("probabilities", [[0.5, 0.5], [0.34, 0.33, 0.33], [0.49, 0.51], [0.02, 0.98]])
 def test_false_certificates_are_no_more_frequent_than_alpha(probabilities: list[float]) -> None:
-    rule, images = FixedRule(20, 100, 0.05), 5000
+    rule, images = fixed(20, 100, 0.05), 5000
     assert false_rate(probabilities, rule, images, seed=2) < 0.05 + 4 * math.sqrt(0.05 * 0.95 / images)

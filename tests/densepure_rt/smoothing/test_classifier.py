@@ -425,11 +425,11 @@ def test_alpha_is_charged_for_every_pixel_of_every_sample() -> None:
     """The noise has 2^64 equally likely words: a law of m cells is within m 2^-65 of the normal, at least."""
     settings = Settings(sigma=0.5, n0=10, n=10**6, alpha=0.001)
     cells = len(smoothing_law(0.5).thresholds) + 1
-    charge = settings.rule(784).charge
+    charge = settings.rule(784, labelled=True).charge
     assert 10**6 * 784 * cells * 2.0**-65 <= charge <= 10**6 * 784 * cells * 2.0**-62
-    assert settings.rule(2 * 784).charge == 2 * charge
+    assert settings.rule(2 * 784, labelled=True).charge == 2 * charge
     with pytest.raises(UsageError, match="finite precision"):
-        Settings(sigma=0.5, n=10**14, alpha=0.001).rule(784)
+        Settings(sigma=0.5, n=10**14, alpha=0.001).rule(784, labelled=True)
 
 
 def test_paper_settings_are_those_of_the_paper() -> None:
@@ -571,7 +571,8 @@ def test_a_sequential_certificate_is_what_the_rule_says_of_the_samples_in_order(
     plain = PlainPipeline()
     for labelled in (True, False):
         chosen = [image if labelled else dataclasses.replace(image, label=None) for image in images[2:5]]
-        rule = ANYTIME.anytime_rule(28 * 28, labelled)
+        rule = ANYTIME.rule(28 * 28, labelled)
+        assert isinstance(rule, SequentialRule)
         for image, (_, certificate) in zip(chosen, certificates(shipped, chosen, ANYTIME), strict=True):
             key = image_key(SECRET, "certify", ANYTIME.sigma, image.pixels)
             decider, sample = rule.start(image.label), 0
@@ -602,7 +603,7 @@ def test_an_image_whose_time_is_up_has_the_anytime_radius_of_its_samples(
     """Stopped as soon as anything has come back, before the first look."""
     chosen = [image if labelled else dataclasses.replace(image, label=None) for image in images[:4]]
     settings = Settings(sigma=0.25, steps=1, n=10_000, radii=(0.7,))
-    rule = settings.anytime_rule(784, labelled)
+    rule = settings.rule(784, labelled)
     assert isinstance(rule, SequentialRule)
     level = (1 - rule.reserve) * rule.test_level
     found = list(shipped.certify_each(chosen, settings, Budget(image=1e-6)))
@@ -658,7 +659,7 @@ def test_radii_and_methods_that_do_not_fit_are_refused() -> None:
     with pytest.raises(UsageError, match="radius loss is what the method radius accepts"):
         Settings(radius_loss=0.1)
     with pytest.raises(UsageError, match="from 0 up and ascending"):
-        Settings(method="sequential", radii=(0.25, 0.0)).anytime_rule(784, True)
+        Settings(method="sequential", radii=(0.25, 0.0)).rule(784, True)
 
 
 @pytest.mark.parametrize("labelled", [False, True])
@@ -700,7 +701,7 @@ def test_an_image_that_is_decided_before_its_first_sample_opens_nothing(
 
     monkeypatch.setattr(shipped.device, "open_image", never)
     # every class is asked about, at a level that is less than that of one class, and so the reach is less
-    most, least = (ANYTIME.anytime_rule(784, labelled).reach() or 0.0 for labelled in (True, False))
+    most, least = (ANYTIME.rule(784, labelled).reach() or 0.0 for labelled in (True, False))
     settings = dataclasses.replace(ANYTIME, radii=((most + least) / 2,))
     found = certificates(shipped, [dataclasses.replace(image, label=None) for image in images[:3]], settings)
     assert [(certificate.predict, certificate.n) for _, certificate in found] == [(None, 0)] * 3

@@ -135,7 +135,7 @@ def test_what_is_expected_of_an_anytime_run_is_what_runs_like_it_take(
     classifier: SmoothedClassifier, method: Method
 ) -> None:
     settings = Settings(sigma=0.25, steps=1, n=2000, method=method)
-    rule, draw = settings.anytime_rule(784, labelled=True), random.Random(3)
+    rule, draw = settings.rule(784, labelled=True), random.Random(3)
     for p, tolerance in ((0.02, 1e-4), (0.9, 0.25), (0.9999, 0.1)):
         taken = []
         for _ in range(60):

@@ -13,11 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from densepure_rt.errors import CheckFailed
 from densepure_rt.images.datasets import LabelledImage
 from densepure_rt.runtime.device import NOT_FINITE
 from densepure_rt.runtime.reverse import Outcome
-from densepure_rt.smoothing.fixed import Tally
-from densepure_rt.smoothing.scheduling import LOST, NOTHING, Phases, Scheduler, Taken, UnderWay
+from densepure_rt.smoothing.certificate import Certificate
+from densepure_rt.smoothing.decider import Decider
+from densepure_rt.smoothing.fixed import FixedDecider, FixedRule
+from densepure_rt.smoothing.scheduling import LOST, NOTHING, Scheduler, Taken, UnderWay
 
 CLASSES = 4
 
@@ -27,12 +30,12 @@ def label_of(handle: int, sample: int) -> int:
     return (handle * 7919 + sample * 104_729) % (CLASSES + 1) - 1
 
 
-class Patient:
+class Patient(Decider):
     """Looks after every `look` samples and is done at the `last` look, or when it has seen `enough` of class 0."""
 
     def __init__(self, look: int, last: int, enough: int) -> None:
+        super().__init__((("certify", look * last),))
         self.look, self.last, self.enough = look, last, enough
-        self.phases: Phases = (("certify", look * last),)
         self.seen: list[int] = []
         self.decided = False
 
@@ -40,28 +43,32 @@ class Patient:
     def needed(self) -> int:
         return 0 if self.decided else self.look - len(self.seen) % self.look
 
-    def add(self, label: int) -> None:
-        assert not self.decided, "a sample beyond the deciding look reached the judge"
+    def add(self, label: int) -> bool:
+        assert not self.decided, "a sample beyond the deciding look reached the decider"
         self.seen.append(label)
         if len(self.seen) % self.look == 0:
             self.decided = self.seen.count(0) >= self.enough or len(self.seen) == self.look * self.last
+        return self.decided
+
+    def certificate(self, stopped: bool = False) -> Certificate:
+        raise AssertionError
 
 
 def image(idx: int) -> LabelledImage:
     return LabelledImage(idx, np.zeros((1, 2, 2), np.uint8), None)
 
 
-def under_way(handle: int, judge: Patient, deadline: float = math.inf) -> UnderWay[Patient]:
-    return UnderWay(image(handle), judge, lambda phases: [handle], deadline)
+def under_way(handle: int, decider: Patient, deadline: float = math.inf) -> UnderWay[Patient]:
+    return UnderWay(image(handle), decider, lambda phases: [handle], deadline)
 
 
-def alone(handle: int, judge: Patient) -> list[int]:
-    """What a judge sees that is fed with one image's samples, one at a time."""
+def alone(handle: int, decider: Patient) -> list[int]:
+    """What a decider sees that is fed with one image's samples, one at a time."""
     sample = 0
-    while judge.needed:
-        judge.add(label_of(handle, sample))
+    while decider.needed:
+        decider.add(label_of(handle, sample))
         sample += 1
-    return judge.seen
+    return decider.seen
 
 
 def run(
@@ -108,7 +115,7 @@ def test_every_image_is_judged_as_if_it_were_alone_in_whatever_order_outcomes_co
     expected = [alone(i, Patient(p.look, p.last, p.enough)) for i, p in enumerate(patients)]
     finished, _ = run(patients, most_open, room, lambda waiting: chance.randint(1, waiting), chance.randrange)
     assert [each.image.idx for each in finished] == list(range(len(patients)))
-    assert [each.judge.seen for each in finished] == expected
+    assert [each.decider.seen for each in finished] == expected
     assert [each.cost.samples for each in finished] == [len(seen) for seen in expected]
     assert [each.cost.not_finite for each in finished] == [seen.count(NOT_FINITE) for seen in expected]
 
@@ -154,10 +161,10 @@ def test_late_images_are_decided_by_what_they_have() -> None:
     assert list(scheduler.finished()) == []
     assert list(scheduler.stop_late(5.0)) == []  # two of its samples are under way: its handle stays
     assert list(scheduler.finished()) == [late]
-    assert (late.stopped, late.judge.seen, late.cost.samples) == (True, [1, 1], 2)
+    assert (late.stopped, late.decider.seen, late.cost.samples) == (True, [1, 1], 2)
     assert list(scheduler.add(Outcome(0, 2, 1, 1, 1))) == []
     assert list(scheduler.add(Outcome(0, 3, 1, 1, 1))) == [late]
-    assert late.judge.seen == [1, 1]
+    assert late.decider.seen == [1, 1]
     assert scheduler.open == {other}
 
 
@@ -188,30 +195,30 @@ def test_one_image_alone_fills_batches_with_samples_that_it_may_need() -> None:
 
 
 def test_phases_follow_each_other_with_indices_of_their_own() -> None:
-    tally = Tally((("select", 2), ("certify", 3)), CLASSES)
-    found = UnderWay(image(0), tally, lambda phases: [5, 6])
+    decider = fixed(2, 3)
+    found = UnderWay(image(0), decider, lambda phases: [5, 6])
     found.open()
     assert [found.draw() for _ in range(5)] == [(5, 0), (5, 1), (6, 0), (6, 1), (6, 2)]
     for label in (3, 3, 1, NOT_FINITE, 1):
-        assert tally.needed > 0
-        tally.add(label)
-    assert tally.needed == 0
-    assert [count.tolist() for count in tally.counts] == [[0, 0, 0, 2], [0, 2, 0, 0]]
-    assert tally.not_finite == 1
+        assert decider.needed > 0
+        decider.add(label)
+    assert decider.needed == 0
+    assert [count.tolist() for count in decider.counts] == [[0, 0, 0, 2], [0, 2, 0, 0]]
+    assert decider.n - sum(int(count.sum()) for count in decider.counts) == 1  # not finite
 
 
 @given(st.permutations([(5, 0), (5, 1), (6, 0), (6, 1), (6, 2)]))
 def test_a_sample_is_counted_for_its_own_phase_whenever_it_comes(order: list[tuple[int, int]]) -> None:
     label = {(5, 0): 3, (5, 1): 3, (6, 0): 1, (6, 1): NOT_FINITE, (6, 2): 1}
-    tally = Tally((("select", 2), ("certify", 3)), CLASSES)
-    found = UnderWay(image(0), tally, lambda phases: [5, 6])
+    decider = fixed(2, 3)
+    found = UnderWay(image(0), decider, lambda phases: [5, 6])
     found.open()
     assert {found.draw() for _ in range(5)} == set(order)
     for handle, sample in order:
         assert not found.decided
         found.add(Outcome(handle, sample, label[handle, sample], 1, 1))
     assert found.decided
-    assert [count.tolist() for count in tally.counts] == [[0, 0, 0, 2], [0, 2, 0, 0]]
+    assert [count.tolist() for count in decider.counts] == [[0, 0, 0, 2], [0, 2, 0, 0]]
 
 
 def test_an_image_of_which_a_sample_is_lost_has_failed_and_its_others_change_nothing() -> None:
@@ -224,8 +231,8 @@ def test_an_image_of_which_a_sample_is_lost_has_failed_and_its_others_change_not
         def add(self, idx: int, outcome: Outcome) -> None:
             kept.append(outcome.label)
 
-    tally = Tally((("certify", 5),), CLASSES)
-    found = UnderWay(image(0), tally, lambda phases: [5], journal=Kept())
+    decider = fixed(1, 4)
+    found = UnderWay(image(0), decider, lambda phases: [5, 6], journal=Kept())
     found.open()
     drawn = [found.draw() for _ in range(4)]
     for sample, label in ((0, 3), (2, 1), (1, LOST), (3, 1)):
@@ -234,4 +241,21 @@ def test_an_image_of_which_a_sample_is_lost_has_failed_and_its_others_change_not
     assert found.decided
     assert found.idle
     assert kept == [3]
-    assert tally.counts[0].sum() == 1
+    assert [int(count.sum()) for count in decider.counts] == [1, 0]
+
+
+def fixed(n0: int, n: int) -> FixedDecider:
+    return FixedRule(n0=n0, n=n, alpha=0.05, sigma=1.0).start()
+
+
+@pytest.mark.parametrize("label", [CLASSES, NOT_FINITE - 1])
+def test_a_label_that_is_none_of_the_classes_is_not_taken_from_a_journal(label: int) -> None:
+    class Damaged:
+        def taken(self, idx: int) -> Taken:
+            return Taken(np.array([0, label], np.int32), 0, 0)
+
+        def add(self, idx: int, outcome: Outcome) -> None:
+            raise AssertionError
+
+    with pytest.raises(CheckFailed, match=f"label {label} is none of the {CLASSES} classes"):
+        UnderWay(image(0), Patient(4, 2, 9), lambda phases: [5], journal=Damaged(), classes=CLASSES)
