@@ -122,7 +122,7 @@ class Service:
         most: int = MOST_OPEN,
     ) -> None:
         if settings.method == "fixed":
-            raise UsageError("method fixed has no answer before its last sample: serve sequential or radius", "method")
+            raise UsageError("`method` fixed has no answer before its last sample: serve sequential or radius")
         if most < 1:
             raise UsageError(f"a queue holds one request or more, got {most}")
         bundle, pixels = classifier.bundle, math.prod(classifier.bundle.unet.image)
