@@ -18,7 +18,7 @@ from densepure_rt.commands.audit import audit
 from densepure_rt.commands.bench import bench
 from densepure_rt.commands.certify import certify
 from densepure_rt.commands.compare import compare
-from densepure_rt.commands.console import be_quiet, stderr, stdout
+from densepure_rt.commands.console import be_quiet, in_options, speak_for, stderr, stdout
 from densepure_rt.commands.doctor import doctor
 from densepure_rt.commands.export import export
 from densepure_rt.commands.import_results import import_
@@ -82,14 +82,7 @@ app.command()(reveal)
 app.command("import")(import_)
 app.command()(inspect)
 app.command()(doctor)
-
-
-def in_options(error: DensePureError) -> str:
-    """Return an error's message, with the parameter that it begins with as the option of that name."""
-    parameter, message = getattr(error, "parameter", None), str(error)
-    if parameter is None or not message.startswith(f"{parameter} "):
-        return message
-    return f"--{parameter.replace('_', '-')}{message.removeprefix(parameter)}"
+speak_for(app)
 
 
 @leaving_calls
@@ -124,7 +117,7 @@ def ended() -> int:
             return signals.exit_code()
         return int(exit.code or 0)
     except DensePureError as error:
-        tell("stopped" if signals.swallowed() else printable(f"error: {in_options(error)}", keep="\n"))
+        tell("stopped" if signals.swallowed() else printable(f"error: {in_options(str(error))}", keep="\n"))
         return signals.exit_code() if signals.asked() else error.exit_code
     except MemoryError:
         tell("error: this does not fit into memory: ask for a smaller --batch")

@@ -6,17 +6,26 @@ DensePureError
     EnvironmentFault   3   this machine cannot do it: a package or device is missing, a folder cannot be written
 
 A message says what was asked, what was found and the next move. The command line prints it alone, without a traceback.
+It has parameters of ours between backticks, `engine_sha256` or `antialias`=False, where the command line says options.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+
+PARAMETER = re.compile(r"`([a-z]\w*)`(=False)?")
 
 
 class DensePureError(Exception):
     """The root of this package's errors; `exit_code` is what the command line ends with."""
 
     exit_code = 1
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The parameters that the message speaks of, such as "sigma", each once."""
+        return tuple(dict.fromkeys(found[1] for found in PARAMETER.finditer(str(self))))
 
 
 class CheckFailed(DensePureError):
@@ -26,18 +35,9 @@ class CheckFailed(DensePureError):
 
 
 class UsageError(DensePureError, ValueError):
-    """Refuse what was asked for.
-
-    Attributes:
-        parameter: The function's parameter that is to blame, such as "sigma"; the message begins with its name, and the
-            command line says --sigma in its place. None where no single one is.
-    """
+    """Refuse what was asked for."""
 
     exit_code = 2
-
-    def __init__(self, message: str = "", parameter: str | None = None) -> None:
-        super().__init__(message)
-        self.parameter = parameter
 
 
 class EnvironmentFault(DensePureError, RuntimeError):

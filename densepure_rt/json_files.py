@@ -126,6 +126,6 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         repair = "free some space, or " if error.errno in NO_SPACE else ""
         raise EnvironmentFault(
-            f"cannot write {error.filename or path} ({error.strerror}): {repair}choose another folder with --out; "
+            f"cannot write {error.filename or path} ({error.strerror}): {repair}choose another folder with `out`; "
             f"what was written so far is kept"
         ) from error

@@ -153,7 +153,7 @@ class RotatingSecret:
         elapsed: Callable[[], float] = time.monotonic,
     ) -> None:
         if public is not None and (file is not None or lifetime < math.inf):
-            raise UsageError("a public seed is neither kept nor replaced: leave --key and --rotate out, or --seed")
+            raise UsageError("a public seed is neither kept nor replaced: leave `file` and `lifetime` out, or `public`")
         self._file, self._lifetime, self._now, self._elapsed = file, lifetime, now, elapsed
         self._lock = threading.Lock()
         self._secret = public or (new_secret() if file is None else shared_key(file))

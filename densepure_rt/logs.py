@@ -7,6 +7,7 @@ import datetime
 import json
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from densepure_rt.errors import EnvironmentFault
@@ -69,11 +70,16 @@ def say(message: str, level: int = logging.INFO, **fields: object) -> None:
     logger.log(level, message, extra={FIELDS: fields})
 
 
-def set_up(verbose: bool, file: Path | None) -> None:
-    """Send what is logged to stderr (`verbose`: all, else warnings), and all of it to `file` as JSON lines.
+def set_up(verbose: bool, log_json: Path | None, word: Callable[[str], str] = str) -> None:
+    """Send what is logged to stderr (`verbose`: all, else warnings), and all of it to `log_json` as JSON lines.
 
-    Raises EnvironmentFault when the file cannot be written.
+    word: puts messages into the reader's words. Raises EnvironmentFault when the file cannot be written.
     """
+
+    def reworded(record: logging.LogRecord) -> bool:
+        record.msg, record.args = word(record.getMessage()), ()
+        return True
+
     logger.setLevel(logging.DEBUG)
     while _own:  # of an earlier command in this process
         logger.removeHandler(_own[-1])
@@ -81,15 +87,17 @@ def set_up(verbose: bool, file: Path | None) -> None:
     screen = Screen(sys.stderr)
     screen.setLevel(logging.DEBUG if verbose else logging.WARNING)
     screen.setFormatter(Plain("%(levelname)s: %(message)s"))
+    screen.addFilter(reworded)
     listen(screen)
-    if file is not None:
+    if log_json is not None:
         try:
-            lines = File(file, encoding="utf-8")
+            lines = File(log_json, encoding="utf-8")
         except OSError as error:
             raise EnvironmentFault(
-                f"cannot write the log {file} ({error.strerror}): name another --log-json"
+                f"cannot write the log {log_json} ({error.strerror}): name another `log_json`"
             ) from error
         lines.setFormatter(JsonLines())
+        lines.addFilter(reworded)
         listen(lines)
 
 

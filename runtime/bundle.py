@@ -355,14 +355,14 @@ def verified_bytes(path: Path, expected_sha256: str) -> bytes:
         content = files.content(path, "model")
     except OSError as error:
         raise UsageError(
-            f'cannot read {path} ({error.strerror}): give --engine an existing file, or run "densepure-rt export"'
+            f'cannot read {path} ({error.strerror}): give `engine` an existing file, or run "densepure-rt export"'
         ) from error
     found = hashlib.sha256(content).hexdigest()
     if found != expected_sha256:
         if fault := transfer_fault(path):
             raise CheckFailed(f"{path} is no engine: {fault}")
         raise CheckFailed(
-            f"{path} has SHA-256 {found[:16]}..., its sidecar or --engine-sha256 says {expected_sha256[:16]}...: "
+            f"{path} has SHA-256 {found[:16]}..., its sidecar or `engine_sha256` says {expected_sha256[:16]}...: "
             f"the file is damaged or is another engine; copy it again, or export the bundle again"
         )
     return content
@@ -409,26 +409,26 @@ def open_bundle(
         raise UsageError(missing_engine(engine))
     unet = sidecar_of(engine)
     if not isinstance(unet, StepSidecar):
-        raise UsageError(f"{engine} is a classifier: give it as --classifier, and a step engine as --engine")
+        raise UsageError(f"{engine} is a classifier: give it as `classifier`, and a step engine as `engine`")
     if engine_sha256 is not None and engine_sha256.lower() != unet.file.sha256:
         raise CheckFailed(
-            f"--engine-sha256 pins {engine_sha256[:16]}..., the sidecar of {engine} says {unet.file.sha256[:16]}..."
+            f"`engine_sha256` pins {engine_sha256[:16]}..., the sidecar of {engine} says {unet.file.sha256[:16]}..."
         )
     path = classifier or engine.with_name(unet.classifier.name)
     if classifier is None and path.name == engine.name:  # as in a model repository of Triton
         raise UsageError(
             f"the classifier of {engine} has the name of that file itself, and lies in another folder: name it with "
-            f"--classifier"
+            f"`classifier`"
         )
     if not os.path.isfile(path):
-        raise UsageError(f"no classifier at {path}: copy it beside {engine.name}, or name one with --classifier")
+        raise UsageError(f"no classifier at {path}: copy it beside {engine.name}, or name one with `classifier`")
     labels = sidecar_of(path)
     if not isinstance(labels, ClassifierSidecar):
         raise UsageError(f"{path} is a step engine, not a classifier")
     if classifier is None and labels.file.sha256 != unet.classifier.sha256:
         raise CheckFailed(
             f"{engine} was exported with another classifier than the {path.name} beside it: "
-            f"name it with --classifier if it is meant, or export the bundle again"
+            f"name it with `classifier` if it is meant, or export the bundle again"
         )
     if labels.image != unet.image:
         raise UsageError(
@@ -438,7 +438,7 @@ def open_bundle(
     if flavour_of(unet) != flavour_of(labels):
         raise UsageError(
             f"{engine.name} is for {flavour_of(unet)}, {path.name} for {flavour_of(labels)}: one device runs both, so "
-            f"name a classifier of the same kind with --classifier"
+            f"name a classifier of the same kind with `classifier`"
         )
     return Bundle(unet, labels, engine, path, (written_sha256(engine), written_sha256(path)))
 
@@ -463,7 +463,7 @@ def missing_engine(engine: Path) -> str:
                 sidecar = None
             command = build_command(engine, flavour, sidecar)
             return f'no plan at {engine}, but {onnx.name} is there to build it from: run "{command}"'
-    return f'no engine at {engine}: make one with "densepure-rt export", or leave --engine out'
+    return f'no engine at {engine}: make one with "densepure-rt export", or leave `engine` out'
 
 
 def shipped_engine() -> Path:

@@ -174,9 +174,8 @@ def smoothing_law(sigma: float) -> RoundedNormal:
     """Smoothing noise in grey levels: standard deviation 255 sigma, for the exact value of the float `sigma`."""
     if not (math.isfinite(sigma) and 1 <= PIXEL_LEVELS * Fraction(sigma) <= LARGEST_STD):
         raise UsageError(
-            f"sigma is the standard deviation of the noise in [0, 1] pixel units, from {SIGMAS[0]} (below, it vanishes "
-            f"in the rounding of pixels) to {SIGMAS[1]} (above, its table outgrows the memory), got {sigma}",
-            "sigma",
+            f"`sigma` is the standard deviation of the noise in [0, 1] pixel units, from {SIGMAS[0]} (below, it "
+            f"vanishes in the rounding of pixels) to {SIGMAS[1]} (above, its table outgrows the memory), got {sigma}"
         )
     return rounded_normal(PIXEL_LEVELS * Fraction(sigma))
 

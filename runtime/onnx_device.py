@@ -112,7 +112,7 @@ def refuse_absent(provider: Provider) -> None:
     """Raise EnvironmentFault when this ONNX Runtime was built without that provider."""
     if EXECUTION_PROVIDERS[provider] not in (built_in := onnxruntime.get_available_providers()):
         raise EnvironmentFault(
-            f"--provider {provider}: this ONNX Runtime {onnxruntime.__version__} holds {', '.join(built_in)} only: "
+            f"`provider` {provider}: this ONNX Runtime {onnxruntime.__version__} holds {', '.join(built_in)} only: "
             f'run "pip uninstall -y onnxruntime", then "pip install \'densepure-rt[gpu]\'"'
         )
 
@@ -120,9 +120,9 @@ def refuse_absent(provider: Provider) -> None:
 def unusable(provider: Provider, reason: str) -> str:
     lines = [line for line in reason.splitlines() if line.strip()]
     return (
-        f"--provider {provider}: ONNX Runtime {onnxruntime.__version__} cannot use {EXECUTION_PROVIDERS[provider]} "
+        f"`provider` {provider}: ONNX Runtime {onnxruntime.__version__} cannot use {EXECUTION_PROVIDERS[provider]} "
         f"here ({lines[0] if lines else 'no reason given'}): check the driver and the CUDA libraries with "
-        f'"densepure-rt doctor", or leave --provider out to run on the CPU'
+        f'"densepure-rt doctor", or leave `provider` out to run on the CPU'
     )
 
 

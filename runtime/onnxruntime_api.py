@@ -55,6 +55,6 @@ def refuse_unrunnable(name: str, precision: str, provider: Provider) -> None:
     """Raise UsageError for an engine in a precision that this provider does not compute rightly."""
     if precision in UNRUNNABLE[provider]:
         raise UsageError(
-            f"{name} is {precision}, which ONNX Runtime does not run rightly with --provider {provider}: build a plan "
+            f"{name} is {precision}, which ONNX Runtime does not run rightly with `provider` {provider}: build a plan "
             f'from it with "densepure-rt export --target tensorrt --precision {precision}", or use an fp32 engine'
         )

@@ -24,7 +24,7 @@ def open_device(bundle: Bundle, batch: int | None, threads: int, provider: Provi
     if bundle.unet.plan is not None:
         if provider != "cpu":
             raise UsageError(
-                f"{bundle.unet_path.name} is a plan, which --provider {provider} does not run: leave it out"
+                f"{bundle.unet_path.name} is a plan, which `provider` {provider} does not run: leave it out"
             )
         from densepure_rt.runtime.tensorrt_device import TensorRTDevice
 
@@ -43,5 +43,5 @@ def default_batch(image: tuple[int, int, int]) -> int:
 def provider_of(name: str) -> Provider:
     """An ONNX Runtime provider by its name."""
     if name not in get_args(Provider):
-        raise UsageError(f"provider {name} is not known: {', '.join(get_args(Provider))}", "provider")
+        raise UsageError(f"`provider` {name} is not known: {', '.join(get_args(Provider))}")
     return cast(Provider, name)

@@ -73,14 +73,14 @@ def probe(bundle: Bundle, batch: int, run: Run, any_batch: bool) -> Probed:
         raise CheckFailed(
             f"{bundle.unet_path.name} or {bundle.classifier_path.name} cannot run batches of {batch} images "
             f"{list(bundle.unet.image)}, as its sidecar says ({error}): export the bundle again, or use a smaller "
-            f"--batch if the memory is short"
+            f"`batch` if the memory is short"
         ) from error
     refuse_unsound(bundle, found)
     kept = range(0, first, 2)
     if any(not same(a[item], b[batch - 1 - item]) for a, b in zip(found, beside_others, strict=True) for item in kept):
         raise CheckFailed(
             f"on this machine an item's result depends on the others in its batch of {batch}, which would "
-            f"void the certificates: use --batch 1"
+            f"void the certificates: use `batch` 1"
         )
     independent = again is not None and all(map(same, (part[:AGAIN] for part in found), again))
     return Probed(fingerprint_of(found), independent)

@@ -110,9 +110,8 @@ def nearest_timestep(alpha_bar: NDArray[np.float64], sigma: float) -> int:
     if not target >= alpha_bar[-1]:
         largest = math.sqrt(1 / alpha_bar[-1] - 1) / 2
         raise UsageError(
-            f"sigma {sigma:g} is beyond this network's schedule, which reaches sigma {floored(largest)}: "
-            f"ask for a smaller sigma",
-            "sigma",
+            f"`sigma` {sigma:g} is beyond this network's schedule, which reaches sigma {floored(largest)}: "
+            f"ask for a smaller sigma"
         )
     return int(np.abs(alpha_bar - target).argmin())
 
@@ -205,11 +204,9 @@ def make_chain(
     Raises UsageError when sigma is not positive or beyond the schedule, or when the steps do not fit.
     """
     if not 0 < sigma < math.inf:
-        raise UsageError(
-            f"sigma is the standard deviation of the noise in [0, 1] pixel units, above 0, got {sigma}", "sigma"
-        )
+        raise UsageError(f"`sigma` is the standard deviation of the noise in [0, 1] pixel units, above 0, got {sigma}")
     if steps < 0:
-        raise UsageError(f"steps is a count of reverse steps, got {steps}", "steps")
+        raise UsageError(f"`steps` is a count of reverse steps, got {steps}")
     if steps == 0:
         return Chain(sigma, 1.0, (), np.empty(0, np.float32), np.empty((0, 6), np.float32))
     scale, timesteps, levels = (_karras_chain if schedule.continuous else _chain)(schedule, sigma, steps, rule)

@@ -73,7 +73,7 @@ def refuse_misfit(bundle: Bundle, batch: int | None) -> int:
     held = [batches for batches in held if batches]  # a plan without a sidecar does not say
     if not held:
         if batch is None:
-            raise UsageError("a plan without a sidecar does not say its batch: give it with --batch")
+            raise UsageError("a plan without a sidecar does not say its batch: give it with `batch`")
         return batch
     common = set.intersection(*held)
     if not common:
@@ -83,8 +83,8 @@ def refuse_misfit(bundle: Bundle, batch: int | None) -> int:
         )
     if batch is not None and batch not in common:
         raise UsageError(
-            f"--batch {batch}: {bundle.unet_path.name} was built for {', '.join(map(str, sorted(common)))}; use one of "
-            f"these, or build it again with --batch {batch}"
+            f"`batch` {batch}: {bundle.unet_path.name} was built for {', '.join(map(str, sorted(common)))}; use one of "
+            f"these, or build it again with `batch` {batch}"
         )
     return max(common) if batch is None else batch
 
@@ -143,7 +143,7 @@ def translating_cuda_errors() -> Iterator[None]:
             raise
         move = 'look with "nvidia-smi" and "densepure-rt doctor"'
         if "OUT_OF_MEMORY" in str(error):
-            move = "use a smaller --batch, or close what else holds the GPU's memory"
+            move = "use a smaller `batch`, or close what else holds the GPU's memory"
         raise EnvironmentFault(f"the GPU failed ({first_line(error)}): {move}; what is done is kept") from error
 
 
@@ -414,14 +414,14 @@ class TensorRTDevice:
         if context is None:
             raise EnvironmentFault(
                 f"{self.flavour} {trt.__version__} has no room to run {path.name} in batches of {self.batch} "
-                f"({self._logger.summary()}): use a smaller --batch, or close what else holds the GPU's memory"
+                f"({self._logger.summary()}): use a smaller `batch`, or close what else holds the GPU's memory"
             )
         profiles = [
             tuple(engine.get_tensor_profile_shape(inputs[0], i)[1])[0] for i in range(engine.num_optimization_profiles)
         ]
         if self.batch not in profiles:
             raise UsageError(
-                f"{path.name} holds profiles for batches {profiles}, not {self.batch}: choose with --batch"
+                f"{path.name} holds profiles for batches {profiles}, not {self.batch}: choose with `batch`"
             )
         if not context.set_optimization_profile_async(profiles.index(self.batch), int(self._stream.handle)):
             raise CheckFailed(f"{path.name}: profile of batch {self.batch} refused: {self._logger.summary()}")

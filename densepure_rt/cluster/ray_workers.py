@@ -118,7 +118,7 @@ def connect(address: str) -> str:
     Returns the address that was taken: RAY_ADDRESS where it begins with ray:// and `LOCAL` was asked for. Raises
     UsageError or EnvironmentFault.
     """
-    asked = f"--cluster {address}"
+    asked = f"`address` {address}"
     if address == LOCAL and (named := os.environ.get("RAY_ADDRESS", "")).startswith(REMOTE):
         address, asked = named, f"RAY_ADDRESS={named}"
     if address != LOCAL and not re.fullmatch(f"{REMOTE}.+:[0-9]+", address):
@@ -215,9 +215,9 @@ def open_fleet(
     is free. group: how the hash of the engines begins; None for the largest group. Raises what opening the engines
     raises, UsageError where that is not to be had, or EnvironmentFault.
     """
-    for option, count in (("--threads", recipe.threads), ("--workers", workers)):
+    for parameter, count in (("threads", recipe.threads), ("workers", workers)):
         if count is not None and count < 1:
-            raise UsageError(f"{option} {count}: it is a count from 1 up")
+            raise UsageError(f"`{parameter}` {count}: it is a count from 1 up")
     address = connect(address)
     try:
         needs = {"GPU": 1.0, "CPU": 1.0} if needs_gpu(recipe) else {"CPU": float(recipe.threads)}
@@ -260,7 +260,7 @@ def room_for(needs: Mapping[str, float]) -> int:
         return room
     total = {name: sum(machine.get(name, 0) for machine in machines) for name in needs}
     asked, found, left = (", ".join(f"{some.get(name, 0):g} {name}" for name in needs) for some in (needs, total, free))
-    move = "run an .onnx engine on CPUs" if "GPU" in needs else "ask for fewer --threads"
+    move = "run an .onnx engine on CPUs" if "GPU" in needs else "ask for fewer `threads`"
     raise UsageError(
         f"a worker needs {asked} on one machine; the cluster has {found}, of which {left} free: {move}, or wait until "
         f"others are done"
@@ -281,7 +281,7 @@ def chosen(opened: Sequence[Engines], group: str | None) -> Engines:
     groups = Counter(engines.sha256 for engines in ours if engines.sha256.startswith(group or ""))
     if not groups:
         found = ", ".join(sorted({engines.sha256[:8] for engines in ours}))
-        raise UsageError(f"--group {group}: no worker has such engines; the groups are {found}")
+        raise UsageError(f"`group` {group}: no worker has such engines; the groups are {found}")
     largest, _ = groups.most_common(1)[0]
     return next(engines for engines in ours if engines.sha256 == largest)
 
@@ -290,7 +290,7 @@ def warn_of_others(members: Sequence[Member]) -> None:
     """Of workers that draw nothing, since their labels would be those of another classifier."""
     groups = Counter((member.engines.sha256[:8], member.engines.node) for member in members if member.engines)
     found = ", ".join(f"{count} of group {group} on {node}" for (group, node), count in sorted(groups.items()))
-    said = "they have another engine, version or arithmetic, and one kind draws all samples of a run: --group names it"
+    said = "they have another engine, version or arithmetic, and one kind draws all samples of a run: `group` names it"
     logs.say(f"workers that are not used: {found}; {said}", logging.WARNING)
 
 
@@ -308,7 +308,7 @@ def opened_by(members: Sequence[Member], timeout: float) -> list[Engines]:
     except ray.exceptions.GetTimeoutError:
         raise EnvironmentFault(
             f"{plural(len(members), 'worker')} were asked for and not all there after {timeout:.0f} s: ask for fewer "
-            f"with --workers"
+            f"with `workers`"
         ) from None
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, DensePureError):

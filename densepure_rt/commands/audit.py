@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 from rich.text import Text
 
-from densepure_rt.commands.console import stderr, stdout
+from densepure_rt.commands.console import in_options, stderr, stdout
 from densepure_rt.commands.options import Json, RunImages, RunPath
 from densepure_rt.errors import CheckFailed
 from densepure_rt.text import plural, printable
@@ -33,7 +33,9 @@ def audit(run: RunPath, images: RunImages = None, as_json: Json = False) -> None
     if images is not None:
         identity = read_manifest(run).identity
         chosen = open_images(images, identity.image, identity.class_names)
-    findings = check(run, chosen)
+    findings = [
+        dataclasses.replace(finding, faults=tuple(map(in_options, finding.faults))) for finding in check(run, chosen)
+    ]
     failed = [finding for finding in findings if not finding.holds]
     if as_json:
         print(json.dumps([dataclasses.asdict(finding) | {"holds": finding.holds} for finding in findings]))

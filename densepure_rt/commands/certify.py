@@ -14,7 +14,7 @@ import typer
 from rich.table import Table
 
 from densepure_rt import logs, signals
-from densepure_rt.commands.console import be_quiet, print_attacks, rows, stderr, stdout, track
+from densepure_rt.commands.console import be_quiet, in_options, print_attacks, rows, stderr, stdout, track
 from densepure_rt.commands.options import (
     Alpha,
     BatchSize,
@@ -186,7 +186,7 @@ def certify(
     if cluster is not None and falsify is not None:
         raise UsageError("--falsify needs an engine here: run it once more without --cluster when all is certified")
     be_quiet(quiet)
-    logs.set_up(verbose, log_json)
+    logs.set_up(verbose, log_json, in_options)
     seconds = Budget(seconds_of(budget, "--budget"), seconds_of(run_budget, "--run-budget"))
     asked: dict[str, Any] = {"method": method, "radii": radii_of(radii, radii_sigma, sigma), "radius_loss": radius_loss}
     asked |= {"sigma": sigma, "steps": steps, "votes": votes, "n0": n0, "n": n, "alpha": alpha}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from densepure_rt.errors import CheckFailed, EnvironmentFault
+from densepure_rt.errors import PARAMETER, CheckFailed, EnvironmentFault
 from densepure_rt.optional import optional
 from densepure_rt.rounding import exact
 from densepure_rt.text import duration, plural, printable
@@ -106,8 +108,58 @@ def needs_pytorch(command: str) -> AbstractContextManager[None]:
     return optional(command, "PyTorch and what goes with it", "run \"pip install 'densepure-rt[cpu,export]'\"")
 
 
+OPTIONS = {  # of parameters that have another name
+    "address": "cluster",
+    "allowed": "allow-host",
+    "batches": "batch",
+    "calibration": "calibration-images",
+    "compute_capabilities": "compute-capability",
+    "count": "gallery",
+    "default": "deadline",
+    "file": "key",
+    "hardware": "hw-compat",
+    "keep": "keep-fp32",
+    "kind": "precision",
+    "label_samples": "parity-samples",
+    "level": "builder-level",
+    "lifetime": "rotate",
+    "limit": "max",
+    "most": "max-deadline",
+    "public": "seed",
+}
+
+
+_apps: list[typer.Typer] = []
+
+
+def speak_for(app: typer.Typer) -> None:
+    """Let `in_options` name the options of an application's commands."""
+    _apps[:] = [app]
+    known_options.cache_clear()
+
+
+@cache
+def known_options() -> frozenset[str]:
+    """Every option of every command, as it is typed."""
+    commands = getattr(typer.main.get_command(_apps[0]), "commands", {}).values() if _apps else ()
+    return frozenset(
+        name for command in commands for option in command.params for name in (*option.opts, *option.secondary_opts)
+    )
+
+
+def in_options(message: str) -> str:
+    """Return a message with the options that are typed for the parameters it speaks of; other backticks stay."""
+
+    def option(found: re.Match[str]) -> str:
+        name, off = OPTIONS.get(found[1], found[1].replace("_", "-")), found[2]
+        typed = f"--no-{name}" if off else f"--{name}"
+        return typed if typed in known_options() else found[0]
+
+    return PARAMETER.sub(option, message)
+
+
 def say(line: str) -> None:
-    stderr.print(f"{line} ...")
+    stderr.print(f"{in_options(line)} ...")
 
 
 def finite(value: Any) -> Any:
@@ -131,7 +183,7 @@ def write_report(out: Path, name: str, report: dict[str, Any], draw: Callable[[P
         (out / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         draw(out / f"{name}.png")
     except EnvironmentFault as fault:  # no matplotlib: the numbers are written all the same
-        stderr.print(f"the picture was left out: {fault}")
+        stderr.print(f"the picture was left out: {in_options(str(fault))}")
     except OSError as error:
         raise unwritable(out, error) from error
 

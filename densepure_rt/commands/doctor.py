@@ -17,7 +17,7 @@ import typer
 from rich.text import Text
 
 from densepure_rt._version import __version__
-from densepure_rt.commands.console import stdout
+from densepure_rt.commands.console import in_options, stdout
 from densepure_rt.commands.options import Json
 from densepure_rt.errors import DensePureError, EnvironmentFault
 from densepure_rt.runtime.bundle import Flavour, open_bundle, sha256_of, shipped_engine
@@ -130,7 +130,7 @@ def onnxruntime_finding() -> Finding:
     try:
         version = onnxruntime_version()
     except EnvironmentFault as fault:
-        return Finding("ONNX Runtime", "broken" if onnxruntime_conflict() else "missing", str(fault), True)
+        return Finding("ONNX Runtime", "broken" if onnxruntime_conflict() else "missing", in_options(str(fault)), True)
     return Finding("ONNX Runtime", "ok", f"{version}, runs .onnx engines on the CPU", True)
 
 
@@ -173,7 +173,7 @@ def tensorrt_finding(flavour: Flavour, here: Gpu | EnvironmentFault) -> Finding:
     try:
         version = import_flavour(flavour).__version__
     except EnvironmentFault as fault:
-        return Finding(flavour, "missing", str(fault))
+        return Finding(flavour, "missing", in_options(str(fault)))
     if isinstance(here, Gpu):
         return Finding(flavour, "ok", f"{version}, builds and runs plans")
     if flavour == "tensorrt-rtx":
@@ -243,7 +243,7 @@ def engines_finding() -> Finding:
             if sha256_of(path) != expected.file.sha256:
                 return Finding("shipped engines", "broken", f"{path} does not match its sidecar", True)
     except (DensePureError, OSError) as error:
-        return Finding("shipped engines", "broken", str(error), True)
+        return Finding("shipped engines", "broken", in_options(str(error)), True)
     return Finding("shipped engines", "ok", f"{bundle.unet_path}, {bundle.unet.precision}, hashes match", True)
 
 

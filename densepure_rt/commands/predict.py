@@ -10,7 +10,7 @@ import typer
 
 from densepure_rt import logs
 from densepure_rt.commands.certify import notes_on
-from densepure_rt.commands.console import rows, stderr, track
+from densepure_rt.commands.console import in_options, rows, stderr, track
 from densepure_rt.commands.options import (
     Alpha,
     BatchSize,
@@ -67,7 +67,7 @@ def predict(
 
     An image is sampled until one class has more than half of all votes but for probability alpha, or n are taken.
     """
-    logs.set_up(verbose=False, file=None)
+    logs.set_up(verbose=False, log_json=None, word=in_options)
     settings = make_settings(
         context, sigma=sigma, steps=steps, votes=votes, n=n, alpha=alpha, timestep_rule=timestep_rule
     )

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from densepure_rt.commands.console import stderr
+from densepure_rt.commands.console import in_options, stderr
 from densepure_rt.commands.options import (
     Alpha,
     BatchSize,
@@ -124,7 +124,7 @@ def serve(
     from densepure_rt.serving.origins import hosts_of
     from densepure_rt.serving.service import Service
 
-    logs.set_up(verbose, log_json)
+    logs.set_up(verbose, log_json, in_options)
     asked: dict[str, Any] = {"method": method, "radii": radii_of(radii, radii_sigma, sigma), "radius_loss": radius_loss}
     asked |= {"sigma": sigma, "steps": steps, "votes": votes, "n": n, "alpha": alpha, "timestep_rule": timestep_rule}
     settings = Settings(**asked)

@@ -122,7 +122,7 @@ class ImageSet:
     def select(self, skip: int = 1, limit: int | None = None) -> ImageSet:
         """Every `skip`-th image by position, at most `limit` of them."""
         if skip < 1 or (limit is not None and limit < 1):
-            raise UsageError(f"--skip {skip} and --max {limit} select no image: both must be 1 or more")
+            raise UsageError(f"`skip` {skip} and `limit` {limit} select no image: both must be 1 or more")
         return replace(self, positions=self.positions[::skip][:limit])
 
     def sha256(self) -> str:
@@ -140,7 +140,7 @@ def open_images(path: Path | None, shape: Shape, class_names: Sequence[str]) -> 
     if path is None:
         if shape != SHIPPED_SHAPE:
             sizes = f"the images that ship are {size_text(SHIPPED_SHAPE)}, the engine takes {size_text(shape)}"
-            raise UsageError(f"{sizes}; name images of that size with --images")
+            raise UsageError(f"{sizes}; name images of that size with `images`")
         with resources.as_file(resources.files("densepure_rt") / "data" / SHIPPED) as shipped:
             return replace(_from_npz(shipped, shape, class_names), name="Fashion-MNIST test images (shipped)")
     with reading(path, "images"):

@@ -238,7 +238,7 @@ def labels_by_image(log: Log, images: Sequence[int]) -> dict[int, int]:
     if missing := [idx for idx in images if idx not in named]:
         others = f" (and {len(missing) - 1} others)" if len(missing) > 1 else ""
         raise UsageError(
-            f"{log.name} has no label of image {missing[0]}{others}: --labels names a log that has them all"
+            f"{log.name} has no label of image {missing[0]}{others}: `labels` names a log that has them all"
         )
     return named
 

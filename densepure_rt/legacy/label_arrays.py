@@ -146,7 +146,7 @@ def open_folder(path: Path, sigma: float | None, votes: int | None) -> LabelFold
     chosen, files = files_of(path, sigma)
     images, seeds = sorted({idx for idx, _, _ in files}), sorted({seed for _, seed, _ in files})
     if votes is not None and not 1 <= votes <= len(seeds):
-        raise UsageError(f"--votes is from 1 to the {len(seeds)} seeds in {path}, got {votes}")
+        raise UsageError(f"`votes` is from 1 to the {len(seeds)} seeds in {path}, got {votes}")
     seeds = seeds[:votes]
     missing = [key for key in product(images, seeds, PARTS) if key not in files]
     if missing:
@@ -170,7 +170,7 @@ def files_of(path: Path, sigma: float | None) -> tuple[float, dict[tuple[int, in
     sigmas = sorted({float(match["sigma"]) for match in matches})
     if len(sigmas) > 1 if sigma is None else sigma not in sigmas:
         there = ", ".join(f"{value:g}" for value in sigmas)
-        raise UsageError(f"{path} holds label arrays of sigma {there}: choose one with --sigma")
+        raise UsageError(f"{path} holds label arrays of sigma {there}: choose one with `sigma`")
     chosen = sigmas[0] if sigma is None else sigma
     found: dict[tuple[int, int, Part], Path] = {}
     for match in matches:

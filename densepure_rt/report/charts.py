@@ -59,7 +59,7 @@ def samples_chart(reports: Sequence[RunReport]) -> Markup:
 
 def accuracy_png(reports: Sequence[RunReport]) -> bytes:
     """The certified-accuracy curve as a PNG. Needs matplotlib."""
-    with optional("a PNG", "matplotlib", "run \"pip install 'densepure-rt[report]'\", or ask for --also svg"):
+    with optional("a PNG", "matplotlib", "run \"pip install 'densepure-rt[report]'\", or ask for `also` svg"):
         from matplotlib.figure import Figure
         from matplotlib.ticker import PercentFormatter
     figure = Figure(figsize=(8, 4.6), layout="constrained")

@@ -150,7 +150,7 @@ def radii_of(a: Curve, b: Curve, asked: float | None) -> tuple[float, ...]:
         known = ", ".join(exact(radius) for radius in common) or "none"
         raise UsageError(f"the two runs do not both know the radius {exact(asked)}; of their radii both know {known}")
     if asked is None and not common:
-        raise UsageError("the two runs were asked about no radius in common: run one again with --radii of the other")
+        raise UsageError("the two runs were asked about no radius in common: run one again with `radii` of the other")
     return common if asked is None else (asked,)
 
 

@@ -34,7 +34,7 @@ def gallery(run: Run, count: int, secret: bytes, engine: Path | None, images: Pa
     Raises UsageError when the images or the classifier are others, CheckFailed when the engine is.
     """
     if count < 1:
-        raise UsageError(f"--gallery {count}: ask for one image at least")
+        raise UsageError(f"`count` {count}: ask for one image at least")
     identity, chosen = run.manifest.identity, choose(run.records, count)
     found = find(open_images(images, identity.image, identity.class_names), chosen)
     settings = settings_of(identity)
@@ -62,6 +62,6 @@ def find(images: ImageSet, records: Sequence[ImageRecord]) -> list[LabelledImage
     found = {sha: image for image in images if (sha := image_sha256(image.pixels).hex()) in wanted}
     if missing := [record.idx for record in records if record.image_sha256 not in found]:
         raise UsageError(
-            f"image {missing[0]} of the run is not among {images.name}: name the images it certified with --images"
+            f"image {missing[0]} of the run is not among {images.name}: name the images it certified with `images`"
         )
     return [found[record.image_sha256] for record in records]

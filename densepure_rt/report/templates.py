@@ -40,7 +40,7 @@ def rendered(templates: Environment, name: str, values: dict[str, Any]) -> str:
 def laid_out(value: object) -> object:
     """Pass `value` on. Raises TypeError for what is no text: a claim that is rounded here would be rounded wrongly."""
     if value is None or isinstance(value, float):
-        raise TypeError(f"a template prints {value!r}: make it a text in Python, or a `place` on the page")
+        raise TypeError(f"a template prints {value!r}: make it a text in Python, or filter it by place")
     return value
 
 

@@ -38,7 +38,7 @@ def check_share(share: float) -> None:
     """Raise UsageError unless it is a share."""
     if not 0 < share <= 1:
         raise UsageError(
-            f"--falsify is a share of the samples of the certificates, above 0 and at most 1, got {exact(share)}"
+            f"`falsify` is a share of the samples of the certificates, above 0 and at most 1, got {exact(share)}"
         )
 
 

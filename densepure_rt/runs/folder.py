@@ -69,7 +69,7 @@ class RunFolder:
         with writing(path), closed_on_failure(self):
             if not (path / LEDGER).exists() and (found := [name for name in RESULTS if (path / name).exists()]):
                 raise UsageError(
-                    f"{path} holds {', '.join(found)} of a run that cannot go on: choose another folder with --out, or "
+                    f"{path} holds {', '.join(found)} of a run that cannot go on: choose another folder with `out`, or "
                     f"move that one away"
                 )
             path.mkdir(parents=True, exist_ok=True)
@@ -139,7 +139,7 @@ class RunFolder:
             if self.done != kept:
                 raise CheckFailed(
                     f"{self.path / LEDGER} does not hold what was written to it ({len(self.done)} images, not "
-                    f"{len(kept)}): something else has written to it; certify again, into another folder with --out"
+                    f"{len(kept)}): something else has written to it; certify again, into another folder with `out`"
                 )
             self._write_results()
             replaced(self.path / SUMMARY, page(summary))
@@ -153,11 +153,11 @@ class RunFolder:
         if differs := differences(there.identity, self.manifest.identity, "there", "now"):
             raise UsageError(
                 f"{self.path} already holds a run of another identity ({differs}): choose another folder with "
-                f"--out, or ask for what that run was started with"
+                f"`out`, or ask for what that run was started with"
             )
         if (held := shard_of(there)) != (asked := shard_of(self.manifest)):
             raise UsageError(
-                f"{self.path} already holds {held}, and {asked} was asked for: choose another folder with --out, or "
+                f"{self.path} already holds {held}, and {asked} was asked for: choose another folder with `out`, or "
                 f"ask for what it holds"
             )
         if there.provenance.revealed_secret is not None or (self.path / REVEALED).exists():

@@ -178,5 +178,5 @@ def refuse_unrecorded_arithmetic(identity: Identity, path: Path) -> None:
         raise UsageError(
             f"{path} holds an old run, whose manifest does not say how its machine computed, so nothing shows that "
             f"more samples would be of the same classifier. It can still be audited, reported and replayed: certify "
-            f"into a new folder with --out"
+            f"into a new folder with `out`"
         )

@@ -122,7 +122,7 @@ def translating_sqlite_errors(path: Path) -> Iterator[None]:
                 f"{path} is in use by another process: wait for it, or choose another folder"
             ) from error
         raise EnvironmentFault(
-            f"cannot write or read {path} ({error}): free some space, or choose another folder with --out; what was "
+            f"cannot write or read {path} ({error}): free some space, or choose another folder with `out`; what was "
             f"written so far is kept"
         ) from error
 
@@ -234,7 +234,7 @@ class Ledger:
         if identity_of(self.path) != self._file:
             raise CheckFailed(
                 f"{self.path} was removed or replaced while the run wrote to it, and its labels are lost: certify "
-                f"again, into another folder with --out"
+                f"again, into another folder with `out`"
             )
         with translating_sqlite_errors(self.path):
             self._database.execute("pragma journal_mode = delete")

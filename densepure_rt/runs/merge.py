@@ -128,14 +128,14 @@ def refuse_other_runs(manifests: Mapping[Path, Manifest]) -> None:
     (first, expected), *_ = manifests.items()
     for path, manifest in manifests.items():
         if manifest.provenance.shard is None:
-            raise UsageError(f"{path} holds a whole run: merge the folders of certify --shard")
+            raise UsageError(f"{path} holds a whole run: merge the folders of certify `shard`")
         refuse_unrecorded_arithmetic(manifest.identity, path)
         if manifest.identity.sha256 != manifest.identity_sha256:
             raise CheckFailed(f"{path / MANIFEST} has not the identity that it claims: see densepure-rt audit")
         if differs := differences(expected.identity, manifest.identity, f"in {first}", f"in {path}"):
             raise UsageError(
                 f"{path} is of another run than {first} ({differs}): certify all shards with the same options, the "
-                f"same --key or --seed, and on machines that compute alike"
+                f"same `key` or `seed`, and on machines that compute alike"
             )
 
 
@@ -150,7 +150,7 @@ def refuse_incomplete(manifests: Mapping[Path, Manifest]) -> None:
         if left:
             short.append(f"{path} (shard {manifest.shard}: {left:,} of {plural(manifest.asked, 'image')} missing)")
     if short:
-        raise CheckFailed(f"not complete: {named(short)}; the same certify into the same --out goes on there")
+        raise CheckFailed(f"not complete: {named(short)}; the same certify into the same `out` goes on there")
 
 
 def refuse_unsealed(path: Path, ledger: Ledger) -> None:
@@ -230,7 +230,7 @@ def merged_before(out: Path, manifest: Manifest) -> bool:
     there = read_manifest(out)
     same = (there.identity, there.provenance.merged_from) == (manifest.identity, manifest.provenance.merged_from)
     if not same:
-        raise UsageError(f"{out} already holds a run that was not merged from these shards: name another --out")
+        raise UsageError(f"{out} already holds a run that was not merged from these shards: name another `out`")
     return (out / SEAL).exists()
 
 

@@ -49,8 +49,8 @@ def agreed_secret(path: Path | None, key: Path | None) -> bytes | None:
     if key is not None and (named := stored_key(key)) != there:
         found = "is not there" if named is None else "holds another secret"
         raise UsageError(
-            f"the key {key} {found}, and the run in {path} goes on with its own alone: leave --key out, or choose "
-            f"another folder with --out"
+            f"the key {key} {found}, and the run in {path} goes on with its own alone: leave `key` out, or choose "
+            f"another folder with `out`"
         )
     return there
 
@@ -65,7 +65,7 @@ def secret_to_go_on(path: Path) -> bytes | None:
     if revealed:
         raise UsageError(
             f"the secret of the run in {path} has been revealed, so that no more noise may be drawn with it: start a "
-            f"new run with another --out"
+            f"new run with another `out`"
         )
     return stored_key(path / KEY)
 

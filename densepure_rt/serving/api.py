@@ -69,7 +69,7 @@ class Deadlines:
     def __post_init__(self) -> None:
         if not 0 < self.default <= self.most:
             raise UsageError(
-                f"--deadline {self.default:g} s is the time of a request that names none, and --max-deadline "
+                f"`default` {self.default:g} s is the time of a request that names none, and `most` "
                 f"{self.most:g} s is not less"
             )
 

@@ -18,14 +18,14 @@ class Decoders:
     """Children that are started when they are needed. Its threads wait for them, a thread a child.
 
     Args:
-        most: At a time; more callers wait for their turn.
+        decoders: At a time; more callers wait for their turn.
     """
 
-    def __init__(self, most: int = 1) -> None:
-        if most < 1:
-            raise UsageError(f"--decoders is 1 or more, got {most}")
-        self.most, self.closed = most, False
-        self._threads = ThreadPoolExecutor(most, "densepure-rt decoder")
+    def __init__(self, decoders: int = 1) -> None:
+        if decoders < 1:
+            raise UsageError(f"`decoders` is 1 or more, got {decoders}")
+        self.most, self.closed = decoders, False
+        self._threads = ThreadPoolExecutor(decoders, "densepure-rt decoder")
         self._idle: list[Decoder] = []
         self._working: set[Decoder] = set()
 

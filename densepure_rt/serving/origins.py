@@ -58,7 +58,7 @@ def hosts_of(address: str, allowed: Collection[str]) -> frozenset[str] | None:
     """
     for name in allowed:
         if name_of(name.lower()) != name.lower():
-            raise UsageError(f"--allow-host is a name or an address without a port, such as example.org, got {name!r}")
+            raise UsageError(f"`allowed` is a name or an address without a port, such as example.org, got {name!r}")
     if not (allowed or ipaddress.ip_address(address).is_loopback):
         return None
     return LOOPBACK | {f"[{address}]" if ":" in address else address} | {name.lower() for name in allowed}

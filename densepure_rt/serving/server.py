@@ -53,16 +53,16 @@ class Server(uvicorn.Server):
 def listen(host: str, port: int) -> socket.socket:
     """A socket at an address of this machine; port 0: any that is free. Raises UsageError or EnvironmentFault."""
     if not host:
-        raise UsageError("--host is an address or a name of this machine, 0.0.0.0 for all of its addresses, got ''")
+        raise UsageError("`host` is an address or a name of this machine, 0.0.0.0 for all of its addresses, got ''")
     if not 0 <= port < 2**16:
-        raise UsageError(f"--port is a number from 0 to {2**16 - 1}, got {port}")
+        raise UsageError(f"`port` is a number from 0 to {2**16 - 1}, got {port}")
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=MOST_CONNECTIONS)
     except (OSError, UnicodeError) as error:
         why = str(getattr(error, "strerror", error)).partition(" (while")[0]  # which names the address again
         raise EnvironmentFault(
-            f"cannot listen at {host} port {port} ({why}): choose another address with --host and --port"
+            f"cannot listen at {host} port {port} ({why}): choose another address with `host` and `port`"
         ) from error
 
 

@@ -116,7 +116,7 @@ class Service:
         most: int = MOST_OPEN,
     ) -> None:
         if not RULES[settings.method].anytime:
-            raise UsageError("method fixed has no answer before its last sample: serve sequential or radius", "method")
+            raise UsageError("`method` fixed has no answer before its last sample: serve sequential or radius")
         if most < 1:
             raise UsageError(f"a queue holds one request or more, got {most}")
         bundle, pixels = classifier.bundle, math.prod(classifier.bundle.unet.image)

@@ -314,7 +314,7 @@ def load(
     known = provider_of(provider)
     for name, count, most in (("batch", 1 if batch is None else batch, MAX_BATCH), ("threads", threads, MAX_THREADS)):
         if not 1 <= count <= most:
-            raise UsageError(f"{name} is a count from 1 up to {most}, got {count}", name)
+            raise UsageError(f"`{name}` is a count from 1 up to {most}, got {count}")
     bundle = open_bundle(
         shipped_engine() if engine is None else Path(engine),
         None if classifier is None else Path(classifier),

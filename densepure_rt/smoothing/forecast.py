@@ -99,9 +99,8 @@ def forecast(classifier: SmoothedClassifier, settings: Settings, images: int, la
     if (reach := rule.reach()) is None:
         enough = next(n for n in itertools.count(settings.n) if reach_of(replace(settings, n=n), pixels) is not None)
         raise UsageError(
-            f"n {settings.n} cannot certify any radius at alpha = {exact(settings.alpha)}, even when all samples "
-            f"agree: ask for {enough} at least",
-            "n",
+            f"`n` {settings.n} cannot certify any radius at alpha = {exact(settings.alpha)}, even when all samples "
+            f"agree: ask for {enough} at least"
         )
     settings.check_reach(pixels, labelled)
     samples = samples_of(rule)

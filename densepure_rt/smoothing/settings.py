@@ -50,19 +50,17 @@ class Settings:
     def __post_init__(self) -> None:
         check_sampling(self.n0, self.n, self.alpha)
         if not 1 <= self.votes <= MAX_VOTES:
-            raise UsageError(f"votes is a count from 1 to {MAX_VOTES}, got {self.votes}", "votes")
+            raise UsageError(f"`votes` is a count from 1 to {MAX_VOTES}, got {self.votes}")
         if self.steps < 0:
-            raise UsageError(f"steps is a count of reverse steps, got {self.steps}", "steps")
+            raise UsageError(f"`steps` is a count of reverse steps, got {self.steps}")
         if self.method not in get_args(Method):
-            raise UsageError(f"method {self.method} is not known: {', '.join(get_args(Method))}", "method")
+            raise UsageError(f"`method` {self.method} is not known: {', '.join(get_args(Method))}")
         if self.radii is not None and self.method != "sequential":
-            raise UsageError(f"radii are what the method sequential decides, and {self.method} was asked for", "radii")
+            raise UsageError(f"`radii` are what the method sequential decides, and {self.method} was asked for")
         if self.radius_loss is not None and self.method != "radius":
             raise UsageError(f"a radius loss is what the method radius accepts, and {self.method} was asked for")
         if self.timestep_rule not in (None, *get_args(TimestepRule)):
-            raise UsageError(
-                f"timestep_rule {self.timestep_rule} is not known: {', '.join(get_args(TimestepRule))}", "timestep_rule"
-            )
+            raise UsageError(f"`timestep_rule` {self.timestep_rule} is not known: {', '.join(get_args(TimestepRule))}")
 
     @property
     def effective(self) -> Settings:
@@ -115,9 +113,8 @@ class Settings:
             else f"{exact(smallest)} takes n = {enough:,} at least"
         )
         raise UsageError(
-            f"radii from {exact(smallest)} on are all beyond reach: at sigma {exact(self.sigma)} and n = {self.n:,}, "
-            f"even when all samples agree, {most} certified, and {more}; ask for a smaller radius or a larger sigma",
-            "radii",
+            f"`radii` from {exact(smallest)} on are all beyond reach: at sigma {exact(self.sigma)} and n = {self.n:,}, "
+            f"even when all samples agree, {most} certified, and {more}; ask for a smaller radius or a larger sigma"
         )
 
     def _enough(self, pixels: int, labelled: bool) -> int | None:

@@ -134,7 +134,7 @@ def agree(
     Raises UsageError when the engines were exported from other weights, or n leaves nothing to estimate from.
     """
     if settings.n < 2:
-        raise UsageError(f"--n {settings.n}: the first samples select the class, so two are the least")
+        raise UsageError(f"`n` {settings.n}: the first samples select the class, so two are the least")
     refuse_other_models(unet, classifier, smoothed.bundle)
     chain, device, precision = smoothed.chain(settings), smoothed.device, smoothed.bundle.unet.precision
     n, votes = settings.n, settings.effective.votes

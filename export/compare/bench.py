@@ -236,11 +236,11 @@ def runs_on_gpu(bundle: Bundle, provider: Provider) -> bool:
 
 def refuse_impossible(batch: int | None, threads: int, rounds: int = ROUNDS) -> None:
     if batch is not None and not 1 <= batch <= MAX_BATCH:
-        raise UsageError(f"--batch {batch}: between 1 and {MAX_BATCH}")
+        raise UsageError(f"`batch` {batch}: between 1 and {MAX_BATCH}")
     if not 1 <= threads <= MAX_THREADS:
-        raise UsageError(f"--threads {threads}: between 1 and {MAX_THREADS}")
+        raise UsageError(f"`threads` {threads}: between 1 and {MAX_THREADS}")
     if rounds < 1:
-        raise UsageError(f"--rounds {rounds}: one is the least, {ROUNDS} give a median with quartiles")
+        raise UsageError(f"`rounds` {rounds}: one is the least, {ROUNDS} give a median with quartiles")
 
 
 @contextlib.contextmanager

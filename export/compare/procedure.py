@@ -205,7 +205,7 @@ def compare(
     refuse_impossible(batch, threads)
     if unet.prediction == "none" or steps < 1:
         raise UsageError(
-            "--procedure compares how often the UNet is called: it needs a diffusion network and --steps 1 or more"
+            "`procedure` compares how often the UNet is called: it needs a diffusion network and `steps` 1 or more"
         )
     refuse_other_models(unet, classifier, bundle)
     small = dataclasses.replace(small, sigma=sigma)
@@ -296,8 +296,8 @@ def our_settings(unet: DiffusionModel, sigma: float, steps: int, votes: int, n: 
     if not enough(n):
         least = next(samples for samples in itertools.count(n + 1) if enough(samples))
         raise UsageError(
-            f"--n {n}: that many samples cannot certify the radius {exact(sigma)}, even when all agree: ask for "
-            f"--n {least} at least"
+            f"`n` {n}: that many samples cannot certify the radius {exact(sigma)}, even when all agree: ask for "
+            f"`n` {least} at least"
         )
     return settings
 

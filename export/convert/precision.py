@@ -228,7 +228,7 @@ def cast(network: nn.Module, dtype: torch.dtype, keep: Sequence[str] = ()) -> nn
     """
     for pattern in keep:
         if not matching(network, [pattern]):
-            raise UsageError(f"--keep-fp32 {pattern} matches no module: the names are like {names_like(network)}")
+            raise UsageError(f"`keep` {pattern} matches no module: the names are like {names_like(network)}")
     network = copy.deepcopy(network).eval()
     roots = matching(network, (*TIME_EMBEDDING, *keep))
     kept = {m for name in roots for m in network.get_submodule(name).modules()}

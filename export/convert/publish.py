@@ -74,7 +74,7 @@ class Publication:
 
     def _fault(self, error: OSError) -> EnvironmentFault:
         return EnvironmentFault(
-            f"cannot write {self.out} ({error.strerror or error}): choose another folder with --out"
+            f"cannot write {self.out} ({error.strerror or error}): choose another folder with `out`"
         )
 
 
@@ -90,5 +90,5 @@ def refuse_replacement(out: Path, weights: dict[str, str]) -> None:
         if found != digest:
             raise UsageError(
                 f"{out / name} is a bundle of another model (weights {found[:16]}, not {digest[:16]}): "
-                f"choose another --out, or replace it with --force"
+                f"choose another `out`, or replace it with `force`"
             )

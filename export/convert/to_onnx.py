@@ -184,13 +184,13 @@ def lowered(
     for pattern in keep:
         if not any(precision.matching(part, [pattern]) for part in parts):
             raise UsageError(
-                f"--keep-fp32 {pattern} matches no module: their names are like {precision.names_like(parts[0])}"
+                f"`keep` {pattern} matches no module: their names are like {precision.names_like(parts[0])}"
             )
     if kind not in DTYPES:
         return unet, classifier
     if classifier.onnx is not None:
         raise UsageError(
-            f"--precision {kind}: {classifier.onnx} is an ONNX file, whose precision is its own: give the classifier "
+            f"`kind` {kind}: {classifier.onnx} is an ONNX file, whose precision is its own: give the classifier "
             f"in PyTorch, or export fp32 or int8"
         )
     first, second = (
@@ -215,11 +215,11 @@ def contents(
     if kind not in QUANTIZED:
         return step_onnx(unet, OPSETS[kind], paths[0]), classifier_onnx(classifier, OPSETS[kind], paths[1])
     if images.calibration is None:
-        raise UsageError(f"--precision {kind} is calibrated on training images: give them with --calibration-images")
+        raise UsageError(f"`kind` {kind} is calibrated on training images: give them with `calibration`")
     for module in (unet.network, classifier.network):
         if weight_bytes(module) > LARGE:
             raise UsageError(
-                f"--precision {kind}: the weights are {weight_bytes(module) / 2**30:.1f} GiB, and only graphs of up to "
+                f"`kind` {kind}: the weights are {weight_bytes(module) / 2**30:.1f} GiB, and only graphs of up to "
                 f"{LARGE / 2**30:.1f} GiB are quantized here: use fp16"
             )
     step, classify = step_onnx(unet, OPSETS[kind]), classifier_onnx(classifier, OPSETS[kind])
@@ -287,7 +287,7 @@ def overflow(
     name = found.split()[1] if found else "MODULE"
     return CheckFailed(
         f"the network overflows in {kind}, which ends at {torch.finfo(DTYPES[kind]).max:,.0f}"
-        f"{f', first in {found}' if found else ''}, and not in float32: keep that part in float32 with --keep-fp32 "
+        f"{f', first in {found}' if found else ''}, and not in float32: keep that part in float32 with `keep` "
         f"'{name}' (again, if another is named then), or export bf16, which reaches as far. Nothing was published"
     )
 
@@ -328,9 +328,9 @@ def export_bundle(
     """
     images = images if isinstance(images, Images) else Images(images)
     if kind not in OPSETS:
-        raise UsageError(f"--precision {kind} is not known: {', '.join(OPSETS)}")
+        raise UsageError(f"`kind` {kind} is not known: {', '.join(OPSETS)}")
     if keep and kind == "fp32":
-        raise UsageError("--keep-fp32 does nothing with --precision fp32: leave it out, or ask for another precision")
+        raise UsageError("`keep` does nothing with `kind` fp32: leave it out, or ask for another precision")
     for module, what in ((unet.network, "UNet"), (classifier.network, "classifier")):
         refuse_bad_weights(module.eval(), what)
     pixels, counts = comparable(images.parity, kind, weight_bytes(unet.network))

@@ -52,12 +52,12 @@ CAUSES = (
     (
         r"out of memory|OutOfMemory|Requested amount of GPU memory|insufficient memory|bad_alloc",
         "memory",
-        "use a smaller --batch or --workspace, or close what else holds the GPU's memory",
+        "use a smaller `batches` or `workspace`, or close what else holds the GPU's memory",
     ),
     (
         r"HW-specific datatypes|is not supported for|FP32 GEMM is not supported|not supported on (this|SM)",
         "a precision that one of those GPUs lacks",
-        "leave that GPU out of --compute-capability, or export another --precision",
+        "leave that GPU out of `compute_capabilities`, or export another `precision`",
     ),
     (
         r"[Uu]nsupported|not supported|No importer|no importer|plugin",
@@ -89,23 +89,23 @@ class BuildOptions:
     def refuse_what_lacks(self, flavour: Flavour) -> None:
         """Raise UsageError for an option that this flavour does not have, or a value that no flavour has."""
         if not self.batches or not all(1 <= batch <= MAX_BATCH for batch in self.batches):
-            raise UsageError(f"--batch {', '.join(map(str, self.batches))}: each must be between 1 and {MAX_BATCH}")
+            raise UsageError(f"`batches` {', '.join(map(str, self.batches))}: each must be between 1 and {MAX_BATCH}")
         if self.level is not None and not 0 <= self.level <= 5:
-            raise UsageError(f"--builder-level {self.level}: TensorRT knows 0 (fast build) to 5 (fast plan)")
+            raise UsageError(f"`level` {self.level}: TensorRT knows 0 (fast build) to 5 (fast plan)")
         if self.workspace is not None and self.workspace < 1:
-            raise UsageError(f"--workspace {self.workspace}: give the MiB of GPU memory that a layer may use")
+            raise UsageError(f"`workspace` {self.workspace}: give the MiB of GPU memory that a layer may use")
         if self.hardware is not None and self.hardware not in HARDWARE:
-            raise UsageError(f"--hw-compat {self.hardware} is not known: {' or '.join(HARDWARE)}")
+            raise UsageError(f"`hardware` {self.hardware} is not known: {' or '.join(HARDWARE)}")
         if self.timing_cache_strict and self.timing_cache is None:
-            raise UsageError("--timing-cache-strict needs --timing-cache FILE")
+            raise UsageError("`timing_cache_strict` needs `timing_cache` FILE")
         enterprise = {
-            "--timing-cache": self.timing_cache is not None,
-            "--hw-compat": self.hardware is not None,
-            "--version-compatible": self.version_compatible,
+            "`timing_cache`": self.timing_cache is not None,
+            "`hardware`": self.hardware is not None,
+            "`version_compatible`": self.version_compatible,
         }
         lacking = [name for name, asked in enterprise.items() if asked and flavour == "tensorrt-rtx"]
         if self.compute_capabilities and flavour == "tensorrt":
-            lacking.append("--compute-capability")
+            lacking.append("`compute_capabilities`")
         if lacking:
             why = "it builds for the GPU that it runs on" if flavour == "tensorrt" else "its plans are portable as is"
             raise UsageError(f"{flavour} has no {', '.join(lacking)}: {why}; leave it out")
@@ -126,13 +126,13 @@ class BuildOptions:
 def source_bundle(out: Path, precision: str = "fp32") -> Bundle:
     """The ONNX engines to build plans from: those in `out`, else the ones that ship. Raises UsageError without any."""
     if precision not in PRECISION_TYPES:
-        raise UsageError(f"--precision {precision}: plans are built in {', '.join(PRECISION_TYPES)}")
+        raise UsageError(f"`precision` {precision}: plans are built in {', '.join(PRECISION_TYPES)}")
     name = f"unet{'' if precision == 'fp32' else '.' + precision}.onnx"
     for engine in (out / name, shipped_engine().with_name(name)):
         if engine.is_file():
             return open_bundle(engine)
     raise UsageError(
-        f"no {out / name} to build a plan from: export it as well, with --target onnx,tensorrt --precision {precision}"
+        f"no {out / name} to build a plan from: export it as well, with `target` onnx,tensorrt `precision` {precision}"
     )
 
 
@@ -185,7 +185,7 @@ def targets(trt: Any, flavour: Flavour, options: BuildOptions) -> tuple[str, ...
             continue
         advice = f"it has {', '.join(known)}"
         if capability in ENTERPRISE_ONLY:
-            advice = f"for {ENTERPRISE_ONLY[capability]} use --target tensorrt on that device"
+            advice = f"for {ENTERPRISE_ONLY[capability]} use `target` tensorrt on that device"
         raise UsageError(f"tensorrt-rtx {trt.__version__} has no compute capability {capability}: {advice}")
     return tuple(dict.fromkeys(asked))
 
@@ -250,7 +250,7 @@ def build(
     if types and precision in PRECISION_TYPES and PRECISION_TYPES[precision] not in types:
         raise CheckFailed(
             f"{path.name} should be {precision} by its sidecar, but its {sum(types.values())} convolutions and matrix "
-            f"products are {', '.join(types)}: export it again with --precision {precision}"
+            f"products are {', '.join(types)}: export it again with `precision` {precision}"
         )
     config = builder.create_builder_config()
     for batch in options.batches:
@@ -337,7 +337,7 @@ def configure(trt: Any, flavour: Flavour, config: Any, options: BuildOptions, ca
     if options.hardware is not None:
         levels = trt.HardwareCompatibilityLevel.__members__
         if (level := HARDWARE[options.hardware]) not in levels:
-            raise UsageError(f"--hw-compat {options.hardware}: {flavour} {trt.__version__} does not have it")
+            raise UsageError(f"`hardware` {options.hardware}: {flavour} {trt.__version__} does not have it")
         config.hardware_compatibility_level = levels[level]
     if options.version_compatible:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
@@ -353,9 +353,9 @@ def load_timing_cache(config: Any, options: BuildOptions) -> Any:
     try:
         known = files.content(options.timing_cache, "model") if options.timing_cache.exists() else b""
     except OSError as error:
-        raise UsageError(f"cannot read --timing-cache {options.timing_cache} ({error.strerror})") from error
+        raise UsageError(f"cannot read `timing_cache` {options.timing_cache} ({error.strerror})") from error
     if options.timing_cache_strict and not known:
-        raise UsageError(f"--timing-cache-strict needs a cache, and {options.timing_cache} is not there yet")
+        raise UsageError(f"`timing_cache_strict` needs a cache, and {options.timing_cache} is not there yet")
     cache = config.create_timing_cache(known)
     if cache is None or not config.set_timing_cache(cache, False):
         raise CheckFailed(

@@ -68,7 +68,7 @@ def export_repository(bundle: Bundle, out: Path, batch: int | None = None, force
     items = chosen_batch(bundle, batch)
     if not force and (there := [name for name in MODELS if os.path.lexists(out / name)]):
         raise UsageError(
-            f"{out} already has {', '.join(there)}: choose another --out, or replace these models with --force"
+            f"{out} already has {', '.join(there)}: choose another `out`, or replace these models with `force`"
         )
     with published(out) as folder:
         classifier = write_engine(folder / CLASSIFY_MODEL, bundle.classifier_path, bundle.classifier)
@@ -115,7 +115,7 @@ def refuse_untakeable(bundle: Bundle) -> None:
 def chosen_batch(bundle: Bundle, batch: int | None) -> int:
     """The batch to call the engines with. Raises UsageError when plans were not built for it."""
     if batch is not None and not 1 <= batch <= MAX_BATCH:
-        raise UsageError(f"--batch {batch}: it must be between 1 and {MAX_BATCH}")
+        raise UsageError(f"`batch` {batch}: it must be between 1 and {MAX_BATCH}")
     if bundle.unet.plan is None or bundle.classifier.plan is None:
         return default_batch(bundle.unet.image) if batch is None else batch
     held = sorted(set(bundle.unet.plan.batches) & set(bundle.classifier.plan.batches))
@@ -123,7 +123,7 @@ def chosen_batch(bundle: Bundle, batch: int | None) -> int:
         raise UsageError(
             f"{bundle.unet_path.name} and {bundle.classifier_path.name} were built for batches of "
             f"{', '.join(map(str, held)) or 'no size in common'}, not {batch or 'one of both'}: build them again with "
-            f"--batch, or ask for one that they have"
+            f"`batch`, or ask for one that they have"
         )
     return held[-1] if batch is None else batch
 
@@ -144,7 +144,7 @@ def published(out: Path) -> Iterator[Path]:
             move_all(moves)
     except OSError as error:
         raise EnvironmentFault(
-            f"cannot write {out} ({error.strerror or error}): choose another folder with --out"
+            f"cannot write {out} ({error.strerror or error}): choose another folder with `out`"
         ) from error
 
 

@@ -42,22 +42,22 @@ def is_checkpoint(name: Path | str) -> bool:
     return str(name).endswith(CHECKPOINTS)
 
 
-def spec_hint(spec: str, option: str) -> str:
-    """Say what to do about a model named in no known way, as the end of a message. option: that names it."""
+def spec_hint(spec: str, parameter: str) -> str:
+    """Say what to do about a model named in no known way, as the end of a message. parameter: that named it."""
     if os.path.isfile(spec):
         return "the file is there, but not its suffix among these; rename it to what it is"
     if hub := HUB_ID.fullmatch(spec):
         return (
             f"no such folder is here. Check its spelling; a model of the Hugging Face Hub is downloaded first, with "
-            f'"hf download {hub[1]} --local-dir {hub[2]}", and named by that folder, {option} {hub[2]}'
+            f'"hf download {hub[1]} --local-dir {hub[2]}", and named by that folder, `{parameter}` {hub[2]}'
         )
     return "check its spelling"
 
 
-def read_state_dict(path: Path, prefix: str = "", option: str = "--unet-prefix") -> dict[str, Tensor]:
+def read_state_dict(path: Path, prefix: str = "", parameter: str = "unet_prefix") -> dict[str, Tensor]:
     """The tensors of a checkpoint by name, on the CPU, mapped into memory where the format allows it.
 
-    prefix: only names that start with it are taken, without it. option: the command line's name for `prefix`.
+    prefix: only names that start with it are taken, without it. parameter: what a caller of ours knows `prefix` by.
 
     Raises CheckFailed for a damaged file, UsageError for anything else than tensors where they are asked for.
     """
@@ -71,7 +71,7 @@ def read_state_dict(path: Path, prefix: str = "", option: str = "--unet-prefix")
     nested = [f"{name}." for name, value in content.items() if isinstance(value, dict) and _holds_tensors(value)]
     if nested and not prefix:
         raise UsageError(
-            f"{path} holds its tensors under {', '.join(map(repr, nested))}: choose with {option} {nested[0]}"
+            f"{path} holds its tensors under {', '.join(map(repr, nested))}: choose with `{parameter}` {nested[0]}"
         )
     if not taken:
         raise UsageError(f"{path} holds nothing{_named(prefix)}: its names are like {_names_like(entries)}")
@@ -85,29 +85,29 @@ def read_state_dict(path: Path, prefix: str = "", option: str = "--unet-prefix")
     return {name: value.detach() for name, value in taken.items()}
 
 
-def load_into(module: M, state: Mapping[str, Tensor], what: str, option: str = "--unet-prefix", prefix: str = "") -> M:
+def load_into(module: M, state: Mapping[str, Tensor], what: str, parameter: str = "unet_prefix", prefix: str = "") -> M:
     """`module`, in evaluation mode, with `state` as its weights: not copies, unless a type has to change.
 
     Names and shapes must be those of the module, floating types become the module's. The module may be on the meta
-    device. what: the file or its part, for errors. option, prefix: with which `state` was read.
+    device. what: the file or its part, for errors. parameter, prefix: with which `state` was read.
 
     Raises UsageError naming the first key that does not fit.
     """
-    check_fit(module, state, what, option, prefix)
+    check_fit(module, state, what, parameter, prefix)
     expected = module.state_dict()
     module.load_state_dict({name: state[name].to(tensor.dtype) for name, tensor in expected.items()}, assign=True)
     return module.eval()
 
 
 def check_fit(
-    module: nn.Module, state: Mapping[str, Tensor], what: str, option: str = "--unet-prefix", prefix: str = ""
+    module: nn.Module, state: Mapping[str, Tensor], what: str, parameter: str = "unet_prefix", prefix: str = ""
 ) -> None:
     """Raises UsageError naming the first key of `state` that is missing, shaped otherwise or unexpected."""
     expected = module.state_dict()
     kind = type(module).__name__
     for name, tensor in expected.items():
         if name not in state:
-            raise missing(name, f"{list(tensor.shape)} of a {kind}", state, what, option, prefix)
+            raise missing(name, f"{list(tensor.shape)} of a {kind}", state, what, parameter, prefix)
         found = state[name]
         if found.shape != tensor.shape:
             raise UsageError(
@@ -123,23 +123,23 @@ def check_fit(
         if name not in expected:
             raise UsageError(
                 f"{what} does not fit a {kind}, which has no {prefix}{name}: give the weights of this architecture"
-                f"{prefix_hint(state, expected, option, prefix)}"
+                f"{prefix_hint(state, expected, parameter, prefix)}"
             )
 
 
 def missing(
-    name: str, expected: str, state: Mapping[str, Tensor], what: str, option: str = "--unet-prefix", prefix: str = ""
+    name: str, expected: str, state: Mapping[str, Tensor], what: str, parameter: str = "unet_prefix", prefix: str = ""
 ) -> UsageError:
     """The error that says that `state` has no `name`, and under which prefix it has it."""
-    fix = prefix_hint(state, [name], option, prefix)
+    fix = prefix_hint(state, [name], parameter, prefix)
     found = f"its names are like {_names_like(state)}" if not fix else "the name is there under a prefix"
     return UsageError(f"{what} has no {prefix}{name}, {expected}: {found}{fix}")
 
 
-def prefix_hint(state: Mapping[str, Tensor], expected: Collection[str], option: str, prefix: str) -> str:
+def prefix_hint(state: Mapping[str, Tensor], expected: Collection[str], parameter: str, prefix: str) -> str:
     """Which longer prefix would find all the names expected, as the end of a message; or nothing."""
     found = list(fitting_prefixes(state, expected))
-    return f"; it fits with {' or '.join(f'{option} {prefix}{longer}' for longer in found[:3])}" if found else ""
+    return f"; it fits with {' or '.join(f'`{parameter}` {prefix}{longer}' for longer in found[:3])}" if found else ""
 
 
 def fitting_prefixes(names: Collection[str], expected: Collection[str]) -> Iterator[str]:

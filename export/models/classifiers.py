@@ -49,7 +49,7 @@ from densepure_rt.runtime.bundle import sha256_of
 from densepure_rt.text import printable
 
 DRY_BATCHES = (2, 3)  # the exporter traces with two; a second size tells whether any will do
-PREFIX_OPTION = "--classifier-prefix"
+PREFIX = "classifier_prefix"
 # transformers' image processors that were found to do what `transformers_preprocessing` says, but for rounding: see
 # tests/export/models/test_classifiers.py. LevitImageProcessor, for one, means another resize by the same words.
 PROCESSORS = (
@@ -62,7 +62,7 @@ SILENT: dict[str, tuple[str, ...]] = {
     "EfficientNet": ("include_top",),
 }
 TRANSFORMERS = "a transformers classifier, with its model.safetensors,"
-IMAGENET = "--pixel-range 0,1 --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225"  # torchvision's and most of timm's
+IMAGENET = "`pixel_range` 0,1 `mean` 0.485,0.456,0.406 `std` 0.229,0.224,0.225"  # torchvision's and most of timm's
 
 
 @dataclass(frozen=True)
@@ -107,13 +107,13 @@ class Declared:
     def alone(self, what: str, image: tuple[int, int, int]) -> Preprocessing:
         """What was said, for a classifier that says nothing itself. Raises UsageError where that is not enough."""
         if (self.mean is None) != (self.std is None):
-            raise UsageError(f"{what}: --mean and --std belong together; give both, or neither where it normalises")
+            raise UsageError(f"{what}: `mean` and `std` belong together; give both, or neither where it normalises")
         if self.scale is None:
             raise UsageError(
-                f"{what} does not say what pixels it was trained on: declare it with --pixel-range, --mean and --std, "
-                f"and --resize HEIGHTxWIDTH where it takes other than {image[1]}x{image[2]}. Usual are "
-                f"{IMAGENET} (ImageNet), --pixel-range 0,1 or 0,255 alone where the network normalises itself, and "
-                f"--pixel-range=-1,1 for pixels as the runtime has them"
+                f"{what} does not say what pixels it was trained on: declare it with `pixel_range`, `mean` and `std`, "
+                f"and `resize` HEIGHTxWIDTH where it takes other than {image[1]}x{image[2]}. Usual are "
+                f"{IMAGENET} (ImageNet), `pixel_range` 0,1 or 0,255 alone where the network normalises itself, and "
+                f"`pixel_range`=-1,1 for pixels as the runtime has them"
             )
         return self.over(Preprocessing(self.scale, channels="grey" if image[0] == 1 else "RGB"))
 
@@ -129,40 +129,40 @@ def declare(
     crop: str | None = None,
 ) -> Declared:
     """The command line's options as they were written: "0,1", "0.5,0.5,0.5", "BGR", "224" or "224x224"."""
-    scale = _numbers("--pixel-range", pixel_range, "0,1 or 0,255 or -1,1")
+    scale = _numbers("pixel_range", pixel_range, "0,1 or 0,255 or -1,1")
     if scale is not None and len(scale) != 2:
-        raise UsageError(f"--pixel-range {pixel_range}: two numbers, 0,1 or 0,255 or -1,1")
+        raise UsageError(f"`pixel_range` {pixel_range}: two numbers, 0,1 or 0,255 or -1,1")
     orders: dict[str, ChannelOrder] = {"rgb": "RGB", "bgr": "BGR", "grey": "grey", "gray": "grey"}
     if channel_order is not None and channel_order.lower() not in orders:
-        raise UsageError(f"--channel-order {channel_order} is not known: RGB, BGR or grey")
+        raise UsageError(f"`channel_order` {channel_order} is not known: RGB, BGR or grey")
     filters: dict[str, Interpolation] = {name: name for name in get_args(Interpolation)}
     if interpolation is not None and interpolation not in filters:
-        raise UsageError(f"--interpolation {interpolation} is not known: {', '.join(filters)}")
+        raise UsageError(f"`interpolation` {interpolation} is not known: {', '.join(filters)}")
     return Declared(
         scale=None if scale is None else (scale[0], scale[1]),
-        mean=_numbers("--mean", mean, "one for each channel, such as 0.485,0.456,0.406"),
-        std=_numbers("--std", std, "one for each channel, such as 0.229,0.224,0.225"),
+        mean=_numbers("mean", mean, "one for each channel, such as 0.485,0.456,0.406"),
+        std=_numbers("std", std, "one for each channel, such as 0.229,0.224,0.225"),
         channels=None if channel_order is None else orders[channel_order.lower()],
-        resize=_size("--resize", resize),
+        resize=_size("resize", resize),
         interpolation=None if interpolation is None else filters[interpolation],
         antialias=antialias,
-        crop=_size("--crop", crop),
+        crop=_size("crop", crop),
     )
 
 
-def _numbers(option: str, text: str | None, like: str) -> tuple[float, ...] | None:
+def _numbers(parameter: str, text: str | None, like: str) -> tuple[float, ...] | None:
     try:
         return None if text is None else tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise UsageError(f"{option} {text}: numbers with commas between, {like}") from None
+        raise UsageError(f"`{parameter}` {text}: numbers with commas between, {like}") from None
 
 
-def _size(option: str, text: str | None) -> tuple[int, int] | None:
+def _size(parameter: str, text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     found = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
     if found is None:
-        raise UsageError(f"{option} {text}: HEIGHTxWIDTH in pixels, such as 224x224, or one number for a square")
+        raise UsageError(f"`{parameter}` {text}: HEIGHTxWIDTH in pixels, such as 224x224, or one number for a square")
     return int(found[1]), int(found[2] or found[1])
 
 
@@ -268,9 +268,9 @@ def open_classifier(
     """
     load = _loader(spec)
     if weights is not None and load not in (_timm, _callable):
-        raise UsageError(f"--classifier-weights {weights}: {spec} has its own; leave one of them out")
+        raise UsageError(f"`classifier_weights` {weights}: {spec} has its own; leave one of them out")
     if prefix and weights is None:
-        raise UsageError(f"{PREFIX_OPTION} {prefix} is of the names in --classifier-weights: give both, or neither")
+        raise UsageError(f"`{PREFIX}` {prefix} is of the names in `classifier_weights`: give both, or neither")
     loaded = load(spec, image, weights, prefix, declared or Declared())
     loaded.network.requires_grad_(False)
     network = Preprocessed(Preprocess(loaded.preprocessing, image), loaded.network.float()).eval()
@@ -299,18 +299,18 @@ def _loader(spec: str) -> _Loader:
         return _transformers
     if path.suffix in (".onnx", ".pt2"):
         if not os.path.isfile(path):
-            raise UsageError(f"no classifier at {path}: give --classifier a file that is there")
+            raise UsageError(f"no classifier at {path}: give `classifier` a file that is there")
         return _onnx if path.suffix == ".onnx" else _program
     if re.fullmatch(r"[\w.]+:[\w.]+", spec):
         return _callable
     if is_checkpoint(spec) and os.path.isfile(path):
         raise UsageError(
-            f"--classifier {spec} is a checkpoint, which holds weights and no network: give --classifier timm:NAME or "
-            f"package.module:function, and --classifier-weights {spec}"
+            f"`classifier` {spec} is a checkpoint, which holds weights and no network: give `classifier` timm:NAME or "
+            f"package.module:function, and `classifier_weights` {spec}"
         )
     raise UsageError(
-        f"--classifier {spec} is none of timm:NAME, a transformers folder, package.module:function, a .pt2 or an .onnx "
-        f"file: {spec_hint(spec, '--classifier')}"
+        f"`classifier` {spec} is none of timm:NAME, a transformers folder, package.module:function, a .pt2 or an .onnx "
+        f"file: {spec_hint(spec, 'classifier')}"
     )
 
 
@@ -330,7 +330,7 @@ def logits_found(network: Preprocessed, image: tuple[int, int, int], spec: str) 
         except Exception as error:
             raise UsageError(
                 f"{spec} does not take what preprocessing makes of {list(image)}, float32 {[batch, *shape]} "
-                f"({first_line(error)}): see --resize and --channel-order, and let it take any batch"
+                f"({first_line(error)}): see `resize` and `channel_order`, and let it take any batch"
             ) from error
         if not counts:
             network.output = logits_among(outputs, spec)
@@ -370,8 +370,8 @@ def _callable(spec: str, image: tuple[int, int, int], weights: Path | None, pref
     preprocessing = declared.alone(spec, image)
     network = built(spec)
     if weights is not None:
-        state = read_state_dict(weights, prefix, PREFIX_OPTION)
-        network = load_into(network, state, str(weights), PREFIX_OPTION, prefix)
+        state = read_state_dict(weights, prefix, PREFIX)
+        network = load_into(network, state, str(weights), PREFIX, prefix)
     return _Loaded(network, preprocessing, sha256_of(weights) if weights else state_sha256(network))
 
 
@@ -399,17 +399,17 @@ def _timm(spec: str, image: tuple[int, int, int], weights: Path | None, prefix: 
         except Exception as error:
             raise EnvironmentFault(
                 f"timm did not get the weights of {name} ({first_line(error)}): download them elsewhere and give "
-                f"--classifier-weights FILE"
+                f"`classifier_weights` FILE"
             ) from error
         digest = state_sha256(network)
     else:
-        state = read_state_dict(weights, prefix, PREFIX_OPTION)
+        state = read_state_dict(weights, prefix, PREFIX)
         network = timm.create_model(name, pretrained=False)
         head = network.pretrained_cfg.get("classifier")
         found = state.get(f"{head}.weight") if isinstance(head, str) else None
         if found is not None and found.shape[0] != network.num_classes:  # a model tuned on other classes
             network = timm.create_model(name, pretrained=False, num_classes=found.shape[0])
-        network, digest = load_into(network, state, str(weights), PREFIX_OPTION, prefix), sha256_of(weights)
+        network, digest = load_into(network, state, str(weights), PREFIX, prefix), sha256_of(weights)
     return _Loaded(network, declared.over(timm_preprocessing(resolve_model_data_config(network), image)), digest)
 
 
@@ -483,7 +483,7 @@ def transformers_preprocessing(
     if name not in PROCESSORS or config.get("do_pad"):
         raise UsageError(
             f"preprocessor_config.json is of a {kind}; known are {', '.join(PROCESSORS)}, without padding: declare "
-            f"--pixel-range, --mean, --std, --resize and --channel-order instead"
+            f"`pixel_range`, `mean`, `std`, `resize` and `channel_order` instead"
         )
     for step, setting in (("do_resize", "size"), ("do_center_crop", "crop_size"), ("do_normalize", "image_mean")):
         if setting in config and step not in config:  # the default depends on the kind
@@ -492,8 +492,8 @@ def transformers_preprocessing(
     if missing := [step for step in required if step not in config]:
         raise UsageError(
             f"preprocessor_config.json does not say {', '.join(missing)}, which the class of {kind} decides: save the "
-            f"processor again with save_pretrained, write into it what is meant, or declare all of --pixel-range, "
-            f"--mean, --std and --resize instead"
+            f"processor again with save_pretrained, write into it what is meant, or declare all of `pixel_range`, "
+            f"`mean`, `std` and `resize` instead"
         )
     resize: tuple[int, int] | None = None
     crop: tuple[int, int] | None = None

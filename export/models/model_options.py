@@ -121,10 +121,10 @@ class ModelOptions:
     ] = None
 
     def given(self) -> dict[str, str]:
-        """The fields that are not as they are by default, and each as the option that is written for it."""
+        """The fields that are not as they are by default, and each as a message names it."""
         values = {option.name: getattr(self, option.name) for option in fields(self)}
         return {
-            option.name: ("--no-" if values[option.name] is False else "--") + option.name.replace("_", "-")
+            option.name: f"`{option.name}`" + ("=False" if values[option.name] is False else "")
             for option in fields(self)
             if values[option.name] != option.default
         }

@@ -154,9 +154,9 @@ def refuse_other_input(value: onnx.ValueInfoProto, shape: tuple[int, int, int], 
             f"(tf2onnx: --inputs-as-nchw {value.name}; elsewhere a Transpose with perm 0, 2, 3, 1 in front)"
         )
     if dims[1] not in (0, shape[0]):
-        raise UsageError(f"{found}: declare the channels that it takes with --channel-order RGB, BGR or grey")
+        raise UsageError(f"{found}: declare the channels that it takes with `channel_order` RGB, BGR or grey")
     height, width = (dim or fed for dim, fed in zip(dims[2:], shape[1:], strict=True))
-    raise UsageError(f"{found}: declare --resize {height}x{width}")
+    raise UsageError(f"{found}: declare `resize` {height}x{width}")
 
 
 def free_batch(model: onnx.ModelProto, batch: str = "batch") -> onnx.ModelProto:

@@ -132,7 +132,7 @@ def refuse_for_tensorrt(model: onnx.ModelProto, name: str) -> None:
         if wrong:
             raise CheckFailed(
                 f"{name}: {node.op_type} {node.name} has {wrong}; TensorRT takes S8 with zero point 0, weights with a "
-                f"scale for each channel and float biases: export it with --precision int8"
+                f"scale for each channel and float biases: export it with `precision` int8"
             )
 
 

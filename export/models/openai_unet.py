@@ -84,10 +84,10 @@ class Heads:
         """The number of heads at `width` channels. Raises UsageError where it does not come out even."""
         given = self.number if self.number is not None else self.channels
         if given is None or (self.number is not None and self.channels is not None):
-            raise UsageError("--num-heads and --num-head-channels each say it all: give one of the two")
+            raise UsageError("`num_heads` and `num_head_channels` each say it all: give one of the two")
         if given < 1 or width % given:
-            option = "--num-heads" if self.number is not None else "--num-head-channels"
-            raise UsageError(f"{option} {given} does not divide the {width} channels of this UNet's attention")
+            parameter = "num_heads" if self.number is not None else "num_head_channels"
+            raise UsageError(f"`{parameter}` {given} does not divide the {width} channels of this UNet's attention")
         return given if self.number is not None else width // given
 
     def __str__(self) -> str:
@@ -300,16 +300,16 @@ def resplit(network: OpenAIUNet, heads: Heads) -> OpenAIUNet:
 
 
 def infer(
-    state: Mapping[str, Tensor], what: str = "the state dict", option: str = "--unet-prefix", prefix: str = ""
+    state: Mapping[str, Tensor], what: str = "the state dict", parameter: str = "unet_prefix", prefix: str = ""
 ) -> Architecture:
     """The architecture that a flat state dict is of, every key and shape accounted for.
 
-    what, option, prefix: as `load_into` takes them. Raises UsageError naming the first key that does not fit.
+    what, parameter, prefix: as `load_into` takes them. Raises UsageError naming the first key that does not fit.
     """
 
     def shape(name: str, dimensions: int) -> tuple[int, ...]:
         if name not in state:
-            raise missing(name, "which every UNet of OpenAI's layout has here", state, what, option, prefix)
+            raise missing(name, "which every UNet of OpenAI's layout has here", state, what, parameter, prefix)
         found = tuple(state[name].shape)
         if len(found) != dimensions or 0 in found:
             raise UsageError(
@@ -362,7 +362,7 @@ def infer(
         scale_shift=shape("middle_block.0.emb_layers.1.weight", 2)[0] == 2 * widths[-1],
         learned_variance=out_channels == 2 * in_channels,
     )
-    check_fit(unloaded(architecture, Heads(number=1)), state, what, option, prefix)
+    check_fit(unloaded(architecture, Heads(number=1)), state, what, parameter, prefix)
     return architecture
 
 
@@ -390,10 +390,10 @@ def openai_schedule(name: str, steps: int, rescale_timesteps: bool = True) -> Sc
     network is told t * 1000 / steps, the default of improved-diffusion; in guided-diffusion it has to be asked for.
     """
     if name not in ("linear", "cosine"):
-        raise UsageError(f"--schedule {name} is not known for this layout: linear or cosine")
+        raise UsageError(f"`schedule` {name} is not known for this layout: linear or cosine")
     least = 21 if name == "linear" else 2  # with fewer, the last linear beta is not below 1
     if not least <= steps <= MAX_STEPS:
-        raise UsageError(f"--diffusion-steps {steps}: a {name} schedule has from {least} to {MAX_STEPS}, mostly 1000")
+        raise UsageError(f"`diffusion_steps` {steps}: a {name} schedule has from {least} to {MAX_STEPS}, mostly 1000")
     shrunk = 1000 / steps
     scale = shrunk if rescale_timesteps else 1.0
     if name == "cosine":
@@ -520,9 +520,9 @@ def _settings(
     if heads and schedule and image_size is not None:
         return heads, schedule, image_size
     if known is None:
-        lacking = ["--num-heads (or --num-head-channels)"] if heads is None else []
-        lacking += ["--schedule", "--diffusion-steps"] if schedule is None else []
-        lacking += ["--image-size"] if image_size is None else []
+        lacking = ["`num_heads` (or `num_head_channels`)"] if heads is None else []
+        lacking += ["`schedule`", "`diffusion_steps`"] if schedule is None else []
+        lacking += ["`image_size`"] if image_size is None else []
         raise UsageError(f"{what} is none of the published checkpoints: give {', '.join(lacking)}, as it was trained")
     contradictions = []
     if any(known.heads.at(width) != number for width, number in split.items()):
@@ -539,7 +539,7 @@ def _settings(
     if contradictions:
         raise UsageError(
             f"{what} has the layout of {known.name}, and {' and '.join(contradictions)} was asked for: leave these "
-            f"options out, or for another network of that layout give all of --num-heads (or --num-head-channels), "
-            f"--schedule, --diffusion-steps, --image-size"
+            f"options out, or for another network of that layout give all of `num_heads` (or `num_head_channels`), "
+            f"`schedule`, `diffusion_steps`, `image_size`"
         )
     return known.heads, known.schedule, known.image_size

@@ -25,12 +25,12 @@ TORCH_MOVES = {
     "batch": "give norms running statistics (BatchNorm with track_running_stats=True), and take no mean over a batch",
 }
 ONNX_MOVES = {
-    "finite": "look for a division by 0 or a logarithm there, and check --pixel-range, --mean and --std",
+    "finite": "look for a division by 0 or a logarithm there, and check `pixel_range`, `mean` and `std`",
     "repeatable": "export it again in evaluation mode (model.eval()), without operators that draw random numbers",
     "batch": "export it again in evaluation mode, without operators that mix the images of a batch",
 }
 DYNAMIC_QUANTIZATION = (
-    "its scales are taken from the whole batch: give the file from before quantize_dynamic (--precision int8 quantizes "
+    "its scales are taken from the whole batch: give the file from before quantize_dynamic (`precision` int8 quantizes "
     "it here), or one of quantize_static"
 )
 

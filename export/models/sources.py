@@ -39,7 +39,7 @@ Image = tuple[int, int, int]
 def open_models(options: ModelOptions) -> tuple[DiffusionModel, ClassifierModel]:
     """The models that the options name. Raises UsageError, CheckFailed or EnvironmentFault; each says what to do."""
     if options.weights is not None and (options.unet or options.classifier):
-        raise UsageError("--weights is for the model that ships: leave it out beside --unet and --classifier")
+        raise UsageError("`weights` is for the model that ships: leave it out beside `unet` and `classifier`")
     if options.classifier is None:
         refuse(options, "the classifier that ships says these itself", *CLASSIFYING)
     unet = open_unet(options)
@@ -48,7 +48,7 @@ def open_models(options: ModelOptions) -> tuple[DiffusionModel, ClassifierModel]
         if classifier.image != unet.image:
             raise UsageError(
                 f"the UNet works on images {list(unet.image)}, and the classifier that ships takes "
-                f"{list(classifier.image)}: name one with --classifier"
+                f"{list(classifier.image)}: name one with `classifier`"
             )
         return unet, classifier
     classifier = open_classifier(
@@ -74,21 +74,21 @@ def open_models(options: ModelOptions) -> tuple[DiffusionModel, ClassifierModel]
 def zoo_file(folder: Path | None, name: str) -> Path:
     path = (folder or ZOO) / f"{name}.safetensors"
     if not os.path.isfile(path):  # unlike Path.is_file, it takes any name for an answer
-        raise UsageError(f"no weights at {path}: give --weights a folder that training wrote, or leave it out")
+        raise UsageError(f"no weights at {path}: give `weights` a folder that training wrote, or leave it out")
     return path
 
 
 def open_unet(options: ModelOptions) -> DiffusionModel:
     """The diffusion network that the options name."""
     if options.timestep_rule not in get_args(TimestepRule):
-        raise UsageError(f"--timestep-rule {options.timestep_rule} is not known: {', '.join(get_args(TimestepRule))}")
+        raise UsageError(f"`timestep_rule` {options.timestep_rule} is not known: {', '.join(get_args(TimestepRule))}")
     load = _loader(options.unet)
     model = load(options)
     if options.clip is not None and load is not _none:
         model = dataclasses.replace(model, clip=clip_of(options.clip))
     rule: TimestepRule = options.timestep_rule  # type: ignore[assignment]  # checked above
     if rule != "nearest" and model.schedule.continuous:
-        raise UsageError(f"--timestep-rule {rule} is for networks with timesteps: leave it out")
+        raise UsageError(f"`timestep_rule` {rule} is for networks with timesteps: leave it out")
     return dataclasses.replace(model, timestep_rule=rule)
 
 
@@ -107,8 +107,8 @@ def _loader(spec: str | None) -> Callable[[ModelOptions], DiffusionModel]:
     if re.fullmatch(r"[\w.]+:[\w.]+", spec):
         return _callable
     raise UsageError(
-        f"--unet {spec} is none of a checkpoint ({', '.join(CHECKPOINTS)}), a diffusers folder, a .pt2 file, "
-        f"package.module:function or none: {spec_hint(spec, '--unet')}"
+        f"`unet` {spec} is none of a checkpoint ({', '.join(CHECKPOINTS)}), a diffusers folder, a .pt2 file, "
+        f"package.module:function or none: {spec_hint(spec, 'unet')}"
     )
 
 
@@ -126,7 +126,7 @@ def _zoo(options: ModelOptions) -> DiffusionModel:
 
 def _none(options: ModelOptions) -> DiffusionModel:
     refuse(options, "without a UNet they mean nothing", *TRAINING, *LAYOUT, "unet_weights", "clip")
-    return no_unet(whole_image(options, "--unet none"))
+    return no_unet(whole_image(options, "`unet` none"))
 
 
 def _diffusers(options: ModelOptions) -> DiffusionModel:
@@ -139,23 +139,23 @@ def _openai(options: ModelOptions) -> DiffusionModel:
     why = "a checkpoint in OpenAI's layout says these itself"
     refuse(options, why, "prediction", "variance", "unet_weights", "beta_start", "beta_end")
     if (options.schedule is None) != (options.diffusion_steps is None):
-        raise UsageError("--schedule and --diffusion-steps belong together: give both, as it was trained")
+        raise UsageError("`schedule` and `diffusion_steps` belong together: give both, as it was trained")
     schedule = None
     if options.schedule is not None and options.diffusion_steps is not None:
         schedule = openai_schedule(options.schedule, options.diffusion_steps)
         if options.timestep_scale is not None:
             schedule = dataclasses.replace(schedule, timestep_scale=scale_of(options.timestep_scale))
     elif options.timestep_scale is not None:
-        raise UsageError("--timestep-scale belongs to --schedule and --diffusion-steps: give all three")
+        raise UsageError("`timestep_scale` belongs to `schedule` and `diffusion_steps`: give all three")
     orders: dict[str, AttentionOrder] = {name: name for name in get_args(AttentionOrder)}
     if (order := options.attention_order) is not None and order not in orders:
-        raise UsageError(f"--attention-order {order} is not known: {', '.join(orders)}")
+        raise UsageError(f"`attention_order` {order} is not known: {', '.join(orders)}")
     channels, size = None, None
     if options.image_size is not None:
         channels, size, width = image_of(options.image_size)
         if size != width:
             raise UsageError(
-                f"--image-size {options.image_size}: a network of this layout takes squares; give one number"
+                f"`image_size` {options.image_size}: a network of this layout takes squares; give one number"
             )
     model = openai_unet(
         Path(options.unet or ""),
@@ -168,7 +168,7 @@ def _openai(options: ModelOptions) -> DiffusionModel:
     )
     if channels not in (None, model.image[0]):
         raise UsageError(
-            f"--image-size {options.image_size}: the network in {options.unet} takes {model.image[0]} channels; give "
+            f"`image_size` {options.image_size}: the network in {options.unet} takes {model.image[0]} channels; give "
             f"{size} alone"
         )
     return model
@@ -184,7 +184,7 @@ def _program(options: ModelOptions) -> DiffusionModel:
 def _callable(options: ModelOptions) -> DiffusionModel:
     refuse(options, "a module:callable builds its own layout", *ATTENTION)
     if options.unet_prefix and options.unet_weights is None:
-        raise UsageError("--unet-prefix is of the names in --unet-weights: give both, or neither")
+        raise UsageError("`unet_prefix` is of the names in `unet_weights`: give both, or neither")
     declared = declared_training(options)
     network = built(options.unet or "")
     if options.unet_weights is None:
@@ -216,21 +216,21 @@ def declared_training(
     variances: dict[str, Variance] = {name: name for name in get_args(Variance)}
     names: dict[str, ScheduleName] = {name: name for name in get_args(ScheduleName)}
     variance = options.variance or "fixed_small"
-    for option, value, known in (
-        ("--prediction", options.prediction, predictions),
-        ("--variance", variance, variances),
-        ("--schedule", options.schedule, names),
+    for parameter, value, known in (
+        ("prediction", options.prediction, predictions),
+        ("variance", variance, variances),
+        ("schedule", options.schedule, names),
     ):
         if value not in known:
-            raise UsageError(f"{option} {value} is not known: {', '.join(known)}")
+            raise UsageError(f"`{parameter}` {value} is not known: {', '.join(known)}")
     if continuous != (options.prediction == "denoiser"):
         raise UsageError(
-            "--schedule continuous and --prediction denoiser belong together: a network that is told sigma in place of "
+            "`schedule` continuous and `prediction` denoiser belong together: a network that is told sigma in place of "
             "a timestep, and gives the clean image"
         )
     if continuous:
         timed = ("diffusion_steps", "timestep_scale", "beta_start", "beta_end")
-        refuse(options, "--schedule continuous has no timesteps", *timed)
+        refuse(options, "`schedule` continuous has no timesteps", *timed)
     schedule = Schedule(
         names[options.schedule or ""],
         1 if continuous else steps_of(options.diffusion_steps or 0),
@@ -243,7 +243,7 @@ def declared_training(
 
 def steps_of(steps: int) -> int:
     if not 2 <= steps <= 100_000:
-        raise UsageError(f"--diffusion-steps {steps}: networks are trained with 2 to 100,000, mostly 1000")
+        raise UsageError(f"`diffusion_steps` {steps}: networks are trained with 2 to 100,000, mostly 1000")
     return steps
 
 
@@ -256,7 +256,7 @@ def betas_of(options: ModelOptions) -> tuple[float, float]:
         return Schedule.beta_start, Schedule.beta_end
     if start is None or end is None or not 0 < start <= end < 1:
         raise UsageError(
-            f"--beta-start {start} --beta-end {end}: give both, between 0 and 1, the smaller first, as the network was "
+            f"`beta_start` {start} `beta_end` {end}: give both, between 0 and 1, the smaller first, as the network was "
             f"trained; a {options.schedule} schedule is defined by them"
         )
     return start, end
@@ -264,7 +264,7 @@ def betas_of(options: ModelOptions) -> tuple[float, float]:
 
 def scale_of(scale: float) -> float:
     if not 0 < scale < math.inf:
-        raise UsageError(f"--timestep-scale {scale:g}: a number above 0, such as 1000 / T for a network of T timesteps")
+        raise UsageError(f"`timestep_scale` {scale:g}: a number above 0, such as 1000 / T for a network of T timesteps")
     return scale
 
 
@@ -277,9 +277,9 @@ def clip_of(text: str | None) -> tuple[float, float] | None:
     try:
         low, high = (float(part) for part in text.split(","))
     except ValueError:
-        raise UsageError(f"--clip {text}: two numbers with a comma between, such as --clip=-1,1, or none") from None
+        raise UsageError(f"`clip` {text}: two numbers with a comma between, such as `clip`=-1,1, or none") from None
     if not -math.inf < low < high < math.inf:
-        raise UsageError(f"--clip {text}: the first number must be the smaller, both finite; none for no clip")
+        raise UsageError(f"`clip` {text}: the first number must be the smaller, both finite; none for no clip")
     return low, high
 
 
@@ -287,7 +287,7 @@ def image_of(text: str) -> tuple[int | None, int, int]:
     """--image-size: "32" is a square, "32x48" height and width, "3x32x48" has the channels too."""
     parts = text.split("x")
     if not 1 <= len(parts) <= 3 or not all(re.fullmatch(r"[1-9]\d{0,4}", part) for part in parts):
-        raise UsageError(f"--image-size {text}: 32, 32x48 (height, width) or 3x32x48 (channels first)")
+        raise UsageError(f"`image_size` {text}: 32, 32x48 (height, width) or 3x32x48 (channels first)")
     numbers = [int(part) for part in parts]
     if len(numbers) == 1:
         return None, numbers[0], numbers[0]
@@ -297,7 +297,7 @@ def image_of(text: str) -> tuple[int | None, int, int]:
 def whole_image(options: ModelOptions, what: str) -> Image:
     """[C, H, W]; three channels unless told."""
     if options.image_size is None:
-        raise UsageError(f"{what} does not say the size of its images: give --image-size, such as 3x32x32")
+        raise UsageError(f"{what} does not say the size of its images: give `image_size`, such as 3x32x32")
     channels, height, width = image_of(options.image_size)
     return channels or 3, height, width
 
@@ -305,15 +305,15 @@ def whole_image(options: ModelOptions, what: str) -> Image:
 def refuse_other_models(unet: DiffusionModel, classifier: ClassifierModel, bundle: Bundle) -> None:
     """Raise UsageError unless the bundle was exported from these two models, as they are declared."""
     prepared = classifier.preprocessing and json.loads(json.dumps(dataclasses.asdict(classifier.preprocessing)))
-    for path, sidecar, model, option in (
-        (bundle.unet_path, bundle.unet, unet, "--unet"),
-        (bundle.classifier_path, bundle.classifier, classifier, "--classifier"),
+    for path, sidecar, model, parameter in (
+        (bundle.unet_path, bundle.unet, unet, "unet"),
+        (bundle.classifier_path, bundle.classifier, classifier, "classifier"),
     ):
         if sidecar.weights_sha256 != model.weights_sha256:
             raise UsageError(
                 f"{path} was exported from weights {sidecar.weights_sha256[:16]}..., the model that is given has "
-                f"{model.weights_sha256[:16]}...: give {option} the model that the engine was exported from, or "
-                f"--engine an engine that was exported from this one"
+                f"{model.weights_sha256[:16]}...: give `{parameter}` the model that the engine was exported from, or "
+                f"`engine` an engine that was exported from this one"
             )
         pairs = {name: (getattr(sidecar, name), getattr(model, name)) for name in DECLARED if hasattr(model, name)}
         if model is classifier:
@@ -341,7 +341,7 @@ def check_images(
     model's. label_samples: noisy copies of each image that labels are compared on.
     """
     if label_samples < 2:
-        raise UsageError(f"--parity-samples {label_samples}: two samples of each image are the least")
+        raise UsageError(f"`label_samples` {label_samples}: two samples of each image are the least")
     labelled = comparison_images(unet, classifier, images, label_images, say)
     parity = np.stack([image.pixels for image in labelled[:PARITY_IMAGES]])
     real = images is not None or unet.image == SHIPPED_SHAPE
@@ -376,7 +376,7 @@ def comparison_images(
     if count is not None and count < 1:
         raise UsageError(f"{count} images are too few to compare on: ask for one or more")
     if images is None and not is_shipped(unet, classifier):
-        say("no --images: comparing on pictures that are made up")
+        say("no `images`: comparing on pictures that are made up")
         pictures = made_up(unet.image, count or usual)
         return [LabelledImage(i, picture, None) for i, picture in enumerate(pictures)]
     found = open_images(images, unet.image, classifier.class_names)

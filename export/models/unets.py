@@ -146,13 +146,13 @@ def declared_unet(
         except Exception as error:  # the user's own code may raise anything
             raise UsageError(
                 f"the UNet does not take x {list(x.shape)} and t {list(t.shape)} ({first_line(error)}): it must be a "
-                f"function of these two and take any batch; check --image-size"
+                f"function of these two and take any batch; check `image_size`"
             ) from error
         wanted = [batch, image[0] * (2 if model.learned_variance else 1), *image[1:]]
         if not isinstance(output, Tensor) or list(output.shape) != wanted:
             found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise UsageError(
-                f"the UNet gives {found} for x {list(x.shape)}, but --variance {variance} means {wanted}: "
+                f"the UNet gives {found} for x {list(x.shape)}, but `variance` {variance} means {wanted}: "
                 f"learned variances come as a second set of channels"
             )
     return model
@@ -178,7 +178,7 @@ def diffusers_unet(
     if (embedding := config.get("time_embedding_type", "positional")) != "positional":
         raise UsageError(
             f"{home / 'config.json'}: time_embedding_type is {embedding!r}, so it is not told a timestep: wrap it as a "
-            f"module:callable and declare it with --prediction denoiser"
+            f"module:callable and declare it with `prediction` denoiser"
         )
     for name in ("vqvae", "vae"):
         if (folder / name).is_dir():
@@ -240,7 +240,7 @@ def diffusers_training(config: Mapping[str, Any], path: Path, clip_given: bool =
         if config.get(name):
             raise UsageError(f"{path}: {name} is set, which is not supported: export it as a module:callable")
     if config.get("clip_sample") is None and not clip_given:  # Euler's and PNDM's never say, and do not clip
-        raise UsageError(f"{path} does not say clip_sample: give --clip=-1,1, as most were trained, or --clip none")
+        raise UsageError(f"{path} does not say clip_sample: give `clip`=-1,1, as most were trained, or `clip` none")
     steps = number("num_train_timesteps", 1000, 1, MAX_STEPS)
     if not isinstance(steps, int):
         raise CheckFailed(f"{path}: num_train_timesteps is {steps!r}, not a whole number: copy it again")
@@ -266,7 +266,7 @@ def refuse_odd(image: tuple[int, int, int], halvings: int) -> None:
     """Raise UsageError for an image [C, H, W] that cannot be halved so many times."""
     if any(size < 1 or size % 2**halvings for size in image[1:]):
         raise UsageError(
-            f"--image-size {image[1]}x{image[2]}: this UNet halves its images {halvings} times, so both must be "
+            f"`image_size` {image[1]}x{image[2]}: this UNet halves its images {halvings} times, so both must be "
             f"multiples of {2**halvings}"
         )
 
@@ -301,10 +301,10 @@ def _image(config: Mapping[str, Any], path: Path, asked: tuple[int | None, int, 
     sides = list(asked[1:]) if asked is not None else size if isinstance(size, list) else [size, size]
     numbers = [channels, *sides]
     if len(numbers) != 3 or not all(type(number) is int and number > 0 for number in numbers):
-        raise UsageError(f"{path} does not say the size of its images (sample_size {size}): give it with --image-size")
+        raise UsageError(f"{path} does not say the size of its images (sample_size {size}): give it with `image_size`")
     if asked is not None and asked[0] not in (None, channels):
         raise UsageError(
-            f"{path}: in_channels is {channels}, not the {asked[0]} of the images asked for: give --image-size "
+            f"{path}: in_channels is {channels}, not the {asked[0]} of the images asked for: give `image_size` "
             f"{channels}x{asked[1]}x{asked[2]}"
         )
     return numbers[0], numbers[1], numbers[2]

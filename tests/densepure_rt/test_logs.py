@@ -15,11 +15,11 @@ from densepure_rt.errors import EnvironmentFault
 @pytest.fixture(autouse=True)
 def silent_again() -> Iterator[None]:
     yield
-    logs.set_up(verbose=False, file=None)
+    logs.set_up(verbose=False, log_json=None)
 
 
 def test_what_is_logged_is_a_json_object_a_line_with_its_values(tmp_path: Path) -> None:
-    logs.set_up(verbose=False, file=tmp_path / "log.jsonl")
+    logs.set_up(verbose=False, log_json=tmp_path / "log.jsonl")
     logs.say("image 3: radius 0.25", idx=3, radius=0.25, predict=None)
     logs.say("gone", logging.WARNING, where=Path("runs/a"))
     first, second = (json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines())
@@ -36,7 +36,7 @@ def test_what_is_logged_is_a_json_object_a_line_with_its_values(tmp_path: Path) 
 
 
 def test_what_steers_a_terminal_is_written_out_in_lines_that_are_still_json(tmp_path: Path) -> None:
-    logs.set_up(verbose=False, file=tmp_path / "log.jsonl")
+    logs.set_up(verbose=False, log_json=tmp_path / "log.jsonl")
     logs.say("a\x7fb\x9b31m", where=Path("c\x9bd"), names=("e\u202e", "T\u00e4sche"))
     (line,) = (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()
     said = json.loads(line)
@@ -48,7 +48,7 @@ def test_what_steers_a_terminal_is_written_out_in_lines_that_are_still_json(tmp_
 
 def test_a_log_is_appended_to(tmp_path: Path) -> None:
     for _ in range(2):
-        logs.set_up(verbose=False, file=tmp_path / "log.jsonl")
+        logs.set_up(verbose=False, log_json=tmp_path / "log.jsonl")
         logs.say("again")
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
 
@@ -57,7 +57,7 @@ def test_a_log_is_appended_to(tmp_path: Path) -> None:
 def test_the_screen_shows_warnings_and_all_the_rest_when_asked(
     capsys: pytest.CaptureFixture[str], verbose: bool
 ) -> None:
-    logs.set_up(verbose, file=None)
+    logs.set_up(verbose, log_json=None)
     logs.say("an image")
     logs.say("not finite", logging.WARNING)
     printed = capsys.readouterr()
@@ -66,5 +66,5 @@ def test_the_screen_shows_warnings_and_all_the_rest_when_asked(
 
 
 def test_a_log_that_cannot_be_written_is_one_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(EnvironmentFault, match=r"cannot write the log .*--log-json"):
-        logs.set_up(verbose=False, file=tmp_path / "nowhere" / "log.jsonl")
+    with pytest.raises(EnvironmentFault, match=r"cannot write the log .*`log_json`"):
+        logs.set_up(verbose=False, log_json=tmp_path / "nowhere" / "log.jsonl")

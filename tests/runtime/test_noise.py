@@ -235,7 +235,7 @@ def test_draws_of_neighbouring_samples_votes_and_steps_are_uncorrelated() -> Non
 
 @pytest.mark.parametrize("sigma", [0.0039, 1e-3, 1e-300, 0.0, -0.5])
 def test_noise_that_vanishes_in_rounding_is_a_usage_error(sigma: float) -> None:
-    with pytest.raises(UsageError, match="sigma is the standard deviation.*from 0.004 .*to 257"):
+    with pytest.raises(UsageError, match="`sigma` is the standard deviation.*from 0.004 .*to 257"):
         smoothing_law(sigma)
 
 

@@ -343,7 +343,7 @@ def test_garbage_with_the_right_hash_is_refused(shipped_copy: Path, name: str, c
 
 def test_graph_whose_items_see_their_batch_mates_is_refused_unless_alone(shipped_copy: Path) -> None:
     bundle = small_bundle(shipped_copy, classifier=BATCH_MEAN_GRAPH)
-    with pytest.raises(CheckFailed, match="depends on the others in its batch of 4.*--batch 1"):
+    with pytest.raises(CheckFailed, match="depends on the others in its batch of 4.*`batch` 1"):
         open_device(bundle, batch=4, threads=1)
     open_device(bundle, batch=1, threads=1).close()
 

@@ -56,7 +56,7 @@ def test_a_gpu_provider_that_cannot_start_is_an_error_though_the_wheel_was_built
     found = opened_with(provider)
     assert f"{name}ExecutionProvider" in str(found["built with"])
     assert found["exit_code"] == 3
-    assert f"--provider {provider}" in str(found["error"])
+    assert f"`provider` {provider}" in str(found["error"])
     assert "densepure-rt doctor" in str(found["error"])
 
 
@@ -67,7 +67,7 @@ def test_the_same_wheel_serves_the_cpu_when_the_cpu_is_asked_for() -> None:
 
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
 def test_an_onnx_runtime_built_without_gpus_says_which_one_to_install(provider: str) -> None:
-    with pytest.raises(EnvironmentFault, match=rf"--provider {provider}.*densepure-rt\[gpu\]"):
+    with pytest.raises(EnvironmentFault, match=rf"`provider` {provider}.*densepure-rt\[gpu\]"):
         load(provider=provider)
 
 

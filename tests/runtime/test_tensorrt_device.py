@@ -67,7 +67,7 @@ def test_a_truncated_or_flipped_plan_is_refused_by_its_hash_before_any_library_i
 
 
 def test_a_pinned_hash_must_be_the_plans(tmp_path: Path) -> None:
-    with pytest.raises(CheckFailed, match="--engine-sha256 pins"):
+    with pytest.raises(CheckFailed, match="`engine_sha256` pins"):
         open_bundle(put_bundle(tmp_path), engine_sha256="0" * 64)
 
 
@@ -83,7 +83,7 @@ def test_a_plan_and_a_classifier_of_other_kinds_are_not_joined(tmp_path: Path) -
 
 
 def test_an_onnx_runtime_provider_does_not_run_a_plan(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--provider cuda does not run"):
+    with pytest.raises(UsageError, match="`provider` cuda does not run"):
         open_device(open_bundle(put_bundle(tmp_path)), None, 1, "cuda")
 
 
@@ -116,7 +116,7 @@ def test_a_trusted_plan_without_a_sidecar_is_what_the_onnx_file_of_its_name_is(t
     assert bundle.unet.file.sha256 == sha256_of(plan)
     assert bundle.unet.plan is not None
     assert bundle.unet.plan.flavour == "tensorrt-rtx"
-    with pytest.raises(UsageError, match="give it with --batch"):
+    with pytest.raises(UsageError, match="give it with `batch`"):
         open_device(bundle, None, 1)
 
 
@@ -124,7 +124,7 @@ def test_the_batch_is_the_largest_that_both_plans_hold_unless_told(tmp_path: Pat
     bundle = open_bundle(put_bundle(tmp_path, a_plan(batches=(1, 8, 64)), a_plan(batches=(8, 1, 32))))
     assert refuse_misfit(bundle, None) == 8
     assert refuse_misfit(bundle, 1) == 1
-    with pytest.raises(UsageError, match="--batch 64: .* built for 1, 8"):
+    with pytest.raises(UsageError, match="`batch` 64: .* built for 1, 8"):
         refuse_misfit(bundle, 64)
 
 

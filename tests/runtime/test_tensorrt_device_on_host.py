@@ -448,7 +448,7 @@ def test_draining_raises_nothing_though_the_gpu_has_failed(
 
 @pytest.mark.parametrize(
     ("complaint", "move"),
-    [("CUDA_ERROR_OUT_OF_MEMORY: no room", "smaller --batch"), ("CUDA_ERROR_ILLEGAL_ADDRESS: bad", "nvidia-smi")],
+    [("CUDA_ERROR_OUT_OF_MEMORY: no room", "smaller `batch`"), ("CUDA_ERROR_ILLEGAL_ADDRESS: bad", "nvidia-smi")],
 )
 def test_what_cuda_complains_of_is_one_plain_error(
     library: ctypes.CDLL, small: Bundle, monkeypatch: pytest.MonkeyPatch, complaint: str, move: str
@@ -610,7 +610,7 @@ def test_a_gpu_without_room_for_an_engine_says_so(library: ctypes.CDLL, small: B
     trt.short = True
     error = refusal(library, small, flavour, trt)
     assert isinstance(error, EnvironmentFault)
-    assert "could not be allocated): use a smaller --batch" in str(error)
+    assert "could not be allocated): use a smaller `batch`" in str(error)
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)

@@ -558,7 +558,7 @@ def test_more_workers_than_there_is_room_for_and_engines_that_are_not_there_are_
         open_fleet("ray", SHIPPED, 9, timeout=1)
     with pytest.raises(UsageError, match="a worker could not open the engines on .*: no engine at"):
         open_fleet("ray", replace(SHIPPED, engine=Path("/no/such/unet.onnx")), 1)
-    with pytest.raises(UsageError, match="--workers 0: it is a count"):
+    with pytest.raises(UsageError, match="`workers` 0: it is a count"):
         open_fleet("ray", SHIPPED, 0)
     assert not ray.is_initialized()
 

@@ -114,7 +114,7 @@ def test_shipped_calibration_images_are_spread_over_the_training_split() -> None
 
 
 def test_shipped_images_are_refused_for_an_engine_of_another_size() -> None:
-    with pytest.raises(UsageError, match=r"1x28x28, the engine takes 3x32x32; name .* --images"):
+    with pytest.raises(UsageError, match=r"1x28x28, the engine takes 3x32x32; name .* `images`"):
         open_images(None, (3, 32, 32), TEN)
 
 

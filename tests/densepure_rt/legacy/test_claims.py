@@ -214,7 +214,7 @@ def test_images_of_one_side_alone_are_flagged(arrays: Arrays) -> None:
     found = arrays.imported(other, labels=arrays.merged)
     assert flags(found)["in one only"] == (False, (0, 99))
     assert found.accuracy_as_printed(RADII) == [None] * 5
-    with pytest.raises(UsageError, match="log.tsv has no label of image 0: --labels"):
+    with pytest.raises(UsageError, match="log.tsv has no label of image 0: `labels`"):
         arrays.imported(other)
 
 

@@ -199,7 +199,7 @@ def test_what_a_folder_lacks_is_named(tmp_path: Path) -> None:
     keep(tmp_path, 0, 0, [1], [1])
     with pytest.raises(UsageError, match="of sigma 0.25: choose"):
         open_folder(tmp_path, 0.5, None)
-    with pytest.raises(UsageError, match="--votes is from 1 to the 1 seeds"):
+    with pytest.raises(UsageError, match="`votes` is from 1 to the 1 seeds"):
         open_folder(tmp_path, None, 2)
     keep(tmp_path, 0, 0, [1], [1], sigma="0.5")
     with pytest.raises(UsageError, match=r"of sigma 0.25, 0.5: choose"):

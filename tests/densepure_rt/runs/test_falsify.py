@@ -60,7 +60,7 @@ def test_a_certificate_is_what_its_record_says() -> None:
 
 @pytest.mark.parametrize("share", [0.0, -0.1, 1.1, float("nan")])
 def test_a_share_outside_its_range_is_refused(share: float) -> None:
-    with pytest.raises(UsageError, match="--falsify is a share"):
+    with pytest.raises(UsageError, match="`falsify` is a share"):
         check_share(share)
 
 

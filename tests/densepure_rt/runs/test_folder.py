@@ -235,7 +235,7 @@ def test_a_run_that_does_not_say_how_its_machine_computed_is_read_and_not_gone_o
     assert there.identity.arithmetic is None
     assert there.identity.sha256 == there.identity_sha256  # as it was hashed then
     for now in (there, replace(there, identity=replace(there.identity, arithmetic=ArithmeticIdentity("f" * 64)))):
-        with pytest.raises(UsageError, match="does not say how its machine computed.*new folder with --out"):
+        with pytest.raises(UsageError, match="does not say how its machine computed.*new folder with `out`"):
             RunFolder(tmp_path / "run", now, None)
     assert contents(tmp_path / "run") | {"ledger.sqlite": b""} == contents(OLD_RUN) | {"ledger.sqlite": b""}
 
@@ -412,13 +412,13 @@ def test_a_file_that_is_no_key_is_said(tmp_path: Path, content: str) -> None:
 @pytest.mark.parametrize("below", ["", "run", "run/deeper"])
 def test_a_folder_that_cannot_be_made_is_an_environment_fault(tmp_path: Path, below: str) -> None:
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(EnvironmentFault, match=r"cannot write .*file.*--out"):
+    with pytest.raises(EnvironmentFault, match=r"cannot write .*file.*`out`"):
         RunFolder(tmp_path / "file" / below, manifest(), None)
     assert (tmp_path / "file").read_text() == "not a folder"
 
 
 def test_a_name_that_is_too_long_is_an_environment_fault(tmp_path: Path) -> None:
-    with pytest.raises(EnvironmentFault, match="--out"):
+    with pytest.raises(EnvironmentFault, match="`out`"):
         RunFolder(tmp_path / ("x" * 300), manifest(), None)
 
 

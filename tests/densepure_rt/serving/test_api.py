@@ -590,7 +590,7 @@ def test_deadlines_have_a_default_and_a_most() -> None:
     assert [deadlines.of(asked(milliseconds)) for milliseconds in (None, 1.0, 5000.0)] == [2.0, 0.001, 5.0]
     with pytest.raises(ProtocolError, match="at most 5000"):
         deadlines.of(asked(5001.0))
-    with pytest.raises(UsageError, match="--max-deadline 1 s is not less"):
+    with pytest.raises(UsageError, match="`most` 1 s is not less"):
         Deadlines(default=2.0, most=1.0)
 
 

@@ -93,5 +93,5 @@ def test_when_the_server_ends_nothing_is_left_and_whoever_waits_is_told(monkeypa
 
 
 def test_there_is_one_or_more() -> None:
-    with pytest.raises(UsageError, match="--decoders is 1 or more, got 0"):
+    with pytest.raises(UsageError, match="`decoders` is 1 or more, got 0"):
         Decoders(0)

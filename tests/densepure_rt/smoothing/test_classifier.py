@@ -417,7 +417,7 @@ def test_prediction_that_can_mean_nothing_is_refused(
 
 @pytest.mark.parametrize(("batch", "threads"), [(0, 1), (-1, 1), (8, 0)])
 def test_batch_and_threads_below_one_are_refused(batch: int, threads: int) -> None:
-    with pytest.raises(UsageError, match="^(batch|threads) is a count from 1 up"):
+    with pytest.raises(UsageError, match="^`(batch|threads)` is a count from 1 up"):
         load(batch=batch, threads=threads)
 
 
@@ -652,9 +652,9 @@ def test_what_an_image_cost_counts_what_was_drawn_in_vain(
 
 
 def test_radii_and_methods_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(UsageError, match="method often is not known: fixed, sequential, radius"):
+    with pytest.raises(UsageError, match="`method` often is not known: fixed, sequential, radius"):
         Settings(method="often")  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="radii are what the method sequential decides"):
+    with pytest.raises(UsageError, match="`radii` are what the method sequential decides"):
         Settings(method="fixed", radii=(0.0, 0.25))
     with pytest.raises(UsageError, match="radius loss is what the method radius accepts"):
         Settings(radius_loss=0.1)
@@ -687,10 +687,11 @@ def test_python_is_told_of_sigma_and_of_radii_and_not_of_grid_steps_or_options(s
     image = np.zeros((1, 28, 28), np.uint8)
     wrong: list[dict[str, Any]] = [{"sigma": -1.0}, {"sigma": 300.0, "steps": 0}, {"radii": (5.0,)}, {"votes": 0}]
     for arguments in wrong:
-        with pytest.raises(UsageError, match=f"^{next(iter(arguments))} ") as refused:
+        with pytest.raises(UsageError, match=f"^`{next(iter(arguments))}` ") as refused:
             shipped.certify(image, **arguments)
         assert "grid steps" not in str(refused.value)
         assert "--" not in str(refused.value)
+        assert refused.value.parameters[0] == next(iter(arguments))
 
 
 def test_an_image_that_is_decided_before_its_first_sample_opens_nothing(

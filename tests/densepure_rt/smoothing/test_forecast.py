@@ -102,7 +102,7 @@ def test_the_reach_is_the_radius_of_a_unanimous_image(
 def test_the_n_that_is_named_as_enough_is_the_smallest_that_is(classifier: SmoothedClassifier, alpha: float) -> None:
     with pytest.raises(UsageError) as refused:
         forecast(classifier, Settings(steps=1, n=2, alpha=alpha, method="fixed"), 1)
-    assert "n 2 cannot" in str(refused.value)
+    assert "`n` 2 cannot" in str(refused.value)
     match = re.search(r"ask for ([0-9]+) at least", str(refused.value))
     assert match
     enough = int(match[1])

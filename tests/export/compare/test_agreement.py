@@ -502,14 +502,14 @@ def test_failures_are_what_the_precision_may_not_lose(
 def test_engines_of_other_weights_are_refused(sound: Bundle) -> None:
     unet, classifier = toy_unet(), toy_classifier()
     with at_work(sound) as smoothed:
-        with pytest.raises(UsageError, match=r"unet\.onnx was exported from weights a{16}.*c{16}.*--unet"):
+        with pytest.raises(UsageError, match=r"unet\.onnx was exported from weights a{16}.*c{16}.*`unet`"):
             agree(smoothed, dataclasses.replace(unet, weights_sha256="c" * 64), classifier, pictures(), BUDGET)
-        with pytest.raises(UsageError, match=r"classifier\.onnx was exported from weights b{16}.*--classifier"):
+        with pytest.raises(UsageError, match=r"classifier\.onnx was exported from weights b{16}.*`classifier`"):
             agree(smoothed, unet, dataclasses.replace(classifier, weights_sha256="d" * 64), pictures(), BUDGET)
 
 
 def test_one_sample_is_refused(sound: Bundle) -> None:
-    with at_work(sound) as smoothed, pytest.raises(UsageError, match=r"--n 1: .*two are the least"):
+    with at_work(sound) as smoothed, pytest.raises(UsageError, match=r"`n` 1: .*two are the least"):
         agree(smoothed, toy_unet(), toy_classifier(), pictures(), dataclasses.replace(BUDGET, n=1))
 
 

@@ -385,10 +385,10 @@ def test_the_compiled_step_is_timed(toy: Bundle) -> None:
 def test_an_engine_of_another_model_is_refused(toy: Bundle) -> None:
     unet, classifier = toy_unet(), toy_classifier()
     other = dataclasses.replace(unet, weights_sha256="c" * 64)
-    with pytest.raises(UsageError, match=r"unet\.onnx was exported from weights a{16}\.{3}.*c{16}.*give --unet"):
+    with pytest.raises(UsageError, match=r"unet\.onnx was exported from weights a{16}\.{3}.*c{16}.*give `unet`"):
         bench(other, classifier, toy, made_up(IMAGE, 16))
     other_classifier = dataclasses.replace(classifier, weights_sha256="d" * 64)
-    with pytest.raises(UsageError, match=r"classifier\.onnx was exported from weights b{16}.*give --classifier"):
+    with pytest.raises(UsageError, match=r"classifier\.onnx was exported from weights b{16}.*give `classifier`"):
         bench(unet, other_classifier, toy, made_up(IMAGE, 16))
     with pytest.raises(
         UsageError, match=r"exported with image \(1, 6, 6\), .* given with \(1, 8, 8\): repeat the options"
@@ -398,7 +398,7 @@ def test_an_engine_of_another_model_is_refused(toy: Bundle) -> None:
 
 @pytest.mark.parametrize(
     ("batch", "rounds", "threads", "option"),
-    [(0, 1, 1, "--batch 0"), (1, 0, 1, "--rounds 0"), (1, 1, 0, "--threads 0")],
+    [(0, 1, 1, "`batch` 0"), (1, 0, 1, "`rounds` 0"), (1, 1, 0, "`threads` 0")],
 )
 def test_impossible_numbers_are_refused(toy: Bundle, batch: int, rounds: int, threads: int, option: str) -> None:
     with pytest.raises(UsageError, match=option):

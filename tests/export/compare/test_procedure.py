@@ -330,14 +330,14 @@ def test_one_thread_is_timed_in_seconds_of_its_core(toy: Bundle) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"steps": 0}, "needs a diffusion network and --steps 1 or more"),
+        ({"steps": 0}, "needs a diffusion network and `steps` 1 or more"),
         ({"steps": 5000}, "steps do not fit"),
         ({"votes": 0}, "votes is a count"),
         ({"n": 0}, "at least 1"),
-        ({"n": 20}, r"--n 20: .* the radius 0.5, .* ask for --n \d+ at least"),
+        ({"n": 20}, r"`n` 20: .* the radius 0.5, .* ask for `n` \d+ at least"),
         ({"sigma": 0.0}, "sigma is the standard deviation"),
-        ({"batch": 0}, "--batch 0"),
-        ({"threads": 0}, "--threads 0"),
+        ({"batch": 0}, "`batch` 0"),
+        ({"threads": 0}, "`threads` 0"),
     ],
     ids=str,
 )
@@ -349,7 +349,7 @@ def test_what_cannot_be_compared_is_refused(toy: Bundle, options: dict[str, floa
 def test_n_that_is_asked_for_instead_is_enough(toy: Bundle) -> None:
     with pytest.raises(UsageError) as refused:
         compare(toy_unet(), toy_classifier(), toy, pictures(1), sigma=0.5, n=20)
-    least = int(str(refused.value).split("--n ")[-1].split()[0])
+    least = int(str(refused.value).split("`n` ")[-1].split()[0])
     assert 40 < least < 64
     result = compare(
         toy_unet(), toy_classifier(), toy, pictures(1), sigma=0.5, steps=2, votes=2, n=least, small=TINY, batch=4
@@ -358,7 +358,7 @@ def test_n_that_is_asked_for_instead_is_enough(toy: Bundle) -> None:
 
 
 def test_a_bundle_without_a_diffusion_network_is_refused(toy: Bundle) -> None:
-    with pytest.raises(UsageError, match="--procedure compares how often the UNet is called"):
+    with pytest.raises(UsageError, match="`procedure` compares how often the UNet is called"):
         compare(no_unet(IMAGE), toy_classifier(), toy, pictures(1), sigma=0.5)
 
 

@@ -271,7 +271,7 @@ def test_a_kept_module_in_the_middle_takes_float32() -> None:
 
 
 def test_a_pattern_that_matches_no_module_is_refused() -> None:
-    with pytest.raises(UsageError, match="--keep-fp32 nothing.* matches no module: .*conv_in") as caught:
+    with pytest.raises(UsageError, match="`keep` nothing.* matches no module: .*conv_in") as caught:
         cast(ToyUnet(), torch.float16, ["conv_in", "nothing*"])
     assert caught.value.exit_code == 2
 
@@ -470,7 +470,7 @@ def test_tensorrt_is_given_float_s8_and_fp8_graphs(toy: Toy, int8: bytes, fp8: b
 
 
 def test_tensorrt_is_not_given_unsigned_activations(int8_cpu: bytes) -> None:
-    with pytest.raises(CheckFailed, match=r"toy\.onnx: .* has UINT8 values; TensorRT takes S8 .*--precision int8"):
+    with pytest.raises(CheckFailed, match=r"toy\.onnx: .* has UINT8 values; TensorRT takes S8 .*`precision` int8"):
         refuse_for_tensorrt(onnx.load_model_from_string(int8_cpu), "toy.onnx")
 
 
@@ -659,12 +659,12 @@ def test_bundle_s_labels_are_those_that_the_device_decides(toy: Toy, bundles: di
 
 
 def test_precision_that_is_not_known_is_refused(toy: Toy, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--precision int4 is not known: fp32, fp16"):
+    with pytest.raises(UsageError, match="`kind` int4 is not known: fp32, fp16"):
         export_bundle(diffusion(), classifier(), tmp_path / "out", toy.pixels, kind="int4")
-    with pytest.raises(UsageError, match="--keep-fp32 does nothing with --precision fp32"):
+    with pytest.raises(UsageError, match="`keep` does nothing with `kind` fp32"):
         export_bundle(diffusion(), classifier(), tmp_path / "out", toy.pixels, keep=["conv_in"])
-    with pytest.raises(UsageError, match="--keep-fp32 nope matches no module"):
+    with pytest.raises(UsageError, match="`keep` nope matches no module"):
         export_bundle(diffusion(), classifier(), tmp_path / "out", toy.pixels, kind="fp16", keep=["nope"])
-    with pytest.raises(UsageError, match="--precision int8 is calibrated on training images"):
+    with pytest.raises(UsageError, match="`kind` int8 is calibrated on training images"):
         export_bundle(diffusion(), classifier(), tmp_path / "out", toy.pixels, kind="int8")
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

@@ -291,7 +291,7 @@ def test_bundle_of_another_model_is_not_replaced_unless_forced(
     out = put_back(tmp_path / "engines", before)
     model = unet(weights="c" * 64) if other == "unet" else unet()
     labels = classifier(weights="d" * 64) if other == "classifier" else classifier()
-    with pytest.raises(UsageError, match=rf"{other}\.onnx is a bundle of another model .*--force"):
+    with pytest.raises(UsageError, match=rf"{other}\.onnx is a bundle of another model .*`force`"):
         export_bundle(model, labels, out, pixels)
     assert contents(out) == before
     if other == "unet":
@@ -312,7 +312,7 @@ def test_file_where_the_folder_should_be_is_a_fault_of_the_environment(
     pixels: NDArray[np.uint8], tmp_path: Path, below: str
 ) -> None:
     (tmp_path / "taken").write_text("a file")
-    with pytest.raises(EnvironmentFault, match=r"cannot write .*taken.*--out"):
+    with pytest.raises(EnvironmentFault, match=r"cannot write .*taken.*`out`"):
         export_bundle(unet(), classifier(), tmp_path / "taken" / below, pixels)
     assert contents(tmp_path) == {"taken": b"a file"}
 
@@ -324,7 +324,7 @@ def test_full_disk_is_a_fault_of_the_environment(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(onnx_ir, "save", full)
-    with pytest.raises(EnvironmentFault, match=r"cannot write .*\(No space left on device\).*--out"):
+    with pytest.raises(EnvironmentFault, match=r"cannot write .*\(No space left on device\).*`out`"):
         large(tmp_path, pixels)
     assert contents(tmp_path) == {}
 
@@ -676,7 +676,7 @@ def test_large_weights_are_not_quantized(
     pixels: NDArray[np.uint8], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.setattr(to_onnx, "LARGE", 0)
-    with pytest.raises(UsageError, match=rf"--precision {kind}: the weights are .* GiB, .*use fp16"):
+    with pytest.raises(UsageError, match=rf"`kind` {kind}: the weights are .* GiB, .*use fp16"):
         export_bundle(unet(), classifier(), tmp_path, Images(pixels, calibration=pixels), kind=kind)
     assert list(tmp_path.iterdir()) == []
 

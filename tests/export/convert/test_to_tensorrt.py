@@ -183,7 +183,7 @@ def test_a_graph_that_does_not_hash_to_its_sidecar_is_never_parsed(tmp_path: Pat
 
 
 def test_float32_products_on_turing_are_refused_with_the_precision_as_cause(tmp_path: Path) -> None:
-    with pytest.raises(CheckFailed, match=r"Likely cause: a precision .*--compute-capability"):
+    with pytest.raises(CheckFailed, match=r"Likely cause: a precision .*`compute_capabilities`"):
         built_from(open_bundle(SHIPPED), tmp_path, BuildOptions(batches=(2,), compute_capabilities=("7.5",)))
 
 
@@ -192,22 +192,22 @@ def test_gpus_that_rtx_does_not_know_are_sent_to_the_other_flavour(
     tmp_path: Path, capability: str, device: str
 ) -> None:
     options = BuildOptions(compute_capabilities=(capability,))
-    with pytest.raises(UsageError, match=f"{device}.*use --target tensorrt on that device"):
+    with pytest.raises(UsageError, match=f"{device}.*use `target` tensorrt on that device"):
         built_from(open_bundle(SHIPPED), tmp_path, options)
 
 
 @pytest.mark.parametrize(
     ("flavour", "options", "words"),
     [
-        ("tensorrt-rtx", BuildOptions(timing_cache=Path("cache")), "tensorrt-rtx has no --timing-cache"),
-        ("tensorrt-rtx", BuildOptions(version_compatible=True), "tensorrt-rtx has no --version-compatible"),
-        ("tensorrt-rtx", BuildOptions(hardware="ampere-plus"), "tensorrt-rtx has no --hw-compat"),
-        ("tensorrt", BuildOptions(compute_capabilities=("8.6",)), "tensorrt has no --compute-capability"),
-        ("tensorrt", BuildOptions(timing_cache_strict=True), "needs --timing-cache"),
-        ("tensorrt-rtx", BuildOptions(level=9), "--builder-level 9"),
-        ("tensorrt-rtx", BuildOptions(batches=(0,)), "--batch 0"),
-        ("tensorrt-rtx", BuildOptions(workspace=0), "--workspace 0"),
-        ("tensorrt", BuildOptions(hardware="turing"), "--hw-compat turing"),
+        ("tensorrt-rtx", BuildOptions(timing_cache=Path("cache")), "tensorrt-rtx has no `timing_cache`"),
+        ("tensorrt-rtx", BuildOptions(version_compatible=True), "tensorrt-rtx has no `version_compatible`"),
+        ("tensorrt-rtx", BuildOptions(hardware="ampere-plus"), "tensorrt-rtx has no `hardware`"),
+        ("tensorrt", BuildOptions(compute_capabilities=("8.6",)), "tensorrt has no `compute_capabilities`"),
+        ("tensorrt", BuildOptions(timing_cache_strict=True), "needs `timing_cache`"),
+        ("tensorrt-rtx", BuildOptions(level=9), "`level` 9"),
+        ("tensorrt-rtx", BuildOptions(batches=(0,)), "`batches` 0"),
+        ("tensorrt-rtx", BuildOptions(workspace=0), "`workspace` 0"),
+        ("tensorrt", BuildOptions(hardware="turing"), "`hardware` turing"),
     ],
 )
 def test_an_option_that_a_flavour_lacks_is_refused_by_name(
@@ -219,7 +219,7 @@ def test_an_option_that_a_flavour_lacks_is_refused_by_name(
 
 @pytest.mark.parametrize("kind", ["int8-cpu", "fp12"])
 def test_a_precision_that_no_plan_has_is_refused_by_name(tmp_path: Path, kind: str) -> None:
-    with pytest.raises(UsageError, match=f"--precision {kind}: plans are built in fp32, fp16"):
+    with pytest.raises(UsageError, match=f"`precision` {kind}: plans are built in fp32, fp16"):
         source_bundle(tmp_path, kind)
 
 

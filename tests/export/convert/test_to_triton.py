@@ -85,7 +85,7 @@ def other_precision(bundle: Bundle, precision: str) -> Bundle:
 def test_a_repository_is_a_bundle_with_its_hashes(repository: Path, shipped: Bundle) -> None:
     found = open_bundle(repository / "unet/1/model.onnx", repository / "classifier/1/model.onnx")
     assert found.unet.classifier == found.classifier.file
-    with pytest.raises(UsageError, match="lies in another folder: name it with --classifier"):
+    with pytest.raises(UsageError, match="lies in another folder: name it with `classifier`"):
         open_bundle(repository / "unet/1/model.onnx")
     for path, sidecar, source in (
         (found.unet_path, found.unet, shipped.unet),
@@ -156,7 +156,7 @@ def test_a_batch_that_a_plan_has_is_taken_and_another_one_refused(tmp_path: Path
     bundle = planned(tmp_path)
     export_repository(bundle, tmp_path / "models", batch=8)
     assert list(config_of(tmp_path / "models/unet").instance_group[0].profile) == ["0"]
-    with pytest.raises(UsageError, match=r"batches of 8, 64, not 32: build them again with --batch"):
+    with pytest.raises(UsageError, match=r"batches of 8, 64, not 32: build them again with `batch`"):
         export_repository(bundle, tmp_path / "others", batch=32)
     assert not (tmp_path / "others").exists()
 
@@ -212,7 +212,7 @@ def test_models_that_are_there_are_replaced_by_force_alone_and_others_stay(tmp_p
     export_repository(shipped, out)
     (out / "theirs").mkdir()
     (out / "certify/config.pbtxt").write_text("edited")
-    with pytest.raises(UsageError, match=r"already has unet, classifier, predict, certify: .* --force"):
+    with pytest.raises(UsageError, match=r"already has unet, classifier, predict, certify: .* `force`"):
         export_repository(shipped, out)
     assert (out / "certify/config.pbtxt").read_text() == "edited"
     export_repository(shipped, out, force=True)
@@ -259,5 +259,5 @@ def test_a_damaged_engine_leaves_no_repository(tmp_path: Path, shipped: Bundle) 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, shipped: Bundle) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(EnvironmentFault, match=r"cannot write .*file/models .*: choose another folder with --out"):
+    with pytest.raises(EnvironmentFault, match=r"cannot write .*file/models .*: choose another folder with `out`"):
         export_repository(shipped, tmp_path / "file" / "models")

@@ -252,10 +252,10 @@ def test_nested_state_dict_names_the_keys_that_hold_tensors_and_the_option(tmp_p
     state = plain(network())
     content = {"epoch": 7, "state_dict": state, "ema": state, "optimizer": {"state": {0: state}, "param_groups": []}}
     path = written(tmp_path, ".pt", content)
-    with pytest.raises(UsageError, match=r"under 'state_dict\.', 'ema\.': choose with --unet-prefix state_dict\.$"):
+    with pytest.raises(UsageError, match=r"under 'state_dict\.', 'ema\.': choose with `unet_prefix` state_dict\.$"):
         read_state_dict(path)
-    with pytest.raises(UsageError, match=r"choose with --classifier-prefix state_dict\.$"):
-        read_state_dict(path, option="--classifier-prefix")
+    with pytest.raises(UsageError, match=r"choose with `classifier_prefix` state_dict\.$"):
+        read_state_dict(path, parameter="classifier_prefix")
 
 
 @pytest.mark.parametrize(
@@ -406,15 +406,15 @@ def test_integer_weights_are_not_taken_for_floats() -> None:
 @pytest.mark.parametrize("prefix", ["module.", "model.", "ema_model.", "model.diffusion_model."])
 def test_common_prefix_is_found_and_the_option_named(prefix: str) -> None:
     state = {prefix + name: tensor for name, tensor in plain(network()).items()}
-    with pytest.raises(UsageError, match=rf"it fits with --unet-prefix {prefix}$"):
+    with pytest.raises(UsageError, match=rf"it fits with `unet_prefix` {prefix}$"):
         load_into(network(), state, "weights.pt")
-    with pytest.raises(UsageError, match=rf"it fits with --classifier-prefix net\.{prefix}$"):
-        load_into(network(), state, "weights.pt", option="--classifier-prefix", prefix="net.")
+    with pytest.raises(UsageError, match=rf"it fits with `classifier_prefix` net\.{prefix}$"):
+        load_into(network(), state, "weights.pt", parameter="classifier_prefix", prefix="net.")
 
 
 def test_every_prefix_that_fits_is_offered() -> None:
     state = {f"{prefix}.{name}": tensor for prefix in ("model", "ema") for name, tensor in plain(network()).items()}
-    with pytest.raises(UsageError, match=r"it fits with --unet-prefix model\. or --unet-prefix ema\.$"):
+    with pytest.raises(UsageError, match=r"it fits with `unet_prefix` model\. or `unet_prefix` ema\.$"):
         load_into(network(), state, "weights.pt")
 
 

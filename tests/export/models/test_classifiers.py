@@ -262,7 +262,7 @@ def test_logits_are_found_in_what_the_network_gives(toys: str, name: str) -> Non
         ("one_class", r"gives \[2, 1\] for a batch of 2: a classifier gives logits \[2, K\] of two classes or more"),
         ("map_", r"gives \[2, 5, 1\]"),
         ("pairs", r"does not take .*float32 \[3, 3, 32, 32\] .*let it take any batch"),
-        ("large", r"does not take what preprocessing makes of \[3, 32, 32\], float32 \[2, 3, 32, 32\] .*--resize"),
+        ("large", r"does not take what preprocessing makes of \[3, 32, 32\], float32 \[2, 3, 32, 32\] .*`resize`"),
     ],
 )
 def test_network_that_is_no_classifier_of_these_images_is_refused(toys: str, name: str, said: str) -> None:
@@ -279,12 +279,12 @@ def test_declared_resize_makes_the_image_fit(toys: str) -> None:
 
 @pytest.mark.parametrize("declared", [None, Declared(), declare(resize="224"), declare(None, "0.5", "0.5")])
 def test_network_that_says_nothing_of_pixels_needs_a_declaration(toys: str, declared: Declared | None) -> None:
-    with pytest.raises(UsageError, match=r"declare it with --pixel-range.*0\.485,0\.456,0\.406.*--pixel-range=-1,1"):
+    with pytest.raises(UsageError, match=r"declare it with `pixel_range`.*0\.485,0\.456,0\.406.*`pixel_range`=-1,1"):
         open_classifier(toys + "Toy", RGB, declared=declared)
 
 
 def test_mean_without_std_is_refused(toys: str) -> None:
-    with pytest.raises(UsageError, match="--mean and --std belong together"):
+    with pytest.raises(UsageError, match="`mean` and `std` belong together"):
         open_classifier(toys + "Toy", RGB, declared=declare("0,1", mean="0.5"))
 
 
@@ -297,14 +297,14 @@ def test_options_are_read() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"pixel_range": "1"}, "--pixel-range 1: two numbers"),
-        ({"pixel_range": "0..1"}, "--pixel-range 0..1: numbers with commas"),
-        ({"mean": "a"}, "--mean a: numbers with commas between"),
-        ({"std": ""}, "--std"),
-        ({"channel_order": "CMYK"}, "--channel-order CMYK is not known: RGB, BGR or grey"),
-        ({"resize": "224,224"}, "--resize 224,224: HEIGHTxWIDTH"),
-        ({"crop": "-1"}, "--crop -1: HEIGHTxWIDTH"),
-        ({"interpolation": "lanczos"}, "--interpolation lanczos is not known: bicubic, bilinear, nearest"),
+        ({"pixel_range": "1"}, "`pixel_range` 1: two numbers"),
+        ({"pixel_range": "0..1"}, "`pixel_range` 0..1: numbers with commas"),
+        ({"mean": "a"}, "`mean` a: numbers with commas between"),
+        ({"std": ""}, "`std`"),
+        ({"channel_order": "CMYK"}, "`channel_order` CMYK is not known: RGB, BGR or grey"),
+        ({"resize": "224,224"}, "`resize` 224,224: HEIGHTxWIDTH"),
+        ({"crop": "-1"}, "`crop` -1: HEIGHTxWIDTH"),
+        ({"interpolation": "lanczos"}, "`interpolation` lanczos is not known: bicubic, bilinear, nearest"),
     ],
 )
 def test_options_that_cannot_be_read_are_refused(options: dict[str, str], said: str) -> None:
@@ -347,7 +347,7 @@ def test_weights_come_from_a_file(toys: str, tmp_path: Path, prefix: str) -> Non
     assert torch.equal(model.network(x), other.eval()(x))
     assert model.weights_sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     if prefix:
-        with pytest.raises(UsageError, match=r"--classifier-prefix module\."):
+        with pytest.raises(UsageError, match=r"`classifier_prefix` module\."):
             open_classifier(toys + "Toy", RGB, declared=AS_IT_IS, weights=path)
 
 
@@ -370,11 +370,11 @@ def test_weights_without_a_file_are_told_apart_by_their_values(toys: str) -> Non
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
-        ("resnet50", "--classifier resnet50 is none of timm:NAME"),
+        ("resnet50", "`classifier` resnet50 is none of timm:NAME"),
         ("nowhere.onnx", "no classifier at nowhere.onnx"),
         ("nowhere.pt2", "no classifier at nowhere.pt2"),
         ("nowhere/at/all", "is none of .*check its spelling$"),
-        ("org/name", "is none of .*no such folder is here.*hf download org/name --local-dir name.*--classifier name$"),
+        ("org/name", "is none of .*no such folder is here.*hf download org/name --local-dir name.*`classifier` name$"),
         ("https://huggingface.co/org/name-1", "hf download org/name-1 --local-dir name-1"),
         ("no_such_module:make", "no module 'no_such_module'"),
     ],
@@ -386,7 +386,7 @@ def test_classifier_that_is_nowhere_is_refused(spec: str, said: str) -> None:
 
 def test_checkpoint_alone_is_no_classifier(tmp_path: Path) -> None:
     (tmp_path / "best.pth.tar").write_bytes(b"1")
-    with pytest.raises(UsageError, match=r"holds weights and no network: give .*--classifier-weights .*best\.pth\.tar"):
+    with pytest.raises(UsageError, match=r"holds weights and no network: give .*`classifier_weights` .*best\.pth\.tar"):
         open_classifier(str(tmp_path / "best.pth.tar"), RGB, declared=AS_IT_IS)
 
 
@@ -400,7 +400,7 @@ def test_options_that_do_nothing_are_refused(toys: str, tmp_path: Path) -> None:
     path = saved_onnx(Toy(), tmp_path / "toy.onnx", (1, *RGB))
     with pytest.raises(UsageError, match="has its own"):
         open_classifier(str(path), RGB, declared=AS_IT_IS, weights=path)
-    with pytest.raises(UsageError, match="--classifier-prefix module. is of the names in --classifier-weights"):
+    with pytest.raises(UsageError, match="`classifier_prefix` module. is of the names in `classifier_weights`"):
         open_classifier(toys + "Toy", RGB, declared=AS_IT_IS, prefix="module.")
 
 
@@ -471,11 +471,11 @@ ONNX_REFUSED = {
         r"takes \['any', 768\] as 'x'.*is no image classifier by itself; export the whole model",
     ),
     "one image": (graph(POOL, {"x": [*RGB]}, {"y": ["N", 3]}), CheckFailed, "not a sound ONNX file"),
-    "other size": (graph(POOL, {"x": ["N", 3, 64, 48]}, {"y": ["N", 3]}), UsageError, "declare --resize 64x48$"),
+    "other size": (graph(POOL, {"x": ["N", 3, 64, 48]}, {"y": ["N", 3]}), UsageError, "declare `resize` 64x48$"),
     "grey": (
         graph(POOL, {"x": ["N", 1, 32, 32]}, {"y": ["N", 1]}),
         UsageError,
-        "declare the channels .*--channel-order",
+        "declare the channels .*`channel_order`",
     ),
     "custom": (
         graph(CUSTOM, {"x": ["N", 3]}, {"y": ["N", 3]}, opsets={"": 17, "mine": 1}),
@@ -510,7 +510,7 @@ def test_file_that_is_no_onnx_is_refused(tmp_path: Path, content: bytes) -> None
 
 def test_onnx_file_needs_a_declaration(tmp_path: Path) -> None:
     path = saved_onnx(Toy(), tmp_path / "toy.onnx", (1, *RGB))
-    with pytest.raises(UsageError, match="declare it with --pixel-range"):
+    with pytest.raises(UsageError, match="declare it with `pixel_range`"):
         open_classifier(str(path), RGB)
 
 
@@ -749,7 +749,7 @@ def test_preprocessor_config_that_is_not_known_is_refused(change: dict[str, Any]
 def test_preprocessor_config_that_leaves_it_to_its_class_is_refused(kind: str, without: list[str], said: str) -> None:
     """The classes resize, normalise, crop or flip by default, so silence is not "nothing"."""
     config = {name: value for name, value in VIT.items() if name not in without}
-    with pytest.raises(UsageError, match=f"{said}.*save_pretrained.*--pixel-range, --mean, --std"):
+    with pytest.raises(UsageError, match=f"{said}.*save_pretrained.*`pixel_range`, `mean`, `std`"):
         transformers_preprocessing(config | {"image_processor_type": f"{kind}ImageProcessor"}, RGB)
 
 

@@ -487,12 +487,12 @@ def test_linear_schedule_of_any_length_is_the_public_one(steps: int) -> None:
 
 @pytest.mark.parametrize(("name", "steps"), [("linear", 20), ("linear", 0), ("cosine", -1), ("cosine", 10**9)])
 def test_schedule_of_an_impossible_length_is_refused(name: str, steps: int) -> None:
-    with pytest.raises(UsageError, match=rf"--diffusion-steps {steps}: a {name} schedule has from"):
+    with pytest.raises(UsageError, match=rf"`diffusion_steps` {steps}: a {name} schedule has from"):
         openai_schedule(name, steps)
 
 
 def test_schedule_that_is_not_known_is_refused() -> None:
-    with pytest.raises(UsageError, match="--schedule sigmoid is not known for this layout: linear or cosine"):
+    with pytest.raises(UsageError, match="`schedule` sigmoid is not known for this layout: linear or cosine"):
         openai_schedule("sigmoid", 1000)
 
 
@@ -639,7 +639,7 @@ def test_published_network_needs_no_settings(tmp_path: Path, cifar: dict[str, Te
         "the layout of cifar10_uncond_50M_500K.pt",
         "other heads than 4 at every width and another schedule than cosine of 4000 steps",
         "leave these options out",
-        "give all of --num-heads",
+        "give all of `num_heads`",
     ):
         assert words in str(caught.value)
     with pytest.raises(UsageError, match="another image size than 32"):
@@ -658,7 +658,7 @@ def test_order_of_attention_is_that_of_published_networks_unless_given(tiny_file
         assert relative(new.network(x, t), legacy.network(x, t)) > 1e-4
     assert (new.attention, legacy.attention) == ("2 at every width, new order", "2 at every width, legacy order")
     assert all(known.heads.order == "legacy" for known in PUBLISHED)
-    with pytest.raises(UsageError, match="--num-heads"):
+    with pytest.raises(UsageError, match="`num_heads`"):
         openai_unet(tiny_file, attention_order="new")
 
 
@@ -668,9 +668,9 @@ def test_other_networks_need_settings_and_all_that_lack_are_named(tiny_file: Pat
     with pytest.raises(UsageError, match="is none of the published checkpoints: give ") as caught:
         openai_unet(tiny_file, **({given_: every[given_]} if given_ else {}))
     message = str(caught.value)
-    assert ("--num-heads (or --num-head-channels)" in message) == (not given_.startswith("num"))
-    assert ("--schedule, --diffusion-steps" in message) == (given_ != "schedule")
-    assert ("--image-size" in message) == (given_ != "image_size")
+    assert ("`num_heads` (or `num_head_channels`)" in message) == (not given_.startswith("num"))
+    assert ("`schedule`, `diffusion_steps`" in message) == (given_ != "schedule")
+    assert ("`image_size`" in message) == (given_ != "image_size")
 
 
 def test_other_network_with_all_settings_is_read(tiny_file: Path) -> None:
@@ -691,12 +691,12 @@ def test_fixed_variance_is_the_public_default(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"num_heads": 5}, "--num-heads 5 does not divide the 96 channels"),
-        ({"num_heads": 0}, "--num-heads 0 does not divide"),
-        ({"num_heads": None, "num_head_channels": 40}, "--num-head-channels 40 does not divide the 96 channels"),
+        ({"num_heads": 5}, "`num_heads` 5 does not divide the 96 channels"),
+        ({"num_heads": 0}, "`num_heads` 0 does not divide"),
+        ({"num_heads": None, "num_head_channels": 40}, "`num_head_channels` 40 does not divide the 96 channels"),
         ({"num_head_channels": 32}, "give one of the two"),
-        ({"image_size": 15}, "--image-size 15x15: .*multiples of 2"),
-        ({"image_size": 0}, "--image-size 0x0"),
+        ({"image_size": 15}, "`image_size` 15x15: .*multiples of 2"),
+        ({"image_size": 0}, "`image_size` 0x0"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(tiny_file: Path, change: dict[str, Any], words: str) -> None:
@@ -708,7 +708,7 @@ def test_settings_that_do_not_fit_are_refused(tiny_file: Path, change: dict[str,
 def test_prefix_is_offered_and_works(tmp_path: Path, prefix: str) -> None:
     path = tmp_path / "weights.pt"
     torch.save({prefix + name: tensor for name, tensor in random_state(TINY).items()}, path)
-    with pytest.raises(UsageError, match=rf"the name is there under a prefix; it fits with --unet-prefix {prefix}$"):
+    with pytest.raises(UsageError, match=rf"the name is there under a prefix; it fits with `unet_prefix` {prefix}$"):
         openai_unet(path, **SETTINGS)
     assert isinstance(openai_unet(path, prefix=prefix, **SETTINGS).network, OpenAIUNet)
 

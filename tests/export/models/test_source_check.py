@@ -174,7 +174,7 @@ ONNX_FAULTS = {
     ),
     "not finite": (
         [helper.make_node("Log", ["r"], ["m"], name="log")],
-        r"toy\.onnx itself gives NaN or Inf, first in node log \(Log\), before any export.*--pixel-range",
+        r"toy\.onnx itself gives NaN or Inf, first in node log \(Log\), before any export.*`pixel_range`",
     ),
     "dynamic quantization": (
         QUANTIZE,
@@ -225,7 +225,7 @@ def test_overflow_of_a_small_type_names_the_module_and_the_option(tmp_path: Path
     classifier = ClassifierModel(Overflowing(), IMAGE, tuple("abcde"), "0" * 64)
     with pytest.raises(
         CheckFailed,
-        match=r"overflows in fp16, which ends at 65,504, first in module wide .*--keep-fp32 'wide'.*or export bf16",
+        match=r"overflows in fp16, which ends at 65,504, first in module wide .*`keep` 'wide'.*or export bf16",
     ):
         export_bundle(no_unet(IMAGE), classifier, tmp_path / "out", PIXELS, kind="fp16")
 

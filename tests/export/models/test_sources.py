@@ -194,13 +194,13 @@ def test_weights_are_a_folder_of_the_shipped_models_files(tmp_path: Path) -> Non
         sha256_of(tmp_path / "unet.safetensors"),
         sha256_of(tmp_path / "classifier.safetensors"),
     )
-    refusal(lambda: open_models(options(weights=tmp_path / "none")), "unet.safetensors", "--weights")
-    refusal(lambda: open_models(options(weights=Path("x" * 300))), "--weights")
+    refusal(lambda: open_models(options(weights=tmp_path / "none")), "unet.safetensors", "`weights`")
+    refusal(lambda: open_models(options(weights=Path("x" * 300))), "`weights`")
 
 
 @pytest.mark.parametrize("name", ["unet", "classifier"])
 def test_weights_go_with_the_shipped_model_alone(name: str) -> None:
-    refusal(lambda: open_models(options(weights=Path(), **{name: "none"})), "--weights", "--unet", "--classifier")
+    refusal(lambda: open_models(options(weights=Path(), **{name: "none"})), "`weights`", "`unet`", "`classifier`")
 
 
 def test_checkpoint_is_read_as_openais_layout(tmp_path: Path) -> None:
@@ -228,23 +228,23 @@ def test_checkpoint_takes_prefix_scale_size_and_clip(tmp_path: Path) -> None:
 def test_all_that_a_checkpoint_leaves_open_is_named_at_once(tmp_path: Path) -> None:
     path = checkpoint(tmp_path)
     refusal(
-        lambda: open_unet(options(unet=str(path))), "--num-heads", "--schedule", "--diffusion-steps", "--image-size"
+        lambda: open_unet(options(unet=str(path))), "`num_heads`", "`schedule`", "`diffusion_steps`", "`image_size`"
     )
 
 
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"diffusion_steps": None}, ["--schedule", "--diffusion-steps", "give both"]),
-        ({"schedule": None}, ["--schedule", "--diffusion-steps", "give both"]),
-        ({"schedule": None, "diffusion_steps": None, "timestep_scale": 1.0}, ["--timestep-scale", "give all three"]),
-        ({"timestep_scale": 0.0}, ["--timestep-scale 0", "above 0"]),
-        ({"timestep_scale": math.nan}, ["--timestep-scale nan"]),
-        ({"schedule": "scaled_linear"}, ["--schedule scaled_linear", "linear or cosine"]),
-        ({"image_size": "32x16"}, ["--image-size 32x16", "squares"]),
-        ({"image_size": "1x32x32"}, ["--image-size 1x32x32", "3 channels", "32 alone"]),
-        ({"image_size": "33"}, ["--image-size 33x33", "multiples of 2"]),
-        ({"num_head_channels": 8}, ["--num-heads", "--num-head-channels", "one of the two"]),
+        ({"diffusion_steps": None}, ["`schedule`", "`diffusion_steps`", "give both"]),
+        ({"schedule": None}, ["`schedule`", "`diffusion_steps`", "give both"]),
+        ({"schedule": None, "diffusion_steps": None, "timestep_scale": 1.0}, ["`timestep_scale`", "give all three"]),
+        ({"timestep_scale": 0.0}, ["`timestep_scale` 0", "above 0"]),
+        ({"timestep_scale": math.nan}, ["`timestep_scale` nan"]),
+        ({"schedule": "scaled_linear"}, ["`schedule` scaled_linear", "linear or cosine"]),
+        ({"image_size": "32x16"}, ["`image_size` 32x16", "squares"]),
+        ({"image_size": "1x32x32"}, ["`image_size` 1x32x32", "3 channels", "32 alone"]),
+        ({"image_size": "33"}, ["`image_size` 33x33", "multiples of 2"]),
+        ({"num_head_channels": 8}, ["`num_heads`", "`num_head_channels`", "one of the two"]),
     ],
     ids=str,
 )
@@ -268,17 +268,17 @@ def test_folder_that_does_not_say_its_clip_needs_it(tmp_path: Path) -> None:
     known = json.loads(config.read_text())
     del known["clip_sample"]
     config.write_text(json.dumps(known))
-    refusal(lambda: open_unet(options(unet=str(folder))), "clip_sample", "--clip=-1,1", "--clip none")
+    refusal(lambda: open_unet(options(unet=str(folder))), "clip_sample", "`clip`=-1,1", "`clip` none")
     for said, clip in (("none", None), ("-1,1", (-1.0, 1.0))):
         assert open_unet(options(unet=str(folder), clip=said)).clip == clip
 
 
 def test_folder_that_does_not_say_its_size_needs_it(tmp_path: Path) -> None:
     folder = diffusers_folder(tmp_path, sample_size=None)
-    refusal(lambda: open_unet(options(unet=str(folder))), "--image-size")
+    refusal(lambda: open_unet(options(unet=str(folder))), "`image_size`")
     assert open_unet(options(unet=str(folder), image_size="8")).image == (3, 8, 8)
     refusal(lambda: open_unet(options(unet=str(folder), image_size="1x8x8")), "in_channels is 3", "3x8x8")
-    refusal(lambda: open_unet(options(unet=str(folder), image_size="7")), "--image-size 7x7", "multiples of 2")
+    refusal(lambda: open_unet(options(unet=str(folder), image_size="7")), "`image_size` 7x7", "multiples of 2")
 
 
 def test_program_is_read_as_what_was_declared(tmp_path: Path) -> None:
@@ -335,11 +335,11 @@ def test_denoiser_is_told_sigma(here: Path) -> None:
 )
 def test_continuous_schedules_and_denoisers_go_together(here: Path, schedule: str, prediction: str) -> None:
     given = {"unet": "networks:Toy", "schedule": schedule, "prediction": prediction}
-    refusal(lambda: open_unet(declared(**given)), "--schedule continuous", "--prediction denoiser")
+    refusal(lambda: open_unet(declared(**given)), "`schedule` continuous", "`prediction` denoiser")
 
 
 @pytest.mark.parametrize(
-    ("given", "option"), [({"diffusion_steps": 40}, "--diffusion-steps"), ({"timestep_scale": 2.0}, "--timestep-scale")]
+    ("given", "option"), [({"diffusion_steps": 40}, "`diffusion_steps`"), ({"timestep_scale": 2.0}, "`timestep_scale`")]
 )
 def test_continuous_schedule_has_no_timesteps(here: Path, given: dict[str, Any], option: str) -> None:
     continuous = {"schedule": "continuous", "prediction": "denoiser", "diffusion_steps": None}
@@ -360,21 +360,21 @@ def test_all_declarations_that_are_missing_are_named_at_once(here: Path, kind: s
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"prediction": "noise"}, ["--prediction noise", "epsilon, v, x0, denoiser"]),
-        ({"prediction": "none"}, ["--prediction none is not known"]),
-        ({"variance": "large"}, ["--variance large", "fixed_small", "renoised"]),
-        ({"schedule": "sqrt"}, ["--schedule sqrt", "linear, scaled_linear, cosine, continuous"]),
-        ({"diffusion_steps": 1}, ["--diffusion-steps 1"]),
-        ({"diffusion_steps": 0}, ["--diffusion-steps 0"]),
-        ({"timestep_scale": -1.0}, ["--timestep-scale -1"]),
-        ({"timestep_scale": math.inf}, ["--timestep-scale inf"]),
-        ({"image_size": "3x6x4"}, ["--image-size", "does not take x [2, 3, 6, 4]"]),
-        ({"image_size": "0"}, ["--image-size 0"]),
-        ({"variance": "learned"}, ["--variance learned", "[2, 4, 6, 4]", "[2, 2, 6, 4]"]),
-        ({"clip": "1,-1"}, ["--clip 1,-1", "smaller"]),
-        ({"unet_prefix": "ema."}, ["--unet-prefix", "--unet-weights"]),
-        ({"num_heads": 4}, ["leave --num-heads out"]),
-        ({"timestep_rule": "official"}, ["--timestep-rule official", "nearest, densepure, carlini"]),
+        ({"prediction": "noise"}, ["`prediction` noise", "epsilon, v, x0, denoiser"]),
+        ({"prediction": "none"}, ["`prediction` none is not known"]),
+        ({"variance": "large"}, ["`variance` large", "fixed_small", "renoised"]),
+        ({"schedule": "sqrt"}, ["`schedule` sqrt", "linear, scaled_linear, cosine, continuous"]),
+        ({"diffusion_steps": 1}, ["`diffusion_steps` 1"]),
+        ({"diffusion_steps": 0}, ["`diffusion_steps` 0"]),
+        ({"timestep_scale": -1.0}, ["`timestep_scale` -1"]),
+        ({"timestep_scale": math.inf}, ["`timestep_scale` inf"]),
+        ({"image_size": "3x6x4"}, ["`image_size`", "does not take x [2, 3, 6, 4]"]),
+        ({"image_size": "0"}, ["`image_size` 0"]),
+        ({"variance": "learned"}, ["`variance` learned", "[2, 4, 6, 4]", "[2, 2, 6, 4]"]),
+        ({"clip": "1,-1"}, ["`clip` 1,-1", "smaller"]),
+        ({"unet_prefix": "ema."}, ["`unet_prefix`", "`unet_weights`"]),
+        ({"num_heads": 4}, ["leave `num_heads` out"]),
+        ({"timestep_rule": "official"}, ["`timestep_rule` official", "nearest, densepure, carlini"]),
     ],
     ids=str,
 )
@@ -390,7 +390,7 @@ def test_none_passes_pixels_on() -> None:
     assert (model.image, model.prediction, model.clip) == ((3, 6, 4), "none", None)
     assert model == dataclasses.replace(no_unet((3, 6, 4)), network=model.network)
     assert open_unet(options(unet="none", image_size="8")).image == (3, 8, 8)
-    refusal(lambda: open_unet(options(unet="none")), "--unet none", "--image-size")
+    refusal(lambda: open_unet(options(unet="none")), "`unet` none", "`image_size`")
 
 
 VALUES: dict[str, Any] = {
@@ -453,12 +453,12 @@ def test_option_of_a_classifier_means_nothing_for_the_one_that_ships(name: str) 
 
 def test_all_that_is_to_be_left_out_is_named_at_once() -> None:
     given = options(unet="none", image_size="8", schedule="linear", num_heads=4, clip="none")
-    refusal(lambda: open_unet(given), "leave --num-heads, --schedule, --clip out")
+    refusal(lambda: open_unet(given), "leave `num_heads`, `schedule`, `clip` out")
 
 
 @pytest.mark.parametrize("spec", ["resnet", "unet.txt", "a:b:c", "my-module:f", "a b:c", "x" * 300, "", "nul\0:x"])
 def test_unet_that_is_of_no_kind_is_told_the_kinds(tmp_path: Path, spec: str) -> None:
-    message = refusal(lambda: open_unet(options(unet=spec)), "--unet", ".safetensors")
+    message = refusal(lambda: open_unet(options(unet=spec)), "`unet`", ".safetensors")
     assert all(kind in message for kind in ("diffusers folder", ".pt2", "package.module:function", "none"))
 
 
@@ -469,7 +469,7 @@ def test_timestep_rule_is_kept(rule: TimestepRule) -> None:
 
 def test_timestep_rules_are_for_timesteps() -> None:
     given = options(unet="none", image_size="8", timestep_rule="carlini")
-    refusal(lambda: open_unet(given), "--timestep-rule carlini", "leave it out")
+    refusal(lambda: open_unet(given), "`timestep_rule` carlini", "leave it out")
 
 
 # --classifier
@@ -477,7 +477,7 @@ def test_timestep_rules_are_for_timesteps() -> None:
 
 def test_classifier_that_ships_takes_its_own_size_alone() -> None:
     given = options(unet="none", image_size="3x32x32")
-    refusal(lambda: open_models(given), "[3, 32, 32]", "[1, 28, 28]", "--classifier")
+    refusal(lambda: open_models(given), "[3, 32, 32]", "[1, 28, 28]", "`classifier`")
     assert open_models(options(unet="none", image_size="1x28x28"))[1].class_names == CLASS_NAMES
 
 
@@ -539,7 +539,7 @@ def test_image_size_is_three_sizes_or_refused(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "0", "032", "-1", "32x", "x32", "3x32x32x1", "32X32", "3.5", "32 x 32", "1" * 6])
 def test_image_size_of_another_form_is_refused(text: str) -> None:
-    refusal(lambda: image_of(text), "--image-size", "3x32x48")
+    refusal(lambda: image_of(text), "`image_size`", "3x32x48")
 
 
 numbers = st.floats(allow_nan=False, allow_infinity=False)
@@ -548,11 +548,11 @@ numbers = st.floats(allow_nan=False, allow_infinity=False)
 @given(numbers, numbers)
 def test_clip_is_two_numbers_in_order(one: float, other: float) -> None:
     if one == other:
-        refusal(lambda: clip_of(f"{one},{other}"), "--clip")
+        refusal(lambda: clip_of(f"{one},{other}"), "`clip`")
     else:
         low, high = sorted((one, other))
         assert clip_of(f"{low!r},{high!r}") == (low, high)
-        refusal(lambda: clip_of(f"{high!r},{low!r}"), "--clip", "smaller")
+        refusal(lambda: clip_of(f"{high!r},{low!r}"), "`clip`", "smaller")
 
 
 @given(st.text() | st.from_regex(r"[-+\deE.,naif ]{1,12}"))
@@ -564,7 +564,7 @@ def test_clip_is_a_finite_range_or_refused(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "1", "1,1", "1,2,3", "None", "-1;1", "nan,1", "0,nan", "-inf,inf", "0,1e999"])
 def test_clip_of_another_form_is_refused(text: str) -> None:
-    refusal(lambda: clip_of(text), "--clip", "none")
+    refusal(lambda: clip_of(text), "`clip`", "none")
 
 
 def test_clip_is_that_of_published_samplers_unless_told() -> None:
@@ -577,7 +577,7 @@ def test_diffusion_steps_are_what_networks_are_trained_with(steps: int) -> None:
     if 2 <= steps <= 100_000:
         assert steps_of(steps) == steps
     else:
-        refusal(lambda: steps_of(steps), f"--diffusion-steps {steps}")
+        refusal(lambda: steps_of(steps), f"`diffusion_steps` {steps}")
 
 
 @given(st.floats())
@@ -586,7 +586,7 @@ def test_timestep_scale_is_positive_and_finite(scale: float) -> None:
     if 0 < scale < math.inf:
         assert scale_of(scale) == scale
     else:
-        refusal(lambda: scale_of(scale), "--timestep-scale")
+        refusal(lambda: scale_of(scale), "`timestep_scale`")
 
 
 # Images that an export is checked on
@@ -698,7 +698,7 @@ def test_labels_are_compared_on_small_images_alone(own: Models) -> None:
     large = no_unet((1, side, side)), dataclasses.replace(own[1], image=(1, side, side))
     checks = check_images(*large, None, None, 2, 5)
     assert (checks.parity.shape, len(checks.labelled)) == ((2, 1, side, side), 0)
-    refusal(lambda: check_images(*own, None, None, None, 1), "--parity-samples 1")
+    refusal(lambda: check_images(*own, None, None, None, 1), "`label_samples` 1")
 
 
 # Through the command line
@@ -819,7 +819,7 @@ def test_options_of_the_onnx_engines_are_refused_where_none_is_made(tmp_path: Pa
         ({"schedule": "scaled_linear"}, "a scaled_linear schedule is defined by them"),
         ({"schedule": "linear", "beta_start": 0.001}, "give both"),
         ({"schedule": "linear", "beta_start": 0.02, "beta_end": 0.001}, "the smaller first"),
-        ({"schedule": "cosine", "beta_end": 0.02}, "leave --beta-end out"),
+        ({"schedule": "cosine", "beta_end": 0.02}, "leave `beta_end` out"),
     ],
 )
 def test_betas_are_said_where_they_define_a_schedule(given: dict[str, Any], words: str) -> None:
@@ -888,6 +888,6 @@ def test_without_a_unet_nothing_is_denoised(here: Path) -> None:
 
 def test_order_of_attention_is_one_of_two_and_in_the_sidecar(tmp_path: Path) -> None:
     path = str(checkpoint(tmp_path, state()))
-    refusal(lambda: open_unet(options(unet=path, attention_order="old", **AS_TRAINED)), "--attention-order old", "new")
+    refusal(lambda: open_unet(options(unet=path, attention_order="old", **AS_TRAINED)), "`attention_order` old", "new")
     model = open_unet(options(unet=path, attention_order="new", **AS_TRAINED))
     assert model.attention == "1 at every width, new order"

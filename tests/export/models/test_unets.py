@@ -225,7 +225,7 @@ LINEAR_CONFIG = {"beta_schedule": "linear", "clip_sample": True}
 @pytest.mark.parametrize("kind", ["EulerDiscreteScheduler", "PNDMScheduler"])
 def test_scheduler_that_is_silent_on_clipping_needs_to_be_told(folder: Path, kind: str) -> None:
     (folder / SCHEDULER).write_text(json.dumps({"_class_name": kind, "beta_schedule": "linear"}))
-    with pytest.raises(UsageError, match=r"does not say clip_sample: give --clip=-1,1.*or --clip none"):
+    with pytest.raises(UsageError, match=r"does not say clip_sample: give `clip`=-1,1.*or `clip` none"):
         diffusers_unet(folder)
     assert diffusers_unet(folder, clip_given=True).schedule == Schedule("linear", 1000)
 
@@ -262,9 +262,9 @@ def test_image_is_the_config_s(folder: Path, size: object, image: tuple[int, int
 def test_one_blocks_network_takes_odd_images_and_others_do_not(folder: Path) -> None:
     refuse_odd((3, 7, 5), 0)
     refuse_odd((3, 24, 8), 3)
-    with pytest.raises(UsageError, match="--image-size 28x24: .*halves its images 3 times, .*multiples of 8"):
+    with pytest.raises(UsageError, match="`image_size` 28x24: .*halves its images 3 times, .*multiples of 8"):
         refuse_odd((1, 28, 24), 3)
-    with pytest.raises(UsageError, match="--image-size 8x7: .*halves its images 1 times"):
+    with pytest.raises(UsageError, match="`image_size` 8x7: .*halves its images 1 times"):
         diffusers_unet(folder, (2, 8, 7))
 
 
@@ -280,8 +280,8 @@ SCHEDULER, CONFIG = "scheduler_config.json", "config.json"
         (lambda home: change(home / CONFIG, _class_name=None), "holds a None"),
         (lambda home: change(home / CONFIG, num_class_embeds=10), "num_class_embeds is 10"),
         (lambda home: change(home / CONFIG, class_embed_type="timestep"), "class_embed_type is timestep"),
-        (lambda home: change(home / CONFIG, time_embedding_type="fourier"), "'fourier', so.*--prediction denoiser"),
-        (lambda home: change(home / CONFIG, sample_size=None), "sample_size None.*--image-size"),
+        (lambda home: change(home / CONFIG, time_embedding_type="fourier"), "'fourier', so.*`prediction` denoiser"),
+        (lambda home: change(home / CONFIG, sample_size=None), "sample_size None.*`image_size`"),
         (lambda home: change(home / CONFIG, sample_size=[8]), r"sample_size \[8\]"),
         (lambda home: change(home / CONFIG, sample_size=0), "sample_size 0"),
         (lambda home: change(home / CONFIG, sample_size=[8, 9]), "halves its images 1 times"),
@@ -356,7 +356,7 @@ def test_what_is_damaged_is_a_failed_check_that_says_where(folder: Path, damage:
 
 
 def test_images_of_other_channels_are_refused_with_the_size_to_give(folder: Path) -> None:
-    with pytest.raises(UsageError, match=r"in_channels is 2, not the 3 .*--image-size 2x8x12"):
+    with pytest.raises(UsageError, match=r"in_channels is 2, not the 3 .*`image_size` 2x8x12"):
         diffusers_unet(folder, (3, 8, 12))
 
 
@@ -513,7 +513,7 @@ def fails(error: Exception) -> Callable[[Tensor, Tensor], Any]:
         (
             fails(RuntimeError("no such thing\nat all")),
             "fixed_small",
-            r"t \[2\] \(.*no such thing\).*check --image-size",
+            r"t \[2\] \(.*no such thing\).*check `image_size`",
         ),
         (fails(KeyError()), "fixed_small", r"\(KeyError\)"),
         (lambda x, t: x @ torch.ones(3, 3), "fixed_small", "does not take x"),
@@ -525,10 +525,10 @@ def fails(error: Exception) -> Callable[[Tensor, Tensor], Any]:
         (lambda x, t: x[:1], "fixed_small", r"gives \[1, 2, 8, 12\]"),
         (lambda x, t: x.reshape(2, 2, 8, 12), "fixed_small", r"does not take x \[3, 2, 8, 12\].*any batch"),
         (lambda x, t: x[:2], "fixed_small", r"gives \[2, 2, 8, 12\] for x \[3, 2, 8, 12\]"),
-        (lambda x, t: torch.cat([x, x], 1), "fixed_small", r"gives \[2, 4, 8, 12\].*--variance fixed_small means"),
-        (lambda x, t: x, "learned_range", r"--variance learned_range means \[2, 4, 8, 12\]"),
-        (lambda x, t: x, "learned", r"--variance learned means \[2, 4, 8, 12\].*second set of channels"),
-        (lambda x, t: torch.cat([x, x], 1), "renoised", r"--variance renoised means \[2, 2, 8, 12\]"),
+        (lambda x, t: torch.cat([x, x], 1), "fixed_small", r"gives \[2, 4, 8, 12\].*`variance` fixed_small means"),
+        (lambda x, t: x, "learned_range", r"`variance` learned_range means \[2, 4, 8, 12\]"),
+        (lambda x, t: x, "learned", r"`variance` learned means \[2, 4, 8, 12\].*second set of channels"),
+        (lambda x, t: torch.cat([x, x], 1), "renoised", r"`variance` renoised means \[2, 2, 8, 12\]"),
     ],
 )
 def test_a_declared_network_that_is_not_that_is_a_usage_error(
