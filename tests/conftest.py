@@ -7,7 +7,7 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from densepure_rt.runtime.bundle import Bundle
     from densepure_rt.runtime.host_device import HostDevice
     from densepure_rt.runtime.probe import Probed
+    from tests.support.cli import Done
 
 ASKED_TO_END = [getattr(signal, name) for name in ("SIGHUP", "SIGINT", "SIGQUIT", "SIGTERM") if hasattr(signal, name)]
 
@@ -133,3 +134,20 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
         return None
     module: pytest.Module = LightModule.from_parent(parent, path=module_path)
     return module
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """As `cli`, in this process: for the long tables of what is refused. Anything but an exit fails the test."""
+
+    from densepure_rt.cli import main
+    from tests.support.cli import Done
+
+    def call(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["densepure-rt", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        printed = capsys.readouterr()
+        return Done(sys.argv, int(ended.value.code or 0), printed.out, printed.err)
+
+    return call

@@ -12,7 +12,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -63,20 +62,6 @@ def environment() -> dict[str, str]:
 def cli(*arguments: object, cwd: Path | None = None, without: tuple[str, ...] = ()) -> Done:
     """`densepure-rt ARGUMENTS`; in a fresh interpreter only when that cannot import the packages `without`."""
     return in_a_process(*arguments, cwd=cwd, without=without) if without else densepure_rt(*arguments, cwd=cwd)
-
-
-@pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
-    """As `cli`, in this process: for the long tables of what is refused. Anything but an exit fails the test."""
-
-    def call(*arguments: object) -> Done:
-        monkeypatch.setattr(sys, "argv", ["densepure-rt", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        printed = capsys.readouterr()
-        return Done(sys.argv, int(ended.value.code or 0), printed.out, printed.err)
-
-    return call
 
 
 def refused(done: Done, code: int, *words: str) -> None:

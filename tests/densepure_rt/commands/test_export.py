@@ -19,9 +19,8 @@ from densepure_rt.errors import EnvironmentFault
 from densepure_rt.export.models.model_options import ModelOptions
 from densepure_rt.runtime.bundle import shipped_engine
 from tests.densepure_rt.test_cli import Done
-from tests.support.cli import cli, commands, edit_sidecar, here, one_line, refused, sha256
+from tests.support.cli import cli, commands, edit_sidecar, one_line, refused, sha256
 
-__all__ = ["here"]  # a fixture
 ENGINES = shipped_engine().parent
 PARITY = "parity --max 1 --n 4 --steps 1 --batch 4 --threads 1".split()
 PROCEDURE = "bench --procedure --max 1 --steps 2 --votes 2 --n 64 --threads 1".split()

@@ -16,10 +16,8 @@ from densepure_rt.report.compare import AtRadius, Comparison, compare, mcnemar
 from densepure_rt.runs.reader import read_run
 from densepure_rt.runs.records import NamedFile
 from tests.densepure_rt.test_cli import Done
-from tests.support.cli import here, refused
+from tests.support.cli import refused
 from tests.support.runs import SEQUENTIAL, Made, make_run
-
-__all__ = ["here"]
 
 
 def both(tmp_path: Path, a: Sequence[Made], b: Sequence[Made], radius: float | None = None) -> Comparison:

@@ -22,11 +22,10 @@ from tests.densepure_rt.legacy.test_folder import RADII, edited, log_imported
 from tests.densepure_rt.report.test_page import OUTSIDE, attacks
 from tests.densepure_rt.report.test_summary import Tables
 from tests.densepure_rt.test_cli import Done
-from tests.support.cli import here, refused
+from tests.support.cli import refused
 from tests.support.html import Seen
 from tests.support.runs import Made, make_run
 
-__all__ = ["here"]
 # (label, predict, radius as printed) as DDS writes them: a running total as `correct`, -1 and 0.0 for an abstention
 DDS_ROWS = [(3, 3, "0.5"), (4, -1, "0.0"), (5, 5, "0.731"), (6, 2, "0.612"), (1, 1, "0.25"), (0, 0, "0.251")]
 TABLE_RADII = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -16,10 +16,9 @@ from densepure_rt.report.page import page
 from densepure_rt.report.summary import markdown, names_of, report_of
 from densepure_rt.runs.reader import read_run
 from tests.densepure_rt.test_cli import Done
-from tests.support.cli import cli, here, refused
+from tests.support.cli import cli, refused
 from tests.support.runs import ALPHA, SEQUENTIAL, Made, make_run
 
-__all__ = ["here"]
 IMAGES = (
     Made(0.6),
     Made(0.3),

@@ -15,9 +15,6 @@ from densepure_rt.images.datasets import open_images
 from densepure_rt.runs.audit import audit
 from densepure_rt.runs.shards import Shard
 from tests.densepure_rt.runs.test_certify import certify
-from tests.support.cli import here
-
-__all__ = ["here"]  # a fixture
 
 OF = st.integers(1, 40)
 
