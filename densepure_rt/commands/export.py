@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from densepure_rt.commands.console import needs_pytorch, say, stderr, stdout
+from densepure_rt.commands.console import in_options, needs_pytorch, say, stderr, stdout
 from densepure_rt.commands.options import Json, number, with_models, words
 from densepure_rt.commands.parity import PARITY_SAMPLES, SMALLEST
 from densepure_rt.errors import CheckFailed, UsageError
@@ -142,7 +142,7 @@ def export(
         "--parity-samples": parity_samples != PARITY_SAMPLES,
         "--strict": strict,
     }
-    unused = [*models.given().values(), *(name for name, value in checks.items() if value)]
+    unused = [*map(in_options, models.given().values()), *(name for name, value in checks.items() if value)]
     if "triton" in targets:
         of_plans = {
             "--precision": kinds != ["fp32"],

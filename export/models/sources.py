@@ -209,7 +209,7 @@ def declared_training(
     """How a network was trained that does not say so itself. Raises UsageError that names all that is missing."""
     continuous = options.schedule == "continuous"
     needed = ["image_size", "schedule", "prediction"] + ([] if continuous else ["diffusion_steps"])
-    missing = [f"--{name.replace('_', '-')}" for name in needed if getattr(options, name) is None]
+    missing = [f"`{name}`" for name in needed if getattr(options, name) is None]
     if missing:
         raise UsageError(f"{options.unet} does not say how it was trained: give {', '.join(missing)}")
     predictions: dict[str, Prediction] = {name: name for name in get_args(Prediction) if name != "none"}

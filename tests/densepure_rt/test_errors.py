@@ -23,7 +23,7 @@ LIBRARY = sorted(
     .as_posix()
     .startswith((*COMMAND_LINE, *(f"densepure_rt/{link}/" for link in ("export", "runtime"))))
 )
-OPTION = re.compile(r"(?<![-\w])--[a-z][a-z-]*")
+OPTION = re.compile(r"(?<![-\w])--(?:[a-z][a-z-]*|$)")  # an f-string may end one part with "--"
 TYPED = re.compile(r"densepure-rt \w+( --[a-z-]+( [\w,]+)?)*")  # a whole command, to be typed as it stands
 OTHERS = {
     "export/compare/denoising.py": {
@@ -36,7 +36,13 @@ OTHERS = {
     "export/compare/machine.py": {"--format", "--id", "--query-gpu"},  # of nvidia-smi
     "export/models/checkpoints.py": {"--local-dir"},  # of hf
     "export/models/onnx_classifiers.py": {"--inputs-as-nchw"},  # of tf2onnx
-    "runtime/bundle.py": {"--batch", "--compute-capability", "--out", "--precision"},  # parts of a command to be typed
+    "runtime/bundle.py": {
+        "--",
+        "--batch",
+        "--compute-capability",
+        "--out",
+        "--precision",
+    },  # parts of a command to be typed
     "runtime/tensorrt_api.py": {"--system-site-packages"},  # of venv
 }
 

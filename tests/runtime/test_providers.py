@@ -72,7 +72,7 @@ def test_an_onnx_runtime_built_without_gpus_says_which_one_to_install(provider: 
 
 
 def test_an_unknown_provider_is_a_usage_error_that_lists_the_known() -> None:
-    with pytest.raises(UsageError, match="^provider rocm is not known: cpu, cuda, tensorrt"):
+    with pytest.raises(UsageError, match="^`provider` rocm is not known: cpu, cuda, tensorrt"):
         load(provider="rocm")
 
 

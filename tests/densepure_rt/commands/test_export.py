@@ -14,7 +14,7 @@ import onnx
 import pytest
 from PIL import Image
 
-from densepure_rt.commands.console import finite, write_report
+from densepure_rt.commands.console import finite, in_options, write_report
 from densepure_rt.errors import EnvironmentFault
 from densepure_rt.export.models.model_options import ModelOptions
 from densepure_rt.runtime.bundle import shipped_engine
@@ -78,7 +78,8 @@ def test_model_options_are_the_same_on_every_command(name: str) -> None:
 def test_the_options_that_were_given_are_named() -> None:
     assert ModelOptions().given() == {}
     given = ModelOptions(unet="x.pt", num_heads=4, antialias=False).given()
-    assert list(given.values()) == ["--unet", "--num-heads", "--no-antialias"]
+    assert list(given.values()) == ["`unet`", "`num_heads`", "`antialias`=False"]
+    assert list(map(in_options, given.values())) == ["--unet", "--num-heads", "--no-antialias"]
 
 
 @pytest.mark.parametrize("name", WITH_MODELS)

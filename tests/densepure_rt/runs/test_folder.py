@@ -253,7 +253,7 @@ def test_what_is_no_part_of_the_identity_may_differ(tmp_path: Path) -> None:
 @pytest.mark.parametrize("left", ["results.tsv", "results.jsonl", "timing.jsonl", "ledger.sqlite"])
 def test_what_no_run_can_go_on_from_is_never_written_over(tmp_path: Path, left: str) -> None:
     (tmp_path / left).write_text("precious")
-    said = "damaged" if left == "ledger.sqlite" else f"holds {left} of a run that cannot go on.*--out"
+    said = "damaged" if left == "ledger.sqlite" else f"holds {left} of a run that cannot go on.*`out`"
     with pytest.raises((UsageError, CheckFailed), match=said):
         RunFolder(tmp_path, manifest(), None)
     assert contents(tmp_path) == {left: b"precious"}

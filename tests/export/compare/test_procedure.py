@@ -332,10 +332,10 @@ def test_one_thread_is_timed_in_seconds_of_its_core(toy: Bundle) -> None:
     [
         ({"steps": 0}, "needs a diffusion network and `steps` 1 or more"),
         ({"steps": 5000}, "steps do not fit"),
-        ({"votes": 0}, "votes is a count"),
+        ({"votes": 0}, "`votes` is a count"),
         ({"n": 0}, "at least 1"),
         ({"n": 20}, r"`n` 20: .* the radius 0.5, .* ask for `n` \d+ at least"),
-        ({"sigma": 0.0}, "sigma is the standard deviation"),
+        ({"sigma": 0.0}, "`sigma` is the standard deviation"),
         ({"batch": 0}, "`batch` 0"),
         ({"threads": 0}, "`threads` 0"),
     ],

@@ -354,7 +354,7 @@ def test_all_declarations_that_are_missing_are_named_at_once(here: Path, kind: s
     given = DECLARED | dict.fromkeys(lacking)
     message = refusal(lambda: open_unet(options(unet=spec, **given)), spec, "does not say how it was trained")
     for name in DECLARED:
-        assert (f"--{name.replace('_', '-')}" in message) == (name in lacking)
+        assert (f"`{name}`" in message) == (name in lacking)
 
 
 @pytest.mark.parametrize(
@@ -442,13 +442,13 @@ SPECS = {
 def test_option_that_means_nothing_for_a_kind_of_unet_is_refused_by_name(tmp_path: Path, kind: str, name: str) -> None:
     """Before anything is looked for."""
     given = options(unet=str(tmp_path) if kind == "diffusers" else SPECS[kind], **{name: VALUES[name]})
-    assert given.given()[name] == f"--{name.replace('_', '-')}"
-    refusal(lambda: open_unet(given), f"leave --{name.replace('_', '-')} out")
+    assert given.given()[name] == f"`{name}`"
+    refusal(lambda: open_unet(given), f"leave `{name}` out")
 
 
 @pytest.mark.parametrize("name", CLASSIFYING)
 def test_option_of_a_classifier_means_nothing_for_the_one_that_ships(name: str) -> None:
-    refusal(lambda: open_models(options(**{name: VALUES[name]})), f"leave --{name.replace('_', '-')} out")
+    refusal(lambda: open_models(options(**{name: VALUES[name]})), f"leave `{name}` out")
 
 
 def test_all_that_is_to_be_left_out_is_named_at_once() -> None:
