@@ -63,7 +63,7 @@ NO_CLAIM = {
         found.samples_judged | found.sigma | gflops | load | number | others | ratio.lower | ratio.median |
         ratio.upper | route.gflops | work""",
     "densepure_rt/commands/certify.py": "2 * sigma | sigma | summary.samples | value",
-    "densepure_rt/commands/doctor.py": "seconds",
+    "densepure_rt/commands/diagnosis.py": "seconds",
     "densepure_rt/commands/export.py": """error | found.error[sigma] | found.other_error[sigma] |
         found.shrinkage[sigma] | labels.sigma""",
     "densepure_rt/commands/import_results.py": "sigma",

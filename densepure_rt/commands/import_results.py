@@ -15,7 +15,6 @@ from rich.text import Text
 from densepure_rt.commands.console import rows, stdout, track
 from densepure_rt.commands.options import Json
 from densepure_rt.errors import CheckFailed, UsageError
-from densepure_rt.legacy.folder import FILES, report, write
 from densepure_rt.rounding import exact, floored_share, raised
 from densepure_rt.text import plural, printable
 
@@ -61,7 +60,8 @@ def import_(
     classes: Annotated[int | None, typer.Option(help="Folders: refuse labels from CLASSES on.")] = None,
     radii: Annotated[str, typer.Option(help="Radii of the table, with commas, in [0, 1] pixel units.")] = RADII,
     out: Annotated[
-        Path | None, typer.Option(help=f"Folder for {', '.join(FILES)}; it must not hold any of them yet.")
+        Path | None,
+        typer.Option(help="Folder for results.tsv, results.jsonl, imported.json; it must not hold any of them yet."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -69,6 +69,8 @@ def import_(
 
     Exit code 1 when the files claim what they do not bear out.
     """
+    from densepure_rt.legacy.folder import FILES, report, write
+
     grid = radii_of(radii)
     if out is not None and (there := [name for name in FILES if (out / name).exists()]):
         raise UsageError(f"{out} already holds {', '.join(there)}: choose another folder with --out")

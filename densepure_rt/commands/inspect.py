@@ -1,94 +1,15 @@
-"""What an engine file is, read from its sidecar and checked against its bytes; with the onnx package, its graph too."""
+"""`densepure-rt inspect`: what an engine file is."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from densepure_rt.commands.console import rows, stderr, stdout
 from densepure_rt.commands.options import Json
-from densepure_rt.errors import CheckFailed, UsageError, raise_interrupt
-from densepure_rt.files import content
-from densepure_rt.runtime.bundle import OPTIONAL, ClassifierSidecar, StepSidecar, read_sidecar, sha256_of
-from densepure_rt.runtime.device import CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, STEP_INPUTS, STEP_OUTPUTS
-from densepure_rt.runtime.schedule import Coefficients
-from densepure_rt.text import printable
-
-
-def inspection(path: Path) -> dict[str, Any]:
-    """The sidecar's fields, and under "check" whether the SHA-256 of the file, and of its weights, are those it names.
-
-    path: an engine file, or its sidecar. "graph" is there when the onnx package is installed and the hash is right.
-    """
-    engine = path.with_name(path.name.removesuffix(".json")) if path.suffix == ".json" else path
-    if not os.path.isfile(engine):  # unlike Path.exists, it takes any name for an answer
-        raise UsageError(f'no file at {engine}: give an engine such as engines/unet.onnx, or run "densepure-rt export"')
-    sidecar = read_sidecar(engine)
-    try:
-        found = sha256_of(engine)
-        weights = sha256_of(engine.with_name(sidecar.data.name)) if sidecar.data else None
-    except OSError as error:
-        raise UsageError(f"cannot read {error.filename or engine} ({error.strerror})") from error
-    matches = found == sidecar.file.sha256 and (sidecar.data is None or weights == sidecar.data.sha256)
-    report = {
-        name: value for name, value in dataclasses.asdict(sidecar).items() if name not in OPTIONAL or value is not None
-    }
-    if sidecar.plan is not None:  # a plan opens on its own GPU only, but what it takes and gives is fixed by what it is
-        report["plan"]["tensors"] = plan_tensors(sidecar)
-    report["check"] = {"sha256": found, "matches": matches, "bytes": engine.stat().st_size}
-    if weights is not None:
-        report["check"]["data_sha256"] = weights
-    if matches and sidecar.plan is None and (graph := onnx_graph(engine)):
-        report["graph"] = graph
-    return report
-
-
-def plan_tensors(sidecar: StepSidecar | ClassifierSidecar) -> list[str]:
-    """Inputs and outputs of a plan, all float32, for any of its batches."""
-    image = ", ".join(map(str, sidecar.image))
-    if isinstance(sidecar, ClassifierSidecar):
-        shapes = {"mean": image, "logits": str(len(sidecar.class_names))}
-        return [f"{name}: float32 [batch, {shapes[name]}]" for name in (*CLASSIFY_INPUTS, *CLASSIFY_OUTPUTS)]
-    shapes = {"t": "", "finite": "", "coef": f", {len(Coefficients._fields)}"}
-    return [f"{name}: float32 [batch{shapes.get(name, ', ' + image)}]" for name in (*STEP_INPUTS, *STEP_OUTPUTS)]
-
-
-def onnx_graph(engine: Path) -> dict[str, Any] | None:
-    """Inputs, outputs and node counts of an ONNX file, or None without the onnx package."""
-    try:
-        import onnx
-    except Exception as error:  # not there, or broken: what it would add is not needed
-        raise_interrupt(error)
-        return None
-    try:
-        model = onnx.load_model_from_string(content(engine, "model"))
-    except Exception as error:  # protobuf's errors, whichever protobuf is installed
-        raise CheckFailed(
-            f"{engine} is the file that its sidecar names, but not an ONNX model ({error}): export it again"
-        ) from error
-
-    def described(value: Any) -> str:
-        tensor = value.type.tensor_type
-        shape = ", ".join(str(d.dim_value or d.dim_param or "?") for d in tensor.shape.dim)
-        return (
-            f"{printable(value.name)}: {onnx.TensorProto.DataType.Name(tensor.elem_type).lower()} [{printable(shape)}]"
-        )
-
-    operators: dict[str, int] = {}
-    for node in model.graph.node:
-        kind = printable(node.op_type)
-        operators[kind] = operators.get(kind, 0) + 1
-    return {
-        "inputs": [described(value) for value in model.graph.input],
-        "outputs": [described(value) for value in model.graph.output],
-        "nodes": len(model.graph.node),
-        "operators": dict(sorted(operators.items(), key=lambda item: -item[1])),
-    }
 
 
 def inspect(
@@ -96,6 +17,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what an engine is, and check its hash. Exit code 1 when the file is not what its sidecar says."""
+    from densepure_rt.commands.inspection import flattened, inspection
 
     report = inspection(file)
     if as_json:
@@ -105,14 +27,3 @@ def inspect(
     if not report["check"]["matches"]:
         stderr.print("error: the file's SHA-256 is not the one in its sidecar: it is damaged or another engine")
         raise typer.Exit(1)
-
-
-def flattened(report: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """A nested report as dotted names and printable values."""
-    rows: list[tuple[str, str]] = []
-    for name, value in report.items():
-        if isinstance(value, dict):
-            rows += flattened(value, f"{prefix}{name}.")
-        else:
-            rows.append((prefix + name, ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)))
-    return rows

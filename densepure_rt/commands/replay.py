@@ -12,7 +12,6 @@ from densepure_rt.commands.audit import warn_of_other_arithmetic
 from densepure_rt.commands.console import rows, stderr, stdout
 from densepure_rt.commands.options import Json, RunImages, RunPath
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
-from densepure_rt.runs.secret import secret_of
 
 if TYPE_CHECKING:
     from densepure_rt.images.datasets import ImageSet, LabelledImage
@@ -37,6 +36,7 @@ def replay(
     from densepure_rt.images.datasets import open_images
     from densepure_rt.runs.identity import settings_of
     from densepure_rt.runs.layout import read_manifest
+    from densepure_rt.runs.secret import secret_of
     from densepure_rt.smoothing.classifier import load
     from densepure_rt.smoothing.replay import replay as draw
 

@@ -11,7 +11,6 @@ import typer
 from densepure_rt.commands.compare import ALSO
 from densepure_rt.commands.console import stdout
 from densepure_rt.errors import EnvironmentFault, UsageError
-from densepure_rt.runs.secret import secret_of
 
 if TYPE_CHECKING:
     from densepure_rt.report.gallery import Shown
@@ -47,6 +46,7 @@ def report(
     from densepure_rt.report.sources import read_results
     from densepure_rt.report.summary import markdown, names_of, report_of
     from densepure_rt.runs.reader import Run
+    from densepure_rt.runs.secret import secret_of
 
     kinds = tuple(word.strip() for word in also.split(",") if word.strip())
     if unknown := [kind for kind in kinds if kind not in ALSO]:

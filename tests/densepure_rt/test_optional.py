@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from densepure_rt.commands.doctor import import_fault, imported
+from densepure_rt.commands.diagnosis import import_fault, imported
 from densepure_rt.errors import EnvironmentFault, UsageError
 from densepure_rt.optional import optional
 

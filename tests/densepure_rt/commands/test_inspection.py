@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from densepure_rt.commands.inspect import inspection, onnx_graph
+from densepure_rt.commands.inspection import inspection, onnx_graph
 from densepure_rt.errors import CheckFailed, UsageError
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from densepure_rt import __version__
-from densepure_rt.commands.doctor import EXPORT_PACKAGES, Finding, diagnose, import_fault
+from densepure_rt.commands.diagnosis import EXPORT_PACKAGES, Finding, diagnose, import_fault
 from densepure_rt.runtime.gpu import Gpu
 from tests.support.cli import densepure_rt
 
@@ -40,7 +40,7 @@ def doctor(
 def packages_are_imported_once() -> Iterator[None]:
     """`diagnose` imports PyTorch and all else in another Python: ten seconds, and always the same."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("densepure_rt.commands.doctor.import_fault", functools.cache(import_fault))
+        patch.setattr("densepure_rt.commands.diagnosis.import_fault", functools.cache(import_fault))
         yield
 
 
@@ -110,9 +110,9 @@ def test_a_gpu_that_runs_plans_needs_no_onnxruntime(monkeypatch: pytest.MonkeyPa
     """There is no GPU here, so its answer is put in; tensorrt-rtx is the real one."""
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
     absent = Finding("ONNX Runtime", "missing", "not installed", needed=True)
-    monkeypatch.setattr("densepure_rt.commands.doctor.onnxruntime_finding", lambda: absent)
+    monkeypatch.setattr("densepure_rt.commands.diagnosis.onnxruntime_finding", lambda: absent)
     assert not diagnose().healthy
-    monkeypatch.setattr("densepure_rt.commands.doctor.gpu_here", lambda: Gpu("NVIDIA RTX 4090", "8.9", "12.6"))
+    monkeypatch.setattr("densepure_rt.commands.diagnosis.gpu_here", lambda: Gpu("NVIDIA RTX 4090", "8.9", "12.6"))
     diagnosis = diagnose()
     assert diagnosis.healthy
     assert "export --target tensorrt" in diagnosis.next_command
