@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from densepure_rt.smoothing.certificate import Certificate
     from densepure_rt.smoothing.settings import Settings
 
+PROPOSALS = 2  # of gradients, to an attack
 # What the forecast says of a device, of all that its manifest does.
 SHOWN = ("provider", "onnxruntime", "tensorrt", "processor", "gpu", "driver_release", "threads", "batch", "workers")
 
@@ -345,9 +346,6 @@ def print_summary(summary: Summary, labelled: bool, folder: Path, as_json: bool)
         table.add_row("certified", *cells)
         stdout.print(table)
     stdout.print(f"{abstentions(summary.reasons)}; {summary.samples:,.0f} samples an image; results in {folder}")
-
-
-PROPOSALS = 2  # of gradients, to an attack
 
 
 def gradient_proposals(bundle: Bundle, settings: Settings) -> Proposals:

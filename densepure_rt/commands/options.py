@@ -60,6 +60,33 @@ Seed = Annotated[
 EngineHash = Annotated[
     str | None, typer.Option("--engine-sha256", help="Refuse the engine unless its SHA-256 is this one.")
 ]
+RunImages = Annotated[
+    Path | None, typer.Option(help="What was certified; default: the shipped images, where it was those.")
+]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
+SHIPPED_MAX = 25  # of the 500 shipped images, so that a plain `certify` ends within 10 minutes on 2 cores
+Images = Annotated[
+    Path | None,
+    typer.Option(
+        help="One split: folder of class folders, folder with labels.csv (file,label), images, .npz (x, y), IDX or "
+        "CIFAR-10 .bin; default: the shipped Fashion-MNIST test images."
+    ),
+]
+Skip = Annotated[int, typer.Option(help="Take every SKIP-th image.")]
+Max = Annotated[
+    int | None, typer.Option("--max", help=f"How many images; default: all, {SHIPPED_MAX} of the shipped ones.")
+]
+Key = Annotated[
+    Path | None,
+    typer.Option(
+        help="Regular file, no pipe, with the secret that keys all noise, made where there is none; not with --seed. "
+        "To reveal one run makes public what all runs of its key file are keyed with."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]  # of every command
+EngineFile = Annotated[
+    Path | None, typer.Option("--engine", help="Step engine, ONNX file or plan; default: the one that ships.")
+]
 
 
 def folder_of(text: str) -> Path:
@@ -96,32 +123,6 @@ def seconds_of(text: str | None, option: str) -> float:
     if not 0 < seconds < math.inf:
         raise UsageError(f"{option} {text}: a time is a number above 0 with s, min or h behind it, such as 30s")
     return seconds
-
-
-RunImages = Annotated[
-    Path | None, typer.Option(help="What was certified; default: the shipped images, where it was those.")
-]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
-SHIPPED_MAX = 25  # of the 500 shipped images, so that a plain `certify` ends within 10 minutes on 2 cores
-
-Images = Annotated[
-    Path | None,
-    typer.Option(
-        help="One split: folder of class folders, folder with labels.csv (file,label), images, .npz (x, y), IDX or "
-        "CIFAR-10 .bin; default: the shipped Fashion-MNIST test images."
-    ),
-]
-Skip = Annotated[int, typer.Option(help="Take every SKIP-th image.")]
-Max = Annotated[
-    int | None, typer.Option("--max", help=f"How many images; default: all, {SHIPPED_MAX} of the shipped ones.")
-]
-Key = Annotated[
-    Path | None,
-    typer.Option(
-        help="Regular file, no pipe, with the secret that keys all noise, made where there is none; not with --seed. "
-        "To reveal one run makes public what all runs of its key file are keyed with."
-    ),
-]
 
 
 def make_settings(context: typer.Context, preset: str | None = None, **values: Any) -> Settings:
@@ -191,13 +192,6 @@ def open_image_set(path: Path | None, smoothed: SmoothedClassifier, skip: int, l
 
 def none_as(default: int, value: int | None) -> int:
     return default if value is None else value
-
-
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]  # of every command
-
-EngineFile = Annotated[
-    Path | None, typer.Option("--engine", help="Step engine, ONNX file or plan; default: the one that ships.")
-]
 
 
 def words(value: str, option: str, known: Sequence[str]) -> list[str]:

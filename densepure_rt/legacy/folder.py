@@ -17,6 +17,7 @@ from densepure_rt.rounding import exact, floored
 if TYPE_CHECKING:
     from densepure_rt.legacy.claims import Claim, Imported
 
+FILES = ("results.tsv", "results.jsonl", "imported.json")
 ORIGIN = "imported.json"
 
 
@@ -101,9 +102,6 @@ def read_imported(path: Path) -> ImportedRun:
     if not records or len(records) != origin.images:
         raise CheckFailed(f"{path}: results.jsonl holds {len(records)} images where {ORIGIN} counts {origin.images}")
     return ImportedRun(path, origin, hashlib.sha256(text).hexdigest(), records)
-
-
-FILES = ("results.tsv", "results.jsonl", "imported.json")
 
 
 def report(found: Imported, grid: Sequence[float]) -> dict[str, Any]:

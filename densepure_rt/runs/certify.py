@@ -15,9 +15,7 @@ from densepure_rt.runs.falsifier import Falsification
 from densepure_rt.runs.falsify import Proposals, attack_each, attacked, no_proposals
 from densepure_rt.runs.folder import RunFolder
 from densepure_rt.runs.identity import manifest_of
-from densepure_rt.runs.records import (
-    Summary,
-)
+from densepure_rt.runs.records import Summary
 from densepure_rt.runs.shards import Shard
 from densepure_rt.runs.summary import accuracy_so_far, radii_of, summarize
 from densepure_rt.smoothing.classifier import Certified, SmoothedClassifier

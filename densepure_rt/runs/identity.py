@@ -36,6 +36,8 @@ from densepure_rt.smoothing.classifier import SmoothedClassifier
 from densepure_rt.smoothing.settings import Budget, Settings
 from densepure_rt.text import brief, printable
 
+MOST_FIELDS = 4  # that a message names of those in which two identities differ
+
 
 def manifest_of(
     classifier: SmoothedClassifier,
@@ -149,9 +151,6 @@ def rule_of(settings: Settings, pixels: int) -> RuleIdentity:
     names = ("n0", "radii", "reserve", "radius_loss", "look")
     own = {name: getattr(rule, name) for name in names if hasattr(rule, name)}
     return RuleIdentity(**given, **own, alpha_charged_for_noise=rule.charge, tested=rule.tested)
-
-
-MOST_FIELDS = 4  # that a message names of those in which two identities differ
 
 
 def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

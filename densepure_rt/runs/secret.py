@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from densepure_rt.errors import CheckFailed, UsageError
 from densepure_rt.json_files import page, replaced, writing
-from densepure_rt.keys import retire, shared_key, stored_key
+from densepure_rt.keys import commitment, retire, seeded_secret, shared_key, stored_key
 from densepure_rt.runs.layout import KEY, MANIFEST, REVEALED, SEAL, read_manifest
 from densepure_rt.runs.ledger import NAME as LEDGER
 from densepure_rt.runs.ledger import Ledger
 from densepure_rt.runs.records import Manifest
 from densepure_rt.runs.seal import refuse_broken_seal, seal
 
-if TYPE_CHECKING:
-    from densepure_rt.runs.records import Manifest
+
+def kept_secret(run: Path, manifest: Manifest) -> bytes | None:
+    """Return the secret that is kept beside a run or was revealed; None where there is neither."""
+    revealed = manifest.provenance.revealed_secret
+    return (
+        stored_key(run / KEY) or stored_key(run / REVEALED) or (None if revealed is None else bytes.fromhex(revealed))
+    )
 
 
 def secret_of(run: Path, manifest: Manifest) -> bytes:
-    from densepure_rt.keys import commitment, seeded_secret, stored_key
-    from densepure_rt.runs.layout import KEY, REVEALED
-
+    """Return what keys the noise of a run. Raises UsageError where that is not there, CheckFailed for another key."""
     if manifest.identity.public_seed is not None:
         return seeded_secret(manifest.identity.public_seed)
-    found = stored_key(run / KEY) or stored_key(run / REVEALED)
-    if found is None and manifest.provenance.revealed_secret is not None:
-        found = bytes.fromhex(manifest.provenance.revealed_secret)
+    found = kept_secret(run, manifest)
     if found is None:
         raise UsageError(
             f"the secret of the run in {run} is neither there nor revealed: its noise cannot be drawn again"
@@ -82,7 +81,7 @@ def reveal(path: Path, key: Path | None = None) -> str:
     secret_to_reveal(path)  # before the ledger is opened, which writes to it
     with writing(path), Ledger(path / LEDGER) as ledger:
         manifest, secret = secret_to_reveal(path)
-        if hashlib.sha256(secret).hexdigest() != manifest.identity.secret_commitment:
+        if commitment(secret) != manifest.identity.secret_commitment:
             raise CheckFailed(f"{path / KEY} is not the key that the run committed itself to")
         sealed = (path / SEAL).exists()
         if sealed and manifest.provenance.revealed_secret is None:
@@ -101,9 +100,7 @@ def reveal(path: Path, key: Path | None = None) -> str:
 def secret_to_reveal(path: Path) -> tuple[Manifest, bytes]:
     """Return the manifest of a run and its secret. Raises UsageError where there is no secret to reveal."""
     manifest = read_manifest(path)
-    secret = stored_key(path / KEY) or stored_key(path / REVEALED)
-    if secret is None and (revealed := manifest.provenance.revealed_secret) is not None:
-        secret = bytes.fromhex(revealed)
+    secret = kept_secret(path, manifest)
     if secret is None:
         public = manifest.identity.public_seed is not None
         why = "its seed is public already" if public else f"{KEY} is missing"

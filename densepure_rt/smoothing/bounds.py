@@ -12,6 +12,10 @@ from densepure_rt.errors import UsageError
 from densepure_rt.rounding import exact, raised
 
 MARGIN = 1e-12  # relative; wider than the error of scipy's betainc and ndtr where they are used
+THRESHOLD_MARGIN = 1e-6  # on logs, where an integer threshold is sought
+BOUND_MARGIN = 1e-9  # on logs, where a bound is; wider than the error of log_e
+NEGLIGIBLE = 1e-15  # of a forecast: chances that are followed no further
+HALVINGS = 50  # of (0, 1): to 1e-15
 
 
 def clopper_pearson_lower(successes: int, n: int, alpha: float) -> float:
@@ -61,12 +65,6 @@ def check_alpha(alpha: float, charge: float = 0.0, n: int = 0) -> None:
             f"the noise's finite precision over n = {n} samples costs {raised(charge, figures=2)}, "
             f"more than half of alpha = {exact(alpha)}: ask for a smaller n or a larger alpha"
         )
-
-
-THRESHOLD_MARGIN = 1e-6  # on logs, where an integer threshold is sought
-BOUND_MARGIN = 1e-9  # on logs, where a bound is; wider than the error of log_e
-NEGLIGIBLE = 1e-15  # of a forecast: chances that are followed no further
-HALVINGS = 50  # of (0, 1): to 1e-15
 
 
 def log_e(successes: int, n: int, p0: float) -> float:

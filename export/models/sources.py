@@ -28,6 +28,7 @@ from densepure_rt.images.datasets import SHIPPED_SHAPE, ImageSet, LabelledImage,
 from densepure_rt.runtime.bundle import Bundle, Prediction, sha256_of
 from densepure_rt.runtime.schedule import Schedule, ScheduleName, TimestepRule, Variance
 
+LARGE_IMAGE = 3 * 128 * 128  # values from which a UNet call takes many seconds on a CPU
 PARITY_IMAGES = 16  # for numbers
 LABEL_IMAGES = 20  # for labels: seconds; --parity-images and --parity-samples ask for more
 CALIBRATION = "fashion_mnist_calibration.npz"  # training images
@@ -420,9 +421,6 @@ def made_up(image: Image, count: int) -> NDArray[np.uint8]:
             picture += np.cos(2 * np.pi * (down * y + across * x + phase))
     levels: NDArray[np.uint8] = ((pictures + 4) / 8 * 255).round().astype(np.uint8)
     return levels
-
-
-LARGE_IMAGE = 3 * 128 * 128  # values from which a UNet call takes many seconds on a CPU
 
 
 @dataclass(frozen=True)

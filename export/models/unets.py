@@ -43,6 +43,8 @@ DIFFUSERS_VARIANCES: dict[str, Variance] = {
     "fixed_large_log": "fixed_large",
     "learned_range": "learned_range",
 }
+
+LEARNED = ("learned_range", "learned")  # variances of which the network gives a logit or a logarithm for each pixel
 DIFFUSERS_WEIGHTS = dict.fromkeys(("safetensors", "bin"), "diffusion_pytorch_model")
 BELOW_ONE = math.nextafter(1.0, 0.0)
 
@@ -345,6 +347,3 @@ def _diffusers_network(home: Path, weights: WeightFile) -> nn.Module:
             )
     result: nn.Module = network.float()
     return result
-
-
-LEARNED = ("learned_range", "learned")  # variances of which the network gives a logit or a logarithm for each pixel

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 from densepure_rt.cli import main
+from densepure_rt.legacy.folder import FILES
+from tests.support.cli import cli, one_line
 
 Called = tuple[int, str, str]
 Call = Callable[..., Called]
@@ -173,3 +175,8 @@ def test_it_needs_no_engine_library(log: Path) -> None:
     code += "from densepure_rt.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code, "import", log], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_help_names_the_files_that_it_writes() -> None:
+    text = one_line(cli("import", "--help").stdout)
+    assert all(name in text for name in FILES)
