@@ -237,7 +237,7 @@ def test_engines_that_are_elsewhere_are_named(loaded: Loader, repository: Path) 
     [
         ("predict", {"sigma": "half"}, "'sigma' should be a number, found 'half'"),
         ("predict", {"votes": "2.5"}, "'votes' should be a whole number, found '2.5'"),
-        ("predict", {"votes": "0"}, "votes is a count from 1"),
+        ("predict", {"votes": "0"}, "`votes` is a count from 1"),
         ("predict", {"sigma": "-1"}, "sigma"),
         ("predict", {"alpha": "0.7"}, "alpha is a probability of failure"),
         ("predict", {"steps": "100000"}, "steps"),
@@ -248,7 +248,7 @@ def test_engines_that_are_elsewhere_are_named(loaded: Loader, repository: Path) 
         ("predict", {"radii": "0"}, "parameters that are not known: radii"),
         ("predict", {"key_file": "/nowhere/noise.key"}, "cannot write the key /nowhere/noise.key"),
         ("certify", {"method": "fixed"}, "'method' is 'fixed', known are sequential, radius"),
-        ("certify", {"method": "radius", "radii": "0,1"}, "radii are what the method sequential decides"),
+        ("certify", {"method": "radius", "radii": "0,1"}, "`radii` are what the method sequential decides"),
         ("certify", {"radii": "0;1"}, "'radii' should be numbers with commas"),
         ("certify", {"radii": "1,0"}, "radii"),
         ("certify", {"alpha": "1e-12"}, "costs"),
