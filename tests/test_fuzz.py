@@ -93,14 +93,18 @@ def test_memory_that_fork_brought_along_does_not_hide_that_of_a_case(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fuzz, "MOST_MEMORY", 2**25)
-    brought = [bytearray(4 * fuzz.MOST_MEMORY)]
+    held = [bytearray(4 * fuzz.MOST_MEMORY)]
+    blocks = [bytes(100_000) for _ in range(4 * fuzz.MOST_MEMORY // 100_000)]
+    above = bytes(100_000)  # keeps what is free below it in the process
+    del blocks
 
     def frees_then_grows(path: Path) -> None:
-        brought.clear()
+        held.clear()
         grows(path)
 
     found = found_by(frees_then_grows, tmp_path, 1.0)
     assert any("MiB" in what for what in found.faults), found
+    assert len(above) == 100_000
 
 
 def test_a_seed_gives_the_same_cases_again() -> None:
