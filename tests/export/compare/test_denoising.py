@@ -161,16 +161,16 @@ def test_verdict_follows_from_the_order_of_the_errors(
 ) -> None:
     said, best = verdict(declared, others, shrinkage)
     perfect = scaled(shrinkage, PERFECT)  # errors below these count as these
-    declared, *others = ({sigma: max(one[sigma], perfect[sigma]) for sigma in one} for one in (declared, *others))
+    ours, *theirs = ({sigma: max(one[sigma], perfect[sigma]) for sigma in one} for one in (declared, *others))
     if said == "doubted":
         assert best is not None
-        assert max(relative(others[best], base) for base in (declared, shrinkage)) <= 1 + 1e-9
+        assert max(relative(theirs[best], base) for base in (ours, shrinkage)) <= 1 + 1e-9
     elif said == "as declared":
-        assert relative(declared, shrinkage) < 1
-        rivals = [other for other in others if relative(other, shrinkage) < 0.95]
-        assert all(relative(other, declared) > 0.95 for other in rivals)
+        assert relative(ours, shrinkage) < 1
+        rivals = [other for other in theirs if relative(other, shrinkage) < 0.95]
+        assert all(relative(other, ours) > 0.95 for other in rivals)
     else:
-        assert relative(declared, shrinkage) > 0.95
+        assert relative(ours, shrinkage) > 0.95
     assert (best is None) == (not others)
 
 
