@@ -210,7 +210,7 @@ def text_of_chart(tmp_path: Path) -> None:
 
 
 def text_of_import(tmp_path: Path) -> None:
-    claims = (Claim(0, 3, 3, RADIUS), Claim(1, 3, 3, RADIUS), Claim(2, 3, None, None))
+    claims = (Claim.of(0, 3, 3, RADIUS), Claim.of(1, 3, 3, RADIUS), Claim.of(2, 3, None, None))
     show(Imported(claims, (), REACH, {}), (0.0, 0.25))
 
 
@@ -219,7 +219,7 @@ def text_of_results(tmp_path: Path) -> None:
 
 
 def text_of_imported_results(tmp_path: Path) -> None:
-    print(imported_line(Claim(0, 3, 3, RADIUS)))
+    print(imported_line(Claim.of(0, 3, 3, RADIUS)))
 
 
 def text_of_prediction(tmp_path: Path) -> None:

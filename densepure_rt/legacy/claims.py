@@ -10,14 +10,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal
 from itertools import accumulate, compress, pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 from scipy import special
 
 from densepure_rt.errors import UsageError
+from densepure_rt.json_files import STRICT, Count, Label, Probability, Radius, Text
 from densepure_rt.legacy.label_arrays import Agreement, LabelFolder, Reader, Retaken, retake
 from densepure_rt.legacy.logs import ABSTAIN, ALPHA, PRINTED_DIGITS, Log, Row, below, printed_interval
 from densepure_rt.rounding import exact, floored, raised
@@ -29,38 +30,46 @@ Shown = Callable[[Iterable[int], int], Iterable[int]]  # the images and their nu
 SLACK = 1e-9  # relative; more than the outward rounding of a bound, or than the older tools' float64 may be off
 
 
-class Flag(NamedTuple):
+@dataclass(frozen=True)
+class Flag:
     """Something to know. unsound: a claim that the file makes does not hold. images: by idx; none: the whole file."""
 
-    name: str
+    __pydantic_config__ = STRICT
+    name: Text
     unsound: bool
-    says: str
-    images: tuple[int, ...] = ()
+    says: Text
+    images: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What is left of a result on a sound reading. label: None where it is not known. predict, radius: None abstains.
+    """What is left of a result on a sound reading; a line of an import's results.jsonl.
 
-    printed: the radius as the older tool printed it. Counts and bound are known where labels were voted again.
+    label: None where it is not known. predict, radius: None abstains. printed: the radius as the older tool printed it.
+    Counts and bound are known where labels were voted again. correct: None without a label.
     """
 
+    __pydantic_config__ = STRICT
     idx: int
-    label: int | None
-    predict: int | None
-    radius: float | None
-    printed_predict: int | None = None
-    printed: str | None = None
-    n0: int | None = None
-    n: int | None = None
-    n_a: int | None = None
-    alpha: float | None = None
-    p_lower: float | None = None
-    ties: int | None = None
+    label: Label | None
+    predict: Label | None
+    radius: Radius | None
+    printed_predict: Label | None
+    printed: Text | None
+    n0: Count | None
+    n: Count | None
+    n_a: Count | None
+    alpha: Probability | None
+    p_lower: Probability | None
+    ties: Count | None
+    correct: bool | None
 
-    @property
-    def correct(self) -> bool | None:
-        return None if self.label is None else self.predict == self.label
+    @classmethod
+    def of(cls, idx: int, label: int | None, predict: int | None, radius: float | None, **known: Any) -> Claim:
+        """Make a claim; what is not known of it is None."""
+        values: dict[str, Any] = dict.fromkeys(entry.name for entry in fields(cls)) | known
+        values |= {"idx": idx, "label": label, "predict": predict, "radius": radius}
+        return cls(**values | {"correct": None if label is None else predict == label})
 
     def covers(self, radius: float) -> bool:
         """Whether the label is certified at `radius`, on the sound reading."""
@@ -140,7 +149,7 @@ def beyond_reach(claims: Sequence[Claim], sigma: float, n: int, reach: float) ->
 
 def claim_of_row(row: Row, digits: int | None) -> Claim:
     predict = None if row.predict == ABSTAIN else row.predict
-    return Claim(
+    return Claim.of(
         idx=row.idx,
         label=None if row.label == ABSTAIN else row.label,
         predict=predict,
@@ -152,7 +161,7 @@ def claim_of_row(row: Row, digits: int | None) -> Claim:
 
 def abstaining(claim: Claim) -> Claim:
     """The same image with nothing claimed of it."""
-    return replace(claim, predict=None, radius=None)
+    return replace(claim, predict=None, radius=None, correct=None if claim.label is None else False)
 
 
 def flags_of(log: Log) -> Iterable[Flag]:
@@ -174,7 +183,7 @@ def flags_of(log: Log) -> Iterable[Flag]:
     if repeated := tuple(idx for idx, count in Counter(row.idx for row in rows).items() if count > 1):
         yield Flag("repeated", True, "stand in more than one row, and count more than once", repeated)
     if log.unfinished:
-        yield Flag("cut short", False, f"the last line of {log.name} has no end, and is left out")
+        yield Flag("cut short", False, f"the last line of {log.name} has no end, and is left out", ())
 
 
 def rounded_up(claims: Sequence[Claim], radii: Sequence[float]) -> Iterable[Flag]:
@@ -245,7 +254,7 @@ def labels_by_image(log: Log, images: Sequence[int]) -> dict[int, int]:
 
 def claim_of(idx: int, label: int | None, found: Retaken, row: Row | None) -> Claim:
     certificate = found.certificate
-    return Claim(
+    return Claim.of(
         idx=idx,
         label=label,
         predict=certificate.predict,
@@ -268,17 +277,17 @@ def flags_of_agreement(agreements: Mapping[tuple[int, int], Agreement]) -> Itera
             f"seeds {pairs(apart)} agree no more than by chance, as runs of different smoothing noise do: their votes "
             f"are not on the same samples, and no radius follows; read as abstentions"
         )
-        yield Flag("misaligned", True, says)
+        yield Flag("misaligned", True, says, ())
     if untold := [pair for pair, agreement in agreements.items() if agreement.verdict == "unknown"]:
         yield Flag(
-            "alignment unknown", False, f"too few labels vary to tell whether seeds {pairs(untold)} had equal noise"
+            "alignment unknown", False, f"too few labels vary to tell whether seeds {pairs(untold)} had equal noise", ()
         )
     told = [pair for pair, agreement in agreements.items() if agreement.verdict == "equal noise"]
     if equal := [pair for pair in told if not agreements[pair].differing]:
         says = (
             f"seeds {pairs(equal)} gave equal labels throughout: one step, or one run twice; their votes count as one"
         )
-        yield Flag("equal runs", False, says)
+        yield Flag("equal runs", False, says, ())
 
 
 def pairs(seeds: Sequence[tuple[int, int]]) -> str:

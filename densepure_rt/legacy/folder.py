@@ -8,48 +8,27 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from densepure_rt.errors import CheckFailed
-from densepure_rt.json_files import STRICT, Count, Label, Probability, Radius, Sha256, Text, content, parsed, read_lines
+from densepure_rt.json_files import (
+    STRICT,
+    Count,
+    Probability,
+    Radius,
+    Sha256,
+    Text,
+    content,
+    parsed,
+    read_lines,
+    writing,
+)
+from densepure_rt.legacy.claims import Claim, Flag, Imported
+from densepure_rt.legacy.logs import ABSTAIN, COLUMNS
 from densepure_rt.rounding import exact, floored
-
-if TYPE_CHECKING:
-    from densepure_rt.legacy.claims import Claim, Imported
 
 FILES = ("results.tsv", "results.jsonl", "imported.json")
 ORIGIN = "imported.json"
-
-
-@dataclass(frozen=True)
-class ClaimRecord:
-    """A line of an import's results.jsonl: see `densepure_rt.legacy.claims.Claim`. correct: None without a label."""
-
-    __pydantic_config__ = STRICT
-    idx: int
-    label: Label | None
-    predict: Label | None
-    radius: Radius | None
-    printed_predict: Label | None
-    printed: Text | None
-    n0: Count | None
-    n: Count | None
-    n_a: Count | None
-    alpha: Probability | None
-    p_lower: Probability | None
-    ties: Count | None
-    correct: bool | None
-
-
-@dataclass(frozen=True)
-class FlagRecord:
-    """See `densepure_rt.legacy.claims.Flag`."""
-
-    __pydantic_config__ = STRICT
-    name: Text
-    unsound: bool
-    says: Text
-    images: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -80,7 +59,7 @@ class Origin:
     reach: Radius | None
     accuracy_as_printed: Mapping[Text, Probability | None]
     accuracy: Mapping[Text, Probability | None]
-    flags: tuple[FlagRecord, ...]
+    flags: tuple[Flag, ...]
     sources_sha256: Mapping[Text, Sha256]
 
 
@@ -91,14 +70,14 @@ class ImportedRun:
     path: Path
     origin: Origin
     origin_sha256: str
-    records: tuple[ClaimRecord, ...]
+    records: tuple[Claim, ...]
 
 
 def read_imported(path: Path) -> ImportedRun:
     """Raises UsageError when a file is missing, CheckFailed when one is damaged or they do not belong together."""
     text = content(path / ORIGIN)
     origin = parsed(Origin, text, str(path / ORIGIN))
-    records = tuple(read_lines(path / "results.jsonl", ClaimRecord))
+    records = tuple(read_lines(path / "results.jsonl", Claim))
     if not records or len(records) != origin.images:
         raise CheckFailed(f"{path}: results.jsonl holds {len(records)} images where {ORIGIN} counts {origin.images}")
     return ImportedRun(path, origin, hashlib.sha256(text).hexdigest(), records)
@@ -114,17 +93,14 @@ def report(found: Imported, grid: Sequence[float]) -> dict[str, Any]:
         "reach": found.reach,
         "accuracy_as_printed": dict(zip(names, found.accuracy_as_printed(grid), strict=True)),
         "accuracy": dict(zip(names, found.accuracy(grid), strict=True)),
-        "flags": [flag._asdict() for flag in found.flags],
+        "flags": [dataclasses.asdict(flag) for flag in found.flags],
     }
 
 
 def write(found: Imported, grid: Sequence[float], folder: Path) -> None:
     """Keep the claims, rounded down, and what they were made of."""
-    from densepure_rt.json_files import writing
-    from densepure_rt.legacy.logs import COLUMNS
-
     table = ["\t".join(COLUMNS), *(tsv_line(claim) for claim in found.claims)]
-    records = [json.dumps(dataclasses.asdict(claim) | {"correct": claim.correct}) for claim in found.claims]
+    records = [json.dumps(dataclasses.asdict(claim)) for claim in found.claims]
     origin = json.dumps(report(found, grid) | {"sources_sha256": dict(found.sources)}, indent=2)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -133,8 +109,6 @@ def write(found: Imported, grid: Sequence[float], folder: Path) -> None:
 
 
 def tsv_line(claim: Claim) -> str:
-    from densepure_rt.legacy.logs import ABSTAIN
-
     columns = (
         claim.idx,
         ABSTAIN if claim.label is None else claim.label,

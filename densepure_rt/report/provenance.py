@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from densepure_rt.legacy.folder import FlagRecord, ImportedRun
+from densepure_rt.legacy.claims import Flag
+from densepure_rt.legacy.folder import ImportedRun
 from densepure_rt.report.summary import RunReport, imported, own
 from densepure_rt.rounding import exact, raised
 from densepure_rt.runs.reader import Run
@@ -20,7 +21,7 @@ FLAGGED = 5  # images of a flag
 
 
 @dataclass(frozen=True)
-class Flag:
+class FlagWords:
     """A flag of an import, in a sentence."""
 
     unsound: bool
@@ -34,7 +35,7 @@ class ImportedNote:
     name: str
     kind: str
     sources: list[str]
-    flags: list[Flag]
+    flags: list[FlagWords]
 
 
 def imported_notes(reports: Sequence[RunReport]) -> list[ImportedNote]:
@@ -48,10 +49,10 @@ def imported_note(name: str, found: ImportedRun) -> ImportedNote:
     return ImportedNote(name, found.origin.settings.kind, sources[:SOURCES] + more, [flag_of(flag) for flag in flags])
 
 
-def flag_of(flag: FlagRecord) -> Flag:
+def flag_of(flag: Flag) -> FlagWords:
     some = ", ".join(map(str, flag.images[:FLAGGED])) + (", ..." if len(flag.images) > FLAGGED else "")
     which = f"{plural(len(flag.images), 'image')} ({some}): " if flag.images else ""
-    return Flag(flag.unsound, f"{flag.name}: {which}{flag.says}")
+    return FlagWords(flag.unsound, f"{flag.name}: {which}{flag.says}")
 
 
 def sources_of(found: ImportedRun) -> list[tuple[str, str]]:
