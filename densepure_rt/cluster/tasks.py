@@ -1,4 +1,4 @@
-"""What travels between the head and its workers: engines, open images, tasks and what was drawn."""
+"""Describe what travels between the head and its workers: engines, open images, tasks and what was drawn."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from densepure_rt.runtime.schedule import Chain
 
 @dataclass(frozen=True)
 class Engines:
-    """What a worker draws with, and where it is."""
+    """Name what a worker draws with, and where it is."""
 
     bundle: Bundle
     description: Mapping[str, str | int | bool]
@@ -30,7 +30,7 @@ class Engines:
 
     @property
     def sha256(self) -> str:
-        """Of all that a label depends on but the noise and the settings: workers of equal hash are interchangeable.
+        """Hash all that a label depends on but the noise and the settings: workers of equal hash are interchangeable.
 
         The description holds the fingerprint of the worker's arithmetic.
         """
@@ -43,7 +43,7 @@ class Engines:
 
 @dataclass(frozen=True, eq=False)
 class OpenImage:
-    """What `Sampler.open_image` was given."""
+    """Hold what `Sampler.open_image` was given."""
 
     pixels: NDArray[np.uint8]
     key: Key

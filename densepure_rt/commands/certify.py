@@ -265,7 +265,7 @@ def open_on_cluster(
 
 
 def ranged(found: Range, show: Callable[[float], str]) -> str:
-    """What is expected, and how little or much it can be."""
+    """Show what is expected, and how little or much it can be."""
     least, expected, most = (show(value) for value in found)
     return least if least == most else f"about {expected} ({least} to {most})"
 
@@ -349,7 +349,7 @@ def print_summary(summary: Summary, labelled: bool, folder: Path, as_json: bool)
 
 
 def gradient_proposals(bundle: Bundle, settings: Settings) -> Proposals:
-    """What gradients through PyTorch propose to an attack: none without it, or of other models than the shipped."""
+    """Propose to an attack by gradients through PyTorch; nothing without it, or of other models than the shipped."""
     from densepure_rt.runs.falsify import no_proposals
 
     try:

@@ -55,7 +55,7 @@ class Parameters:
 
     def number(self, name: str, kind: type[T]) -> T:
         try:
-            return kind(self.text(name))  # type: ignore[call-arg]
+            return kind(self.text(name))  # type: ignore[call-arg]  # int and float, the kinds there are, take a text
         except ValueError:
             raise UsageError(
                 f"{self.where}: {name!r} should be {'a whole number' if kind is int else 'a number'}, found "

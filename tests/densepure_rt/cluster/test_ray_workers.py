@@ -539,13 +539,15 @@ def test_the_environment_may_name_a_cluster_that_is_asked_from_outside() -> None
     environment |= {"RAY_AUTH_MODE": "disabled"}  # Ray's own default, which other tests here change
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", HEAD, str(port)], env=environment, **pipes) as head:
-        assert "ready\n" in iter(head.stdout.readline, "")  # type: ignore[union-attr]
+        assert head.stdin is not None
+        assert head.stdout is not None
+        assert "ready\n" in iter(head.stdout.readline, "")
         remote = f"ray://127.0.0.1:{port}"
         outside, named = [sys.executable, "-c", OUTSIDE, "ray"], {"RAY_ADDRESS": remote}
         try:
             done = subprocess.run(outside, env=environment | named, text=True, capture_output=True, timeout=60)
         finally:
-            head.stdin.close()  # type: ignore[union-attr]
+            head.stdin.close()
         assert done.stdout == f"1 [('127.0.0.1', {port})]\n", done.stderr
 
 

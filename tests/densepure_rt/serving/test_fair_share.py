@@ -14,52 +14,14 @@ from hypothesis import strategies as st
 from densepure_rt.images.datasets import LabelledImage
 from densepure_rt.runtime.reverse import Outcome
 from densepure_rt.serving.fair_share import Asked, FairShare
-from densepure_rt.smoothing.certificate import Certificate
-from densepure_rt.smoothing.decider import LOOK, Decider, Phases
+from densepure_rt.smoothing.decider import LOOK, Phases
+from tests.support.deciders import Patient, alone, label_of
 
 PIXELS = np.zeros((1, 2, 2), np.uint8)
 
 
-def label_of(handle: int, sample: int) -> int:
-    """What a sample is labelled: fixed by its image and index, and now and then not finite."""
-    return (handle * 7919 + sample * 104_729) % 5 - 1
-
-
-class Patient(Decider):
-    """Looks after every `look` samples and is done at the `last` look, or when it has seen `enough` of class 0."""
-
-    def __init__(self, look: int, last: int, enough: int = 10**6) -> None:
-        super().__init__((("certify", look * last),))
-        self.look, self.last, self.enough = look, last, enough
-        self.seen: list[int] = []
-        self.decided = False
-
-    @property
-    def needed(self) -> int:
-        return 0 if self.decided else self.look - len(self.seen) % self.look
-
-    def add(self, label: int) -> bool:
-        assert not self.decided, "a sample beyond the deciding look reached the decider"
-        self.seen.append(label)
-        if len(self.seen) % self.look == 0:
-            self.decided = self.seen.count(0) >= self.enough or len(self.seen) == self.look * self.last
-        return self.decided
-
-    def certificate(self, stopped: bool = False) -> Certificate:
-        raise AssertionError
-
-
 def asked(handle: int, decider: Patient, urgent: bool = False) -> Asked[Patient]:
     return Asked(LabelledImage(handle, PIXELS, None), decider, urgent, lambda phases: [handle])
-
-
-def alone(handle: int, decider: Patient) -> list[int]:
-    """What a decider sees that is fed with one image's samples, one at a time."""
-    sample = 0
-    while decider.needed:
-        decider.add(label_of(handle, sample))
-        sample += 1
-    return decider.seen
 
 
 def back(share: FairShare[Patient], drawn: tuple[int, int]) -> Asked[Patient] | None:

@@ -1,11 +1,7 @@
 from __future__ import annotations
 
 import math
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from fractions import Fraction
-from types import FrameType
 
 import mpmath
 import numpy as np
@@ -18,6 +14,7 @@ from densepure_rt.errors import UsageError
 from densepure_rt.smoothing.bounds import clopper_pearson_lower, l2_radius
 from densepure_rt.smoothing.certificate import Certificate, Counts, certified_accuracy
 from densepure_rt.smoothing.fixed import FixedRule
+from tests.support.timing import at_most
 
 # s, n, alpha, p_lower, radius / sigma (None: abstain): Cohen et al. 2019, core.py at 78a4d949, computed exactly
 CLOPPER_PEARSON = [
@@ -71,22 +68,6 @@ def exact_tail(s: int, n: int, p: Fraction) -> Fraction:
 def exact_quantile(p: float) -> mpmath.mpf:
     with mpmath.workdps(40):
         return mpmath.sqrt(2) * mpmath.erfinv(2 * mpmath.mpf(p) - 1)
-
-
-@contextmanager
-def at_most(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError when the block takes longer."""
-
-    def ring(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"not done within {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def fixed(n0: int, n: int, alpha: float, sigma: float = 1.0, charge: float = 0.0) -> FixedRule:

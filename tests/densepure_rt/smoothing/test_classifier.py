@@ -5,16 +5,13 @@ import itertools
 import json
 import math
 import re
-import signal
 import subprocess
 import sys
 import time
 import tracemalloc
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -35,6 +32,7 @@ from densepure_rt.smoothing.classifier import SmoothedClassifier, load
 from densepure_rt.smoothing.decider import LOOK
 from densepure_rt.smoothing.sequential import SequentialRule
 from densepure_rt.smoothing.settings import PAPER, Budget, Settings
+from tests.support.timing import at_most
 
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
 SHAPE = (1, 28, 28)
@@ -71,22 +69,6 @@ def votes_of(classifier: SmoothedClassifier, images: Sequence[LabelledImage], se
 def baseline(images: list[LabelledImage]) -> tuple[list[Any], Votes]:
     with load(secret=SECRET, batch=5, threads=1) as classifier:
         return certificates(classifier, images[:3], WIDE), votes_of(classifier, images[:3], WIDE)
-
-
-@contextmanager
-def at_most(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError when the block takes longer."""
-
-    def ring(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"not done within {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 GREY = np.zeros(SHAPE, np.uint8)

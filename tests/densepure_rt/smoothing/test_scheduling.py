@@ -17,41 +17,11 @@ from densepure_rt.errors import CheckFailed
 from densepure_rt.images.datasets import LabelledImage
 from densepure_rt.runtime.device import NOT_FINITE
 from densepure_rt.runtime.reverse import Outcome
-from densepure_rt.smoothing.certificate import Certificate
-from densepure_rt.smoothing.decider import Decider
 from densepure_rt.smoothing.fixed import FixedDecider, FixedRule
 from densepure_rt.smoothing.scheduling import LOST, NOTHING, Scheduler, Taken, UnderWay
+from tests.support.deciders import Patient, alone, label_of
 
 CLASSES = 4
-
-
-def label_of(handle: int, sample: int) -> int:
-    """What a sample is labelled: fixed by its image and index, and now and then not finite."""
-    return (handle * 7919 + sample * 104_729) % (CLASSES + 1) - 1
-
-
-class Patient(Decider):
-    """Looks after every `look` samples and is done at the `last` look, or when it has seen `enough` of class 0."""
-
-    def __init__(self, look: int, last: int, enough: int) -> None:
-        super().__init__((("certify", look * last),))
-        self.look, self.last, self.enough = look, last, enough
-        self.seen: list[int] = []
-        self.decided = False
-
-    @property
-    def needed(self) -> int:
-        return 0 if self.decided else self.look - len(self.seen) % self.look
-
-    def add(self, label: int) -> bool:
-        assert not self.decided, "a sample beyond the deciding look reached the decider"
-        self.seen.append(label)
-        if len(self.seen) % self.look == 0:
-            self.decided = self.seen.count(0) >= self.enough or len(self.seen) == self.look * self.last
-        return self.decided
-
-    def certificate(self, stopped: bool = False) -> Certificate:
-        raise AssertionError
 
 
 def image(idx: int) -> LabelledImage:
@@ -60,15 +30,6 @@ def image(idx: int) -> LabelledImage:
 
 def under_way(handle: int, decider: Patient, deadline: float = math.inf) -> UnderWay[Patient]:
     return UnderWay(image(handle), decider, lambda phases: [handle], deadline)
-
-
-def alone(handle: int, decider: Patient) -> list[int]:
-    """What a decider sees that is fed with one image's samples, one at a time."""
-    sample = 0
-    while decider.needed:
-        decider.add(label_of(handle, sample))
-        sample += 1
-    return decider.seen
 
 
 def run(
