@@ -14,7 +14,6 @@ from densepure_rt.rounding import exact, raised
 MARGIN = 1e-12  # relative; wider than the error of scipy's betainc and ndtr where they are used
 THRESHOLD_MARGIN = 1e-6  # on logs, where an integer threshold is sought
 BOUND_MARGIN = 1e-9  # on logs, where a bound is; wider than the error of log_e
-NEGLIGIBLE = 1e-15  # of a forecast: chances that are followed no further
 HALVINGS = 50  # of (0, 1): to 1e-15
 
 

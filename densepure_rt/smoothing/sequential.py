@@ -23,7 +23,7 @@ from scipy import special
 
 from densepure_rt.errors import UsageError
 from densepure_rt.rounding import exact
-from densepure_rt.smoothing.bounds import MARGIN, NEGLIGIBLE, _greatest, l2_radius
+from densepure_rt.smoothing.bounds import MARGIN, _greatest, l2_radius
 from densepure_rt.smoothing.certificate import EpsOutcome, Result
 from densepure_rt.smoothing.decider import (
     RESERVE,
@@ -36,6 +36,8 @@ from densepure_rt.smoothing.decider import (
     certify_at,
     give_up_at,
 )
+
+NEGLIGIBLE = 1e-15  # of a forecast: chances that are followed no further
 
 
 class Forecast(NamedTuple):
