@@ -18,7 +18,7 @@ from densepure_rt.commands.audit import audit
 from densepure_rt.commands.bench import bench
 from densepure_rt.commands.certify import certify
 from densepure_rt.commands.compare import compare
-from densepure_rt.commands.console import be_quiet, in_options, speak_for, stderr, stdout
+from densepure_rt.commands.console import in_options, speak_for, stderr, stdout
 from densepure_rt.commands.doctor import doctor
 from densepure_rt.commands.export import export
 from densepure_rt.commands.import_results import import_
@@ -61,7 +61,6 @@ app = typer.Typer(
 
 @app.callback(invoke_without_command=True)
 def densepure_rt(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
-    be_quiet(False)
     if version:
         stdout.print(__version__)
         raise typer.Exit

@@ -11,7 +11,8 @@ import typer
 
 from densepure_rt.commands.bench_tables import print_benchmark, print_procedures
 from densepure_rt.commands.console import finite, make_folder, needs_pytorch, say, watched, write_report
-from densepure_rt.commands.options import EngineFile, Json, ProviderName, with_models
+from densepure_rt.commands.groups import with_options
+from densepure_rt.commands.options import EngineFile, Json, ProviderName
 from densepure_rt.commands.procedure_chart import draw_procedures
 from densepure_rt.errors import UsageError
 from densepure_rt.export.models.model_options import ModelOptions
@@ -23,7 +24,7 @@ CERTIFIED = 10  # images, by `bench --procedure`, unless told
 STEP, PROCEDURE = "A reverse step", "Whole certifications"
 
 
-@with_models
+@with_options
 def bench(
     models: ModelOptions,
     engine: EngineFile = None,

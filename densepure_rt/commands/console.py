@@ -49,22 +49,11 @@ def rows(console: Console, pairs: Iterable[tuple[str, str]]) -> None:
         console.print(f"{name:<{width}}  {value}")
 
 
-_quiet = False
-
-
-def be_quiet(quiet: bool) -> None:
-    """Whether `track` shows nothing."""
-    global _quiet
-    _quiet = quiet
-
-
 def track(work: Iterable[T], total: int, text: Callable[[], str] = str, before: int = 0) -> Iterator[T]:
     """`work`, item by item, while images done, rate, time left and `text` are shown.
 
     total: with those that were done `before`.
     """
-    if _quiet:
-        return iter(work)
     show = _bar if stderr.is_terminal else _lines
     return show(work, total, text, before)
 

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from densepure_rt.commands.console import in_options, needs_pytorch, say, stderr, stdout
-from densepure_rt.commands.options import Json, number, with_models, words
+from densepure_rt.commands.groups import with_options
+from densepure_rt.commands.options import Json
 from densepure_rt.commands.parity import PARITY_SAMPLES, SMALLEST
+from densepure_rt.commands.values import number, words
 from densepure_rt.errors import CheckFailed, UsageError
 from densepure_rt.export.models.model_options import ModelOptions
 from densepure_rt.optional import optional
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 CHECKS, PLANS, TRITON = "Checks", "Plans", "Triton"  # the panels of --help
 
 
-@with_models
+@with_options
 def export(
     models: ModelOptions,
     out: Annotated[

@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from densepure_rt.commands.console import print_attacks, stdout
-from densepure_rt.commands.options import Json, folder_of
+from densepure_rt.commands.options import Json
+from densepure_rt.commands.values import folder_of
 from densepure_rt.text import plural
 
 

@@ -1,236 +1,416 @@
-"""Options that several commands share, and what their values mean."""
+"""Groups of options that commands take whole, declared once for all of them."""
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import fields
-from functools import wraps
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from densepure_rt.commands.console import stderr
+from densepure_rt import logs
+from densepure_rt.commands.console import in_options, stderr
+from densepure_rt.commands.groups import Options
+from densepure_rt.commands.values import folder_of, none_as, radii_of
 from densepure_rt.errors import UsageError
-from densepure_rt.export.models.model_options import ModelOptions
+from densepure_rt.optional import optional
 
 if TYPE_CHECKING:
     from densepure_rt.images.datasets import ImageSet
+    from densepure_rt.runtime.schedule import TimestepRule
+    from densepure_rt.smoothing.certificate import Method
     from densepure_rt.smoothing.classifier import SmoothedClassifier
     from densepure_rt.smoothing.settings import Settings
 
-Engine = Annotated[
-    Path | None, typer.Option(help="Step engine, such as engines/unet.onnx; default: the one that ships.")
-]
-ClassifierFile = Annotated[
-    Path | None, typer.Option("--classifier", help="Classifier engine; default: the one that the sidecar names.")
-]
+# The panels of --help.
+IMAGES, SAMPLING, CERTIFICATES, ENGINES = "Images", "Noise and votes", "Certificates", "Engines"
+SECRET, CLUSTER, RESULTS, MESSAGES = "Secret", "Cluster", "Results", "Messages"
+PRESET = ("steps", "votes", "method", "n0", "n")  # what --preset says
+SHIPPED_MAX = 25  # of the 500 shipped images, so that a plain `certify` ends within 10 minutes on 2 cores
+
 ProviderName = Annotated[
-    str, typer.Option("--provider", help="What ONNX Runtime runs .onnx engines on: cpu, cuda or tensorrt.")
-]
-Sigma = Annotated[float, typer.Option(help="Standard deviation of the smoothing noise, in [0, 1] pixel units.")]
-Steps = Annotated[
-    int, typer.Option(help="Reverse steps (b). 1: one-shot denoising; 0: the classifier alone, plain smoothing.")
-]
-Votes = Annotated[int, typer.Option(help="Votes a noise sample (K).")]
-Rule = Annotated[
-    str | None,
+    str,
     typer.Option(
-        "--timestep-rule",
-        help="Which timestep belongs to sigma: nearest, or as published: densepure, carlini; default: the engine's.",
+        "--provider", help="What ONNX Runtime runs .onnx engines on: cpu, cuda or tensorrt.", rich_help_panel=ENGINES
     ),
-]
-Alpha = Annotated[float, typer.Option(help="Probability, at most, that an image gets a wrong answer.")]
-BatchSize = Annotated[
-    int | None,
-    typer.Option(
-        "--batch",
-        help="Items in one call of the engine. Part of the run's identity where a result's bits depend on it. "
-        "Default: 32, or what a plan was built for.",
-    ),
-]
-Trust = Annotated[bool, typer.Option("--trust", help="Take a plan without a sidecar for what its name says.")]
-Threads = Annotated[int | None, typer.Option(help="Callers of the engine; default: one for each core.")]
-Seed = Annotated[
-    int | None, typer.Option(help="A public seed, for reproduction; default: a new secret from the system.")
-]
-EngineHash = Annotated[
-    str | None, typer.Option("--engine-sha256", help="Refuse the engine unless its SHA-256 is this one.")
 ]
 RunImages = Annotated[
     Path | None, typer.Option(help="What was certified; default: the shipped images, where it was those.")
 ]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
-SHIPPED_MAX = 25  # of the 500 shipped images, so that a plain `certify` ends within 10 minutes on 2 cores
-Images = Annotated[
-    Path | None,
-    typer.Option(
-        help="One split: folder of class folders, folder with labels.csv (file,label), images, .npz (x, y), IDX or "
-        "CIFAR-10 .bin; default: the shipped Fashion-MNIST test images."
-    ),
-]
-Skip = Annotated[int, typer.Option(help="Take every SKIP-th image.")]
-Max = Annotated[
-    int | None, typer.Option("--max", help=f"How many images; default: all, {SHIPPED_MAX} of the shipped ones.")
-]
-Key = Annotated[
-    Path | None,
-    typer.Option(
-        help="Regular file, no pipe, with the secret that keys all noise, made where there is none; not with --seed. "
-        "To reveal one run makes public what all runs of its key file are keyed with."
-    ),
-]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]  # of every command
 EngineFile = Annotated[
     Path | None, typer.Option("--engine", help="Step engine, ONNX file or plan; default: the one that ships.")
 ]
 
 
-def folder_of(text: str) -> Path:
-    """A folder's path. The empty name, such as that of a shell variable that is not set, would be the folder here."""
-    if not text:
-        raise UsageError("it is empty, and names no folder")
-    return Path(text)
+@dataclass(frozen=True)
+class EngineOptions(Options):
+    """Which engines to open, and what runs them."""
+
+    engine: Annotated[
+        Path | None,
+        typer.Option(
+            help="Step engine, such as engines/unet.onnx; default: the one that ships.", rich_help_panel=ENGINES
+        ),
+    ] = None
+    classifier: Annotated[
+        Path | None,
+        typer.Option(help="Classifier engine; default: the one that the sidecar names.", rich_help_panel=ENGINES),
+    ] = None
+    provider: ProviderName = "cpu"
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            help="Items in one call of the engine. Part of the run's identity where a result's bits depend on it. "
+            "Default: 32, or what a plan was built for.",
+            rich_help_panel=ENGINES,
+        ),
+    ] = None
+    threads: Annotated[
+        int | None,
+        typer.Option(help="Callers of the engine; default: one for each core.", rich_help_panel=ENGINES),
+    ] = None
+    engine_sha256: Annotated[
+        str | None,
+        typer.Option(help="Refuse the engine unless its SHA-256 is this one.", rich_help_panel=ENGINES),
+    ] = None
+    trust: Annotated[
+        bool,
+        typer.Option("--trust", help="Take a plan without a sidecar for what its name says.", rich_help_panel=ENGINES),
+    ] = False
+
+    def open(self, secret: bytes | None) -> SmoothedClassifier:
+        """Open the engines. secret: what keys the noise; None for a new one."""
+        from densepure_rt.smoothing.classifier import load
+
+        return load(
+            self.engine,
+            self.classifier,
+            secret=secret,
+            batch=self.batch,
+            threads=self.threads,
+            provider=self.provider,
+            engine_sha256=self.engine_sha256,
+            trust=self.trust,
+        )
 
 
-def radii_of(radii: str | None, radii_sigma: str | None, sigma: float) -> tuple[float, ...] | None:
-    """The grid of --radii or of --radii-sigma, in pixel units; None for neither."""
-    if radii is not None and radii_sigma is not None:
-        raise UsageError("--radii and --radii-sigma are two ways to say the same: give one")
-    text = radii if radii is not None else radii_sigma
-    if text is None:
-        return None
-    try:
-        numbers = tuple(float(word) for word in text.split(","))
-    except ValueError:
-        raise UsageError(f"radii are numbers with commas between, such as 0,0.25,0.5; got {text!r}") from None
-    return numbers if radii is not None else tuple(sigma * number for number in numbers)
+@dataclass(frozen=True)
+class ImageOptions(Options):
+    """Which images."""
+
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            help="One split: folder of class folders, folder with labels.csv (file,label), images, .npz (x, y), IDX or "
+            "CIFAR-10 .bin; default: the shipped Fashion-MNIST test images.",
+            rich_help_panel=IMAGES,
+        ),
+    ] = None
+    skip: Annotated[int, typer.Option(help="Take every SKIP-th image.", rich_help_panel=IMAGES)] = 1
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            "--max", help=f"How many images; default: all, {SHIPPED_MAX} of the shipped ones.", rich_help_panel=IMAGES
+        ),
+    ] = None
+
+    def open(self, smoothed: SmoothedClassifier) -> ImageSet:
+        """Open the images that are asked for, of the size and with the class names of the engines."""
+        from densepure_rt.images.datasets import open_images
+
+        limit = SHIPPED_MAX if self.images is None and self.limit is None else self.limit
+        return open_images(self.images, smoothed.bundle.unet.image, smoothed.class_names).select(self.skip, limit)
 
 
-def seconds_of(text: str | None, option: str) -> float:
-    """The seconds of 30s, 5min, 1.5h or 90; endless for None."""
-    if text is None:
-        return math.inf
-    number = text.strip().rstrip("abcdefghijklmnopqrstuvwxyz ")
-    unit = {"": 1, "s": 1, "min": 60, "h": 3600}.get(text.strip()[len(number) :].strip())
-    try:
-        seconds = float(number) * (unit or 0)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < math.inf:
-        raise UsageError(f"{option} {text}: a time is a number above 0 with s, min or h behind it, such as 30s")
-    return seconds
+@dataclass(frozen=True)
+class SamplingOptions(Options):
+    """What one sample is: noise, reverse steps and votes; and how often an answer may be wrong."""
+
+    sigma: Annotated[
+        float,
+        typer.Option(
+            help="Standard deviation of the smoothing noise, in [0, 1] pixel units.", rich_help_panel=SAMPLING
+        ),
+    ] = 0.5
+    steps: Annotated[
+        int,
+        typer.Option(
+            help="Reverse steps (b). 1: one-shot denoising; 0: the classifier alone, plain smoothing.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = 2
+    votes: Annotated[int, typer.Option(help="Votes a noise sample (K).", rich_help_panel=SAMPLING)] = 5
+    timestep_rule: Annotated[
+        str | None,
+        typer.Option(
+            help="Which timestep belongs to sigma: nearest, or as published: densepure, carlini; default: the "
+            "engine's.",
+            rich_help_panel=SAMPLING,
+        ),
+    ] = None
+    alpha: Annotated[
+        float,
+        typer.Option(help="Probability, at most, that an image gets a wrong answer.", rich_help_panel=SAMPLING),
+    ] = 0.001
 
 
-def make_settings(context: typer.Context, preset: str | None = None, **values: Any) -> Settings:
-    """The settings that the options ask for. A preset gives way to options that were typed."""
-    from densepure_rt.smoothing.settings import PAPER, Settings
+@dataclass(frozen=True)
+class PredictionOptions(SamplingOptions):
+    """What a smoothed prediction is made of."""
 
-    if preset not in (None, "paper"):
-        raise UsageError(f"--preset {preset} is not known: paper is the only one")
-    if preset == "paper":
-        said = {name: value for name, value in values.items() if was_typed(context, name)}
-        values = said | ({} if values.get("radii") is None else {"radii": values["radii"]})  # of two options
-        settings = dataclasses.replace(PAPER, **values)
-    else:
-        settings = Settings(**values)
+    n: Annotated[
+        int,
+        typer.Option(help="Noise samples an image at most; 13 that agree are enough.", rich_help_panel=SAMPLING),
+    ] = 1000
+
+    def settings(self) -> Settings:
+        """Return what the options ask for. Raises UsageError."""
+        from densepure_rt.smoothing.settings import Settings
+
+        return noted(
+            Settings(
+                self.sigma,
+                self.steps,
+                self.votes,
+                n=self.n,
+                alpha=self.alpha,
+                timestep_rule=cast("TimestepRule | None", self.timestep_rule),
+            )
+        )
+
+
+@dataclass(frozen=True)
+class CertificateOptions(SamplingOptions):
+    """What a certificate is made of, by a rule that may stop at any sample."""
+
+    method: Annotated[
+        str,
+        typer.Option(
+            help="sequential: stop as soon as it is clear which of --radii hold. radius: stop near the largest radius.",
+            rich_help_panel=CERTIFICATES,
+        ),
+    ] = "sequential"
+    radii: Annotated[
+        str | None,
+        typer.Option(
+            help="sequential: l2 radii with commas, in [0, 1] pixel units; default: 0 and sigma.",
+            rich_help_panel=CERTIFICATES,
+        ),
+    ] = None
+    radii_sigma: Annotated[
+        str | None,
+        typer.Option(help="The same in multiples of sigma, such as 0,0.5,1.", rich_help_panel=CERTIFICATES),
+    ] = None
+    radius_loss: Annotated[
+        float | None,
+        typer.Option(
+            help="radius: the share of the radius to give up for stopping early; default: 0.05.",
+            rich_help_panel=CERTIFICATES,
+        ),
+    ] = None
+    n: Annotated[int, typer.Option(help="Samples an image, at most.", rich_help_panel=CERTIFICATES)] = 10_000
+
+    def settings(self) -> Settings:
+        """Return what the options ask for. Raises UsageError."""
+        from densepure_rt.smoothing.settings import Settings
+
+        return Settings(
+            self.sigma,
+            self.steps,
+            self.votes,
+            n=self.n,
+            alpha=self.alpha,
+            method=cast("Method", self.method),
+            radii=radii_of(self.radii, self.radii_sigma, self.sigma),
+            radius_loss=self.radius_loss,
+            timestep_rule=cast("TimestepRule | None", self.timestep_rule),
+        )
+
+
+@dataclass(frozen=True)
+class RunOptions(CertificateOptions):
+    """What the certificates of a run are made of, by any rule."""
+
+    method: Annotated[
+        str,
+        typer.Option(
+            help="sequential: stop as soon as it is clear which of --radii hold. radius: stop near the largest radius. "
+            "fixed: Cohen et al. 2019, n0 and n samples an image. With the first two, the label of an image that has "
+            "one is the class that is asked about: it must not come from a run with the same secret.",
+            rich_help_panel=CERTIFICATES,
+        ),
+    ] = "sequential"
+    n: Annotated[
+        int,
+        typer.Option(
+            help="Samples an image: at most; fixed: those that bound its probability.", rich_help_panel=CERTIFICATES
+        ),
+    ] = 10_000
+    n0: Annotated[
+        int,
+        typer.Option(help="fixed: samples that select the class, before the n.", rich_help_panel=CERTIFICATES),
+    ] = 100
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="paper: --steps 10 --votes 40 --n0 100 --n 100000, as published.", rich_help_panel=CERTIFICATES
+        ),
+    ] = None
+
+    def settings(self) -> Settings:
+        """Return what the options ask for. A preset gives way to options that were typed. Raises UsageError."""
+        from densepure_rt.smoothing.settings import PAPER, RULES
+
+        if self.preset not in (None, "paper"):
+            raise UsageError(f"--preset {self.preset} is not known: paper is the only one")
+        if self.preset == "paper":
+            filled = {name: getattr(PAPER, name) for name in PRESET if name not in self.typed}
+            return dataclasses.replace(self, **filled, preset=None, typed=self.typed - {"n0"}).settings()
+        found = super().settings()
+        if RULES[found.method].anytime and "n0" in self.typed:
+            raise UsageError(f"--n0 is of --method fixed alone, and {self.method} was asked for: leave it out")
+        return noted(dataclasses.replace(found, n0=self.n0))
+
+
+@dataclass(frozen=True)
+class SecretOptions(Options):
+    """What keys all noise."""
+
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="A public seed, for reproduction; default: a new secret from the system.", rich_help_panel=SECRET
+        ),
+    ] = None
+    key: Annotated[
+        Path | None,
+        typer.Option(
+            help="Regular file, no pipe, with the secret that keys all noise, made where there is none; not with "
+            "--seed. To reveal one run makes public what all runs of its key file are keyed with.",
+            rich_help_panel=SECRET,
+        ),
+    ] = None
+
+    def secret(self, run: Path | None = None) -> bytes | None:
+        """Return what keys the noise; None for a new secret. run: a folder whose run may have one already."""
+        from densepure_rt.keys import seeded_secret
+        from densepure_rt.runs.secret import agreed_secret
+
+        if self.seed is not None and self.key is not None:
+            raise UsageError("--seed and --key are two ways to say what keys the noise: give one")
+        return agreed_secret(run, self.key) if self.seed is None else seeded_secret(self.seed)
+
+
+@dataclass(frozen=True)
+class ClusterOptions(Options):
+    """Which machines draw the samples."""
+
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            help="ray: on this machine's cores, or on the cluster of RAY_ADDRESS; ray://HOST:PORT: on that cluster. A "
+            "worker a GPU, or for each --threads CPUs (1), opens --engine on its own machine; no result depends on it.",
+            rich_help_panel=CLUSTER,
+        ),
+    ] = None
+    workers: Annotated[
+        int | None,
+        typer.Option(help="cluster: how many; default: as many as there is room for.", rich_help_panel=CLUSTER),
+    ] = None
+    group: Annotated[
+        str | None,
+        typer.Option(
+            help="cluster: of machines of several kinds, those whose hash begins so; default: the most.",
+            rich_help_panel=CLUSTER,
+        ),
+    ] = None
+
+    def check(self) -> None:
+        """Raise UsageError for options of a cluster where none is named."""
+        if self.cluster is None and (self.workers, self.group) != (None, None):
+            raise UsageError("--workers and --group are of --cluster: name one, such as --cluster ray")
+
+    def open(self, engines: EngineOptions, secret: bytes | None) -> SmoothedClassifier:
+        """Open the engines, here or by workers of the cluster; their paths are those of the workers' machines then."""
+        if self.cluster is None:
+            return engines.open(secret)
+        with optional("--cluster", "Ray", "run \"pip install 'densepure-rt[cluster]'\""):
+            from densepure_rt.cluster import ray_workers
+        engine, classifier = (path and path.absolute() for path in (engines.engine, engines.classifier))
+        threads = none_as(1, engines.threads)
+        recipe = ray_workers.Recipe(
+            engine, classifier, engines.batch, threads, engines.provider, engines.engine_sha256, engines.trust
+        )
+        return ray_workers.open_on_cluster(self.cluster, recipe, self.workers, self.group, secret)
+
+
+@dataclass(frozen=True)
+class MessageOptions(Options):
+    """What a command says while it works."""
+
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Say what comes of each image or request.", rich_help_panel=MESSAGES)
+    ] = False
+    log_json: Annotated[
+        Path | None,
+        typer.Option(help="Append what happens to this file, a JSON object a line.", rich_help_panel=MESSAGES),
+    ] = None
+
+    def set_up(self) -> None:
+        """Send what is logged where the options say, in the words of the command line."""
+        logs.set_up(self.verbose, self.log_json, in_options)
+
+
+@dataclass(frozen=True)
+class RunMessageOptions(MessageOptions):
+    """What a run says while it works."""
+
+    quiet: Annotated[
+        bool,
+        typer.Option("--quiet", "-q", help="Results, warnings and errors alone.", rich_help_panel=MESSAGES),
+    ] = False
+
+
+@dataclass(frozen=True)
+class OutputOptions(Options):
+    """Where the results of a run go."""
+
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            parser=folder_of,
+            metavar="PATH",
+            help="Folder for the results; a run that is there goes on. Default: runs/certify-TIME, new.",
+            rich_help_panel=RESULTS,
+        ),
+    ] = None
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with the run in --out, which happens anyway: for scripts that say so.",
+            rich_help_panel=RESULTS,
+        ),
+    ] = False
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print the cost and the reach, certify nothing.", rich_help_panel=RESULTS),
+    ] = False
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON on stdout.", rich_help_panel=RESULTS)
+    ] = False
+
+    def check(self) -> None:
+        """Raise UsageError for a run that goes on nowhere."""
+        if self.resume and self.out is None:
+            raise UsageError("--resume goes on with a run: name its folder with --out")
+
+
+def noted(settings: Settings) -> Settings:
+    """Say when votes are of no use, and return the settings."""
     if settings.effective.votes < settings.votes:
         stderr.print(f"with --steps {settings.steps} nothing is random after the smoothing noise: votes set to 1")
     return settings
-
-
-def secret_of(seed: int | None, key: Path | None, out: Path | None = None) -> bytes | None:
-    """What the noise is keyed with, where there is no public seed; None for a new secret."""
-    from densepure_rt.runs.secret import agreed_secret
-
-    if seed is not None and key is not None:
-        raise UsageError("--seed and --key are two ways to say what keys the noise: give one")
-    return agreed_secret(out, key) if seed is None else None
-
-
-def was_typed(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
-
-
-def open_classifier(
-    engine: Path | None,
-    classifier: Path | None,
-    batch: int | None,
-    threads: int | None,
-    provider: str,
-    sha256: str | None,
-    trust: bool,
-    seed: int | None,
-    secret: bytes | None = None,
-) -> SmoothedClassifier:
-    """secret: where there is no public seed; None for a new one."""
-    from densepure_rt.keys import seeded_secret
-    from densepure_rt.smoothing.classifier import load
-
-    return load(
-        engine,
-        classifier,
-        secret=secret if seed is None else seeded_secret(seed),
-        batch=batch,
-        threads=threads,
-        provider=provider,
-        engine_sha256=sha256,
-        trust=trust,
-    )
-
-
-def open_image_set(path: Path | None, smoothed: SmoothedClassifier, skip: int, limit: int | None) -> ImageSet:
-    from densepure_rt.images.datasets import open_images
-
-    limit = SHIPPED_MAX if path is None and limit is None else limit
-    return open_images(path, smoothed.bundle.unet.image, smoothed.class_names).select(skip, limit)
-
-
-def none_as(default: int, value: int | None) -> int:
-    return default if value is None else value
-
-
-def words(value: str, option: str, known: Sequence[str]) -> list[str]:
-    """A comma list, each word known."""
-    found = [word.strip() for word in value.split(",")]
-    for word in found:
-        if word not in known:
-            raise UsageError(f"{option} {word} is not known: {', '.join(known)}")
-    return found
-
-
-def number(word: str, option: str) -> int:
-    try:
-        return int(word)
-    except ValueError:
-        raise UsageError(f"{option} takes whole numbers with commas between, found {word!r}") from None
-
-
-def with_models(command: Callable[..., None]) -> Callable[..., None]:
-    """`command(models=ModelOptions, ...)` as a Typer command that has each field as an option of its own."""
-    hints = get_type_hints(ModelOptions, include_extras=True)
-    names = [option.name for option in fields(ModelOptions)]
-
-    @wraps(command)
-    def run(**options: Any) -> None:
-        models = ModelOptions(**{name: options.pop(name) for name in names})
-        command(models=models, **options)
-
-    own = inspect.signature(command, eval_str=True).parameters
-    shared = [
-        inspect.Parameter(
-            option.name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=hints[option.name]
-        )
-        for option in fields(ModelOptions)
-    ]
-    kept = [
-        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for name, parameter in own.items() if name != "models"
-    ]
-    # Typer reads both of these. A function may have a signature, which typeshed does not say.
-    run.__signature__ = inspect.Signature([*shared, *kept])  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in [*shared, *kept]}
-    return run

@@ -20,7 +20,8 @@ from densepure_rt.commands.console import (
     track,
     write_report,
 )
-from densepure_rt.commands.options import EngineFile, Json, ProviderName, with_models
+from densepure_rt.commands.groups import with_options
+from densepure_rt.commands.options import EngineFile, Json, ProviderName
 from densepure_rt.errors import CheckFailed
 from densepure_rt.export.models.model_options import ModelOptions
 from densepure_rt.rounding import floored, raised
@@ -33,7 +34,7 @@ PARITY_SAMPLES = 20
 SMALLEST = 1e-12  # error that a ratio is taken to
 
 
-@with_models
+@with_options
 def parity(
     models: ModelOptions,
     engine: EngineFile = None,

@@ -8,72 +8,33 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from densepure_rt import logs
 from densepure_rt.commands.certify import notes_on
-from densepure_rt.commands.console import in_options, rows, stderr, track
-from densepure_rt.commands.options import (
-    Alpha,
-    BatchSize,
-    ClassifierFile,
-    Engine,
-    EngineHash,
-    Images,
-    Key,
-    Max,
-    ProviderName,
-    Rule,
-    Seed,
-    Sigma,
-    Skip,
-    Steps,
-    Threads,
-    Trust,
-    Votes,
-    make_settings,
-    none_as,
-    open_classifier,
-    open_image_set,
-    secret_of,
-)
+from densepure_rt.commands.console import rows, stderr, track
+from densepure_rt.commands.groups import with_options
+from densepure_rt.commands.options import EngineOptions, ImageOptions, MessageOptions, PredictionOptions, SecretOptions
+from densepure_rt.commands.values import none_as
 from densepure_rt.rounding import raised
 
 if TYPE_CHECKING:
     from densepure_rt.smoothing.classifier import Predicted
 
 
+@with_options
 def predict(
-    context: typer.Context,
-    images: Images = None,
-    engine: Engine = None,
-    classifier: ClassifierFile = None,
-    sigma: Sigma = 0.5,
-    steps: Steps = 2,
-    votes: Votes = 5,
-    n: Annotated[int, typer.Option(help="Noise samples an image at most; 13 that agree are enough.")] = 1000,
-    alpha: Alpha = 0.001,
-    timestep_rule: Rule = None,
-    batch: BatchSize = None,
-    threads: Threads = None,
-    provider: ProviderName = "cpu",
-    skip: Skip = 1,
-    limit: Max = None,
-    seed: Seed = None,
-    key: Key = None,
-    engine_sha256: EngineHash = None,
-    trust: Trust = False,
+    source: ImageOptions,
+    asked: PredictionOptions,
+    engines: EngineOptions,
+    noise: SecretOptions,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout.")] = False,
 ) -> None:
     """Label images with the smoothed classifier, or abstain (-1). Without --seed every call draws new noise.
 
     An image is sampled until one class has more than half of all votes but for probability alpha, or n are taken.
     """
-    logs.set_up(verbose=False, log_json=None, word=in_options)
-    settings = make_settings(
-        context, sigma=sigma, steps=steps, votes=votes, n=n, alpha=alpha, timestep_rule=timestep_rule
-    )
-    secret = secret_of(seed, key)
-    with open_classifier(engine, classifier, batch, threads, provider, engine_sha256, trust, seed, secret) as smoothed:
-        chosen = open_image_set(images, smoothed, skip, limit)
+    MessageOptions().set_up()
+    settings = asked.settings()
+    with engines.open(noise.secret()) as smoothed:
+        chosen = source.open(smoothed)
         if notes := notes_on(chosen):
             rows(stderr, notes.items())
         if not as_json:

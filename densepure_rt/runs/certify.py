@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -19,7 +21,7 @@ from densepure_rt.runs.records import Summary
 from densepure_rt.runs.shards import Shard
 from densepure_rt.runs.summary import accuracy_so_far, radii_of, summarize
 from densepure_rt.smoothing.classifier import Certified, SmoothedClassifier
-from densepure_rt.smoothing.forecast import Forecast
+from densepure_rt.smoothing.forecast import require_reach
 from densepure_rt.smoothing.settings import UNLIMITED, Budget, Settings
 
 T = TypeVar("T")
@@ -40,55 +42,70 @@ def unwatched(work: Iterable[T], total: int, text: Callable[[], str] = str, befo
     return iter(work)
 
 
+@dataclass(frozen=True)
+class RunRequest:
+    """What a run certifies, how, and where its results go.
+
+    images: all that the run is about. shard: the part of them to certify here; None for all. seed: public; None where a
+    secret keys the noise. falsify: the share of their samples to attack the certificates with, once all are there.
+    """
+
+    images: ImageSet
+    settings: Settings
+    out: Path
+    seed: int | None = None
+    budget: Budget = UNLIMITED
+    shard: Shard | None = None
+    falsify: float | None = None
+
+    @property
+    def mine(self) -> ImageSet:
+        return self.images if self.shard is None else self.shard.select(self.images)
+
+
 def certify_images(
     classifier: SmoothedClassifier,
-    images: ImageSet,
-    settings: Settings,
-    expected: Forecast,
-    out: Path,
-    seed: int | None,
-    budget: Budget = UNLIMITED,
-    falsify: float | None = None,
+    request: RunRequest,
     proposals: Proposals = no_proposals,
-    shard: Shard | None = None,
     watch: Watch = unwatched,
 ) -> tuple[Summary, list[Falsification]]:
-    """Certify `images` into the folder `out`, a line an image, and go on where an earlier run of them ended.
+    """Certify images into the folder `request.out`, a line an image, and go on where an earlier run of them ended.
 
-    Ctrl-C, or a signal that means the same, ends it after the images that are done. falsify: the share of their samples
-    to attack the certificates with, once all are there; `proposals` gives an attack further candidates. shard: the part
-    of the images to certify here. watch: passes the work on, item by item, and shows how far it is.
+    Ctrl-C, or a signal that means the same, ends it after the images that are done. proposals: gives an attack further
+    candidates. watch: passes the work on, item by item, and shows how far it is.
     """
+    settings, images = request.settings, request.mine
+    secret = classifier.secret if request.seed is None else None
+    reach = require_reach(settings, math.prod(classifier.bundle.unet.image))
+    manifest = manifest_of(classifier, request.images, settings, request.budget, request.seed, request.shard)
+    places = {idx: place for place, idx in enumerate(request.images.order)}
     attacks: list[Falsification] = []
     interrupted = True
 
     def summary() -> Summary:
-        return summarize(folder.done, len(images), interrupted, radii_of(settings), expected.reach, classifier.failed)
+        return summarize(folder.done, len(images), interrupted, radii_of(settings), reach, classifier.failed)
 
     def progress() -> str:
         said = (classifier.sampler.status(), accuracy_so_far(summary()) if images.labelled else "")
         return "; ".join(filter(None, said))
 
-    manifest = manifest_of(classifier, images, settings, budget, seed, shard)
-    places = {idx: place for place, idx in enumerate(images.order)}
-    images = images if shard is None else shard.select(images)
-    with RunFolder(out, manifest, classifier.secret if seed is None else None) as folder:
+    with RunFolder(request.out, manifest, secret) as folder:
         with suppress(KeyboardInterrupt):
             finished = {record.idx for record, _ in folder.done}
             logs.say(
-                f"{'going on with' if finished else 'starting'} the run in {out}",
+                f"{'going on with' if finished else 'starting'} the run in {request.out}",
                 identity=manifest.identity_sha256,
                 images=len(images),
                 done=len(finished),
             )
             left = (image for image in images if image.idx not in finished)
-            work = classifier.certify_each(left, settings, budget, folder.ledger)
+            work = classifier.certify_each(left, settings, request.budget, folder.ledger)
             for result in watch(work, len(images), progress, before=len(finished)):
                 folder.add(result, places[result.image.idx])
                 report(result)
-            if falsify is not None:
-                each = attack_each(classifier, images, settings, folder, falsify, proposals)
-                attacks += watch(each, len(attacked(folder.done, falsify)))
+            if request.falsify is not None:
+                each = attack_each(classifier, images, settings, folder, request.falsify, proposals)
+                attacks += watch(each, len(attacked(folder.done, request.falsify)))
                 folder.keep_attacks(attacks)
             interrupted = False
         folder.read_done()

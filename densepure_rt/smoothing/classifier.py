@@ -148,7 +148,9 @@ class SmoothedClassifier:
         alpha: float = Settings.alpha,
         budget: float = math.inf,
     ) -> Certificate:
-        """The certificate of one image, uint8 [C, H, W], every class being tested. budget: wall seconds.
+        """Certify one image, uint8 [C, H, W], every class being tested. budget: wall seconds.
+
+        It has so many parameters because each is one of `Settings`, which a first call should not need to know.
 
         Raises EnvironmentFault when no worker of a cluster can draw its samples.
         """

@@ -63,8 +63,19 @@ def calls_a_sample(settings: Settings) -> tuple[tuple[int, int], tuple[int, int]
 
 
 def reach_of(settings: Settings, pixels: int) -> float | None:
-    """The largest radius of a labelled image, when all its samples agree; None when even that certifies nothing."""
+    """Return the largest radius of a labelled image, when all its samples agree; None when that certifies nothing."""
     return settings.rule(pixels, labelled=True).reach()
+
+
+def require_reach(settings: Settings, pixels: int) -> float:
+    """Return what `reach_of` does. Raises UsageError when n samples certify nothing even when all agree."""
+    if (found := reach_of(settings, pixels)) is not None:
+        return found
+    enough = next(n for n in itertools.count(settings.n) if reach_of(replace(settings, n=n), pixels) is not None)
+    raise UsageError(
+        f"`n` {settings.n} cannot certify any radius at alpha = {exact(settings.alpha)}, even when all samples agree: "
+        f"ask for {enough} at least"
+    )
 
 
 def costs_of(rule: SequentialRule) -> tuple[RadiusCost, ...]:
@@ -95,13 +106,7 @@ def forecast(classifier: SmoothedClassifier, settings: Settings, images: int, la
     """
     chain = classifier.chain(settings)  # first: it refuses a sigma that no table should be made for
     pixels = math.prod(classifier.bundle.unet.image)
-    rule = settings.rule(pixels, labelled=True)
-    if (reach := rule.reach()) is None:
-        enough = next(n for n in itertools.count(settings.n) if reach_of(replace(settings, n=n), pixels) is not None)
-        raise UsageError(
-            f"`n` {settings.n} cannot certify any radius at alpha = {exact(settings.alpha)}, even when all samples "
-            f"agree: ask for {enough} at least"
-        )
+    reach, rule = require_reach(settings, pixels), settings.rule(pixels, labelled=True)
     settings.check_reach(pixels, labelled)
     samples = samples_of(rule)
     (unet_least, unet_most), (label_least, label_most) = calls_a_sample(settings)

@@ -32,12 +32,11 @@ from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.images.datasets import ImageSet, open_images
 from densepure_rt.keys import seeded_secret
 from densepure_rt.runs import audit
-from densepure_rt.runs.certify import certify_images
+from densepure_rt.runs.certify import RunRequest, certify_images
 from densepure_rt.runs.records import Summary
 from densepure_rt.runtime.bundle import open_bundle, shipped_engine
 from densepure_rt.runtime.machine import available_cores
 from densepure_rt.smoothing.classifier import SmoothedClassifier, load
-from densepure_rt.smoothing.forecast import forecast
 from densepure_rt.smoothing.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -60,8 +59,7 @@ def some_images(count: int = IMAGES) -> ImageSet:
 
 
 def certified(classifier: SmoothedClassifier, out: Path, images: ImageSet, settings: Settings = SETTINGS) -> Summary:
-    expected = forecast(classifier, settings, len(images))
-    summary, _ = certify_images(classifier, images, settings, expected, out, SEED)
+    summary, _ = certify_images(classifier, RunRequest(images, settings, out, SEED))
     return summary
 
 

@@ -28,11 +28,6 @@ def in_seconds(text: str) -> float:
     return float(value) * SECONDS[unit]
 
 
-@pytest.fixture(autouse=True)
-def loud() -> None:
-    console.be_quiet(False)  # a command before may have asked for quiet
-
-
 @pytest.fixture(params=["terminal", "file"])
 def shown(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """What `track` writes through the console, on a terminal and without one."""

@@ -13,13 +13,12 @@ import pytest
 
 from densepure_rt.images.datasets import ImageSet, open_images
 from densepure_rt.runs.audit import Finding, audit
-from densepure_rt.runs.certify import certify_images
+from densepure_rt.runs.certify import RunRequest, certify_images
 from densepure_rt.runs.ledger import packed, unpacked
 from densepure_rt.runs.merge import merge
 from densepure_rt.runs.secret import reveal
 from densepure_rt.runs.shards import Shard
 from densepure_rt.smoothing.classifier import load
-from densepure_rt.smoothing.forecast import forecast
 from densepure_rt.smoothing.settings import Budget, Settings
 from tests.densepure_rt.runs.test_folder import OLD_RUN
 
@@ -39,8 +38,7 @@ def certified(
     out: Path, images: ImageSet, settings: Settings, budget: Budget | None = None, shard: Shard | None = None
 ) -> Path:
     with load(secret=SECRET, batch=16, threads=1) as classifier:
-        expected = forecast(classifier, settings, len(images))
-        certify_images(classifier, images, settings, expected, out, None, budget or Budget(), shard=shard)
+        certify_images(classifier, RunRequest(images, settings, out, None, budget or Budget(), shard))
     return out
 
 

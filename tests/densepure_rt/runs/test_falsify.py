@@ -17,15 +17,14 @@ from densepure_rt.images.datasets import ImageSet, LabelledImage, open_images
 from densepure_rt.keys import seeded_secret
 from densepure_rt.runs import falsify as falsify_run
 from densepure_rt.runs.audit import audit
-from densepure_rt.runs.certify import certify_images
+from densepure_rt.runs.certify import RunRequest, certify_images
 from densepure_rt.runs.falsifier import Falsification
 from densepure_rt.runs.falsify import EACH, attacked, certificate_of_record, check_share
 from densepure_rt.runs.layout import record_of
 from densepure_rt.runs.records import ImageRecord, TimingRecord
 from densepure_rt.smoothing.certificate import Certificate
 from densepure_rt.smoothing.classifier import load
-from densepure_rt.smoothing.forecast import forecast
-from densepure_rt.smoothing.settings import Budget, Settings
+from densepure_rt.smoothing.settings import Settings
 
 SETTINGS = Settings(sigma=0.1, steps=0, n=400, alpha=0.01, radii=(0.0, 0.05))
 
@@ -78,8 +77,7 @@ def broken(
 
 def attacked_run(out: Path, images: ImageSet, share: float) -> list[Falsification]:
     with load(secret=seeded_secret(5), batch=16, threads=1) as classifier:
-        expected = forecast(classifier, SETTINGS, len(images))
-        _, attacks = certify_images(classifier, images, SETTINGS, expected, out, 5, Budget(), share)
+        _, attacks = certify_images(classifier, RunRequest(images, SETTINGS, out, 5, falsify=share))
     return attacks
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from densepure_rt.commands.options import folder_of, radii_of, seconds_of
+from densepure_rt.commands.values import folder_of, radii_of, seconds_of
 from densepure_rt.errors import UsageError
 
 
