@@ -27,7 +27,7 @@ from densepure_rt.runtime.reverse import Outcome
 from densepure_rt.serving.models import values_of
 from densepure_rt.serving.protocol import HEADER_LENGTH
 from densepure_rt.smoothing.classifier import Certified, load
-from densepure_rt.smoothing.scheduling import NOTHING, Cost, Taken
+from densepure_rt.smoothing.scheduling import NOTHING, Cost, SavedLabels
 from densepure_rt.smoothing.settings import PREDICT_N, Settings
 from tests.support.server import ServerProcess, serving
 
@@ -102,7 +102,7 @@ class Labels:
     def __init__(self) -> None:
         self.found: dict[int, list[int]] = defaultdict(list)
 
-    def taken(self, idx: int) -> Taken:
+    def saved(self, idx: int) -> SavedLabels:
         return NOTHING
 
     def add(self, idx: int, outcome: Outcome) -> None:

@@ -27,7 +27,7 @@ import ray
 from densepure_rt import __version__
 from densepure_rt.cluster.fleet import DEATHS, FAILURES, Fleet, Member
 from densepure_rt.cluster.ray_workers import Recipe, Worker, chosen, connect, open_fleet
-from densepure_rt.cluster.tasks import Drawn, Engines, Task
+from densepure_rt.cluster.tasks import Engines, Task, TaskResult
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.images.datasets import ImageSet, open_images
 from densepure_rt.keys import seeded_secret
@@ -204,7 +204,7 @@ def test_a_worker_that_is_stopped_is_named_its_work_is_drawn_elsewhere_and_its_l
 class DiesOfOne(Worker):
     """Its process ends when it is to draw one of the images, as it would of a fault in native code."""
 
-    def draw(self, task: Task) -> Drawn:
+    def draw(self, task: Task) -> TaskResult:
         poison = next(image.pixels for place, image in enumerate(some_images()) if place == POISON)
         if any((image.pixels == poison).all() for image in task.images.values()):
             os._exit(1)
@@ -214,7 +214,7 @@ class DiesOfOne(Worker):
 class RefusesOne(Worker):
     """Raises for one of the images, as an engine may."""
 
-    def draw(self, task: Task) -> Drawn:
+    def draw(self, task: Task) -> TaskResult:
         poison = next(image.pixels for place, image in enumerate(some_images()) if place == POISON)
         if any((image.pixels == poison).all() for image in task.images.values()):
             raise ValueError("not this one")
@@ -222,14 +222,14 @@ class RefusesOne(Worker):
 
 
 class DiesOfAll(Worker):
-    def draw(self, task: Task) -> Drawn:
+    def draw(self, task: Task) -> TaskResult:
         os._exit(1)
 
 
 class Sick(Worker):
     """The first that is made raises at every task, as one does whose GPU has faulted; the one in its place is well."""
 
-    def draw(self, task: Task) -> Drawn:
+    def draw(self, task: Task) -> TaskResult:
         if first_of_all(self):
             raise ValueError("an illegal memory access was encountered")
         return super().draw(task)
@@ -246,7 +246,7 @@ def first_of_all(worker: Worker) -> bool:
 class SlowAtFirst(Worker):
     """The first that is made takes ten times as long as the others."""
 
-    def draw(self, task: Task) -> Drawn:
+    def draw(self, task: Task) -> TaskResult:
         started = time.monotonic()
         drawn = super().draw(task)
         if first_of_all(self):
@@ -257,7 +257,7 @@ class SlowAtFirst(Worker):
 class HangsOnOne(Worker):
     """Does not come back from one of the images, as of a kernel that is deadlocked."""
 
-    def draw(self, task: Task) -> Drawn:
+    def draw(self, task: Task) -> TaskResult:
         poison = next(image.pixels for place, image in enumerate(some_images()) if place == POISON)
         while any((image.pixels == poison).all() for image in task.images.values()):
             time.sleep(1)
@@ -265,7 +265,7 @@ class HangsOnOne(Worker):
 
 
 class Hangs(Worker):
-    def draw(self, task: Task) -> Drawn:
+    def draw(self, task: Task) -> TaskResult:
         time.sleep(1000)
         return super().draw(task)
 

@@ -21,7 +21,7 @@ from densepure_rt.serving.service import DeviceFailed, Draining, Full, ModelName
 from densepure_rt.smoothing.classifier import Certified, Predicted, SmoothedClassifier, load
 from densepure_rt.smoothing.decider import AnytimeDecider
 from densepure_rt.smoothing.samplers import OnDevice
-from densepure_rt.smoothing.scheduling import NOTHING, Taken
+from densepure_rt.smoothing.scheduling import NOTHING, SavedLabels
 from densepure_rt.smoothing.settings import PREDICT_N, Settings
 
 SECRET = bytes(range(32))
@@ -130,7 +130,7 @@ class Labels:
     def __init__(self) -> None:
         self.found: list[int] = []
 
-    def taken(self, idx: int) -> Taken:
+    def saved(self, idx: int) -> SavedLabels:
         return NOTHING
 
     def add(self, idx: int, outcome: Outcome) -> None:

@@ -12,7 +12,7 @@ from densepure_rt.runtime.noise import image_key, smoothing_law, smoothing_noise
 from densepure_rt.runtime.reverse import Outcome
 from densepure_rt.smoothing.classifier import SmoothedClassifier, load
 from densepure_rt.smoothing.replay import replay
-from densepure_rt.smoothing.scheduling import NOTHING, Taken
+from densepure_rt.smoothing.scheduling import NOTHING, SavedLabels
 from densepure_rt.smoothing.settings import Settings
 from densepure_rt.smoothing.voting import Ballot
 
@@ -37,7 +37,7 @@ class Notebook:
     def __init__(self) -> None:
         self.labels: list[int] = []
 
-    def taken(self, idx: int) -> Taken:
+    def saved(self, idx: int) -> SavedLabels:
         return NOTHING
 
     def add(self, idx: int, outcome: Outcome) -> None:
