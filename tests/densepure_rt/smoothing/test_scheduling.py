@@ -18,8 +18,9 @@ from densepure_rt.images.datasets import LabelledImage
 from densepure_rt.runtime.device import NOT_FINITE
 from densepure_rt.runtime.reverse import Outcome
 from densepure_rt.smoothing.fixed import FixedDecider, FixedRule
-from densepure_rt.smoothing.scheduling import NOTHING, ImageProgress, LostSample, SavedLabels, Scheduler
+from densepure_rt.smoothing.scheduling import ImageProgress, LostSample, SavedLabels, Scheduler
 from tests.support.deciders import Patient, alone, label_of
+from tests.support.journals import Notebook
 
 CLASSES = 4
 
@@ -183,17 +184,9 @@ def test_a_sample_is_counted_for_its_own_phase_whenever_it_comes(order: list[tup
 
 
 def test_an_image_of_which_a_sample_is_lost_has_failed_and_its_others_change_nothing() -> None:
-    kept: list[int] = []
-
-    class Kept:
-        def saved(self, idx: int) -> SavedLabels:
-            return NOTHING
-
-        def add(self, idx: int, outcome: Outcome) -> None:
-            kept.append(outcome.label)
-
+    kept = Notebook()
     decider = fixed(1, 4)
-    found = ImageProgress(image(0), decider, lambda phases: [5, 6], journal=Kept())
+    found = ImageProgress(image(0), decider, lambda phases: [5, 6], journal=kept)
     found.open()
     drawn = [found.draw() for _ in range(4)]
     for sample, label in ((0, 3), (2, 1), (1, None), (3, 1)):
@@ -201,7 +194,7 @@ def test_an_image_of_which_a_sample_is_lost_has_failed_and_its_others_change_not
     assert found.failed
     assert found.decided
     assert found.idle
-    assert kept == [3]
+    assert kept.labels == {0: [3]}
     assert [int(count.sum()) for count in decider.counts] == [1, 0]
 
 
