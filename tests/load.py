@@ -23,12 +23,12 @@ from tritonclient.http import InferenceServerClient, InferInput, InferResult
 
 from densepure_rt.images.datasets import LabelledImage, open_images
 from densepure_rt.keys import seeded_secret
-from densepure_rt.runtime.reverse import Outcome
 from densepure_rt.serving.models import values_of
 from densepure_rt.serving.protocol import HEADER_LENGTH
 from densepure_rt.smoothing.classifier import Certified, load
-from densepure_rt.smoothing.scheduling import NOTHING, Cost, Taken
+from densepure_rt.smoothing.scheduling import Cost
 from densepure_rt.smoothing.settings import PREDICT_N, Settings
+from tests.support.journals import Notebook
 from tests.support.server import ServerProcess, serving
 
 SEED = 1
@@ -79,10 +79,10 @@ class Expected:
 
     def __init__(self, images: Sequence[LabelledImage], settings: Settings, secret: bytes | None = None) -> None:
         predict = Settings(settings.sigma, settings.steps, settings.votes, n=PREDICT_N, alpha=settings.alpha)
-        self._images, self._settings, self._labels = images, settings, Labels()
+        self._images, self._settings, self._notebook = images, settings, Notebook()
         with load(secret=secret or seeded_secret(SEED)) as classifier:
             self._predicted = list(classifier.predict_each(images, predict))
-            self._certified = list(classifier.certify_each(images, settings, journal=self._labels))
+            self._certified = list(classifier.certify_each(images, settings, journal=self._notebook))
 
     def values(self, model: str, image: int, n: int, stopped: bool) -> Mapping[str, Any]:
         if model == "predict":
@@ -91,22 +91,9 @@ class Expected:
             return values_of([self._certified[image]])
         shown = self._images[image]
         decider = self._settings.rule(shown.pixels.size, labelled=False).start()
-        for label in self._labels.found[shown.idx][:n]:
+        for label in self._notebook.labels[shown.idx][:n]:
             decider.add(label)
         return values_of([Certified(shown, decider.certificate(stopped=True), Cost())])
-
-
-class Labels:
-    """A journal of all labels, by image."""
-
-    def __init__(self) -> None:
-        self.found: dict[int, list[int]] = defaultdict(list)
-
-    def taken(self, idx: int) -> Taken:
-        return NOTHING
-
-    def add(self, idx: int, outcome: Outcome) -> None:
-        self.found[idx].append(outcome.label)
 
 
 def body_of(image: NDArray[np.uint8]) -> tuple[bytes, dict[str, str]]:

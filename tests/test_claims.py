@@ -25,7 +25,7 @@ from densepure_rt.commands.parity import print_agreement
 from densepure_rt.commands.predict import print_prediction
 from densepure_rt.errors import UsageError
 from densepure_rt.images.datasets import LabelledImage
-from densepure_rt.legacy.claims import Claim, Imported
+from densepure_rt.legacy.claims import Claim, Imported, ImportSettings
 from densepure_rt.legacy.folder import tsv_line as imported_line
 from densepure_rt.report.charts import accuracy_chart
 from densepure_rt.report.compare import compare
@@ -80,7 +80,7 @@ NO_CLAIM = {
     "densepure_rt/serving/decoders.py": "DECODE_SECONDS",
     "densepure_rt/serving/server.py": "FORCE_SECONDS",
     "densepure_rt/serving/service.py": "END_SECONDS",
-    "densepure_rt/serving/triton_model.py": "self.max_deadline_ms",
+    "densepure_rt/serving/triton_model.py": "self.parameters.max_deadline_ms",
     "densepure_rt/smoothing/settings.py": "self.image | self.run",
     "densepure_rt/text.py": "value",
     "export/compare/agreement.py": "found.sigma",
@@ -211,7 +211,7 @@ def text_of_chart(tmp_path: Path) -> None:
 
 def text_of_import(tmp_path: Path) -> None:
     claims = (Claim.of(0, 3, 3, RADIUS), Claim.of(1, 3, 3, RADIUS), Claim.of(2, 3, None, None))
-    show(Imported(claims, (), REACH, {}), (0.0, 0.25))
+    show(Imported(claims, (), REACH, {}, ImportSettings("log", None, None, 0.001)), (0.0, 0.25))
 
 
 def text_of_results(tmp_path: Path) -> None:

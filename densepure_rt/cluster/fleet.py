@@ -24,13 +24,13 @@ from numpy.typing import NDArray
 
 from densepure_rt import logs
 from densepure_rt.cluster.pace import LATES, Pace
-from densepure_rt.cluster.tasks import Drawn, Engines, OpenImage, Portion, Strip, Task
+from densepure_rt.cluster.tasks import Engines, Portion, Strip, Task, TaskImage, TaskResult
 from densepure_rt.errors import EnvironmentFault
 from densepure_rt.runtime.device import Kind, forked
 from densepure_rt.runtime.noise import Key
 from densepure_rt.runtime.reverse import Outcome
 from densepure_rt.runtime.schedule import Chain
-from densepure_rt.smoothing.scheduling import LOST
+from densepure_rt.smoothing.scheduling import LostSample
 from densepure_rt.smoothing.voting import Ballot
 from densepure_rt.text import duration, plural
 
@@ -74,7 +74,7 @@ class Fleet:
     """Workers with the same engines, as one `Sampler`.
 
     A worker that dies, raises an error or is late is replaced, and what it was drawing is drawn again. An image whose
-    samples DEATHS workers died of, each alone with them, has failed: its samples are LOST. So has one whose samples
+    samples DEATHS workers died of, each alone with them, has failed: its samples are lost. So has one whose samples
     LATES workers did not end, each in twice the time of the one before, while other tasks were done.
 
     spawn: starts another worker in a member's place, on the same machine where that is still there. dismiss: ends one.
@@ -94,13 +94,13 @@ class Fleet:
         self.losses, self.lates = Counter[str](), Counter[str]()  # by the worker and its machine
         self.measured: dict[Kind, float] = {}
         self.paces: dict[tuple[int, int], Pace] = {}
-        self.images: dict[int, OpenImage] = {}
+        self.images: dict[int, TaskImage] = {}
         self.started: float | None = None
         self._handles = itertools.count()
 
     def open_image(self, pixels: NDArray[np.uint8], key: Key, sigma: float, scale: float) -> int:
         handle = next(self._handles)
-        self.images[handle] = OpenImage(pixels.copy(), key, sigma, scale)
+        self.images[handle] = TaskImage(pixels.copy(), key, sigma, scale)
         return handle
 
     def close_image(self, handle: int) -> None:
@@ -167,7 +167,7 @@ class Fleet:
 
     def decide(
         self, chain: Chain, work: Iterable[tuple[int, int] | None], new_ballot: Callable[[], Ballot]
-    ) -> Generator[Outcome | None, None, None]:
+    ) -> Generator[Outcome | LostSample | None, None, None]:
         """The outcomes of `work`, as they come; see `Sampler`. Raises EnvironmentFault when there is no going on."""
         if self.process != os.getpid():
             raise forked("and its workers answer the parent alone")
@@ -191,7 +191,7 @@ class _Driver:
         self.head_missed = 0
         self.now = self.looked = self.head_looked = self.last_there = time.monotonic()
 
-    def run(self) -> Generator[Outcome | None, None, None]:
+    def run(self) -> Generator[Outcome | LostSample | None, None, None]:
         self.fleet.started = self.fleet.started or time.monotonic()
         try:
             while self.hand_out():
@@ -293,12 +293,12 @@ class _Driver:
         member.engines, member.refused = engines, 0
         logs.say(f"worker {member.number} is back, on {engines.node}", logging.WARNING, worker=member.number)
 
-    def finished(self, member: Member, ref: Any) -> Iterator[Outcome]:
+    def finished(self, member: Member, ref: Any) -> Iterator[Outcome | LostSample]:
         """A task came back: its outcomes; or it is lost."""
         if ref not in member.tasks:  # its worker was lost with another task a moment ago
             return
         try:
-            drawn: Drawn = ray.get(ref)
+            drawn: TaskResult = ray.get(ref)
         except ray.exceptions.RayError as error:
             yield from self.lost(member, error)
             return
@@ -316,7 +316,7 @@ class _Driver:
             for place, of_one in enumerate(islice(columns, samples)):
                 yield Outcome(handle, first + place, *of_one)
 
-    def lost(self, member: Member, error: Exception) -> Iterator[Outcome]:
+    def lost(self, member: Member, error: Exception) -> Iterator[LostSample]:
         """A worker died of its task or raised an error: another takes its place, and all that it had is drawn again."""
         (_, portion), *behind = member.tasks.items()
         member.tasks.clear()
@@ -325,7 +325,7 @@ class _Driver:
         alone = len(portion.handles) == 1
         yield from self.draw_alone(portion._replace(deaths=portion.deaths + alone), cause_of(error))
 
-    def give_up_late(self, member: Member) -> Iterator[Outcome]:
+    def give_up_late(self, member: Member) -> Iterator[LostSample]:
         """When it does not end its task in time another takes its place, and all that it had is drawn again.
 
         What it answers later is not heard. That it was slow is held against no image: only what no worker ends, while
@@ -356,20 +356,20 @@ class _Driver:
         else:
             yield from self.draw_alone(tried, cause)
 
-    def draw_alone(self, portion: Portion, cause: str) -> Iterator[Outcome]:
+    def draw_alone(self, portion: Portion, cause: str) -> Iterator[LostSample]:
         """Draw its samples again, those of each image apart; or an image has failed."""
         handles = portion.handles
         for handle in handles:
             own = portion._replace(strips=portion.of(handle), suspect=True)
             if handle in self.failed:
-                yield from lost_outcomes(own.strips)
+                yield from lost_samples(own.strips)
             elif len(handles) == 1 and (own.deaths >= DEATHS or own.late >= LATES):
                 yield from self.fail(handle, own.strips, cause)
             else:
                 self.again.appendleft(own)
 
-    def fail(self, handle: int, strips: tuple[Strip, ...], cause: str) -> Iterator[Outcome]:
-        """The image has failed: all its samples that wait to be drawn again are LOST, in each of its phases."""
+    def fail(self, handle: int, strips: tuple[Strip, ...], cause: str) -> Iterator[LostSample]:
+        """The image has failed: all its samples that wait to be drawn again are lost, in each of its phases."""
         self.failures += 1
         if self.failures >= FAILURES:
             raise EnvironmentFault(
@@ -382,7 +382,7 @@ class _Driver:
         waiting = [strip for portion in self.again for strip in portion.strips if strip.handle in phases]
         kept = (portion.without(phases) for portion in self.again)
         self.again = deque(portion for portion in kept if portion.strips)
-        yield from lost_outcomes((*strips, *waiting))
+        yield from lost_samples((*strips, *waiting))
 
     def replace(self, member: Member, cause: str, counted: Counter[str] | None = None) -> None:
         """Start another worker in its place, unless it failed to open its engines too often.
@@ -426,9 +426,9 @@ class _Driver:
             raise EnvironmentFault(f"no worker is left: {KEPT} the cluster has some")
 
 
-def lost_outcomes(strips: Iterable[Strip]) -> Iterator[Outcome]:
+def lost_samples(strips: Iterable[Strip]) -> Iterator[LostSample]:
     for handle, first, samples in strips:
-        yield from (Outcome(handle, first + place, LOST, 0, 0) for place in range(samples))
+        yield from (LostSample(handle, first + place) for place in range(samples))
 
 
 def cause_of(error: Exception) -> str:

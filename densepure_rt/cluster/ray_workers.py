@@ -26,7 +26,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as Nod
 from densepure_rt import logs, signals
 from densepure_rt._version import __version__
 from densepure_rt.cluster.fleet import WAIT, Fleet, Member, cause_of
-from densepure_rt.cluster.tasks import Drawn, Engines, Task
+from densepure_rt.cluster.tasks import Engines, Task, TaskResult
 from densepure_rt.errors import CheckFailed, DensePureError, EnvironmentFault, UsageError
 from densepure_rt.runtime.device import Kind
 from densepure_rt.runtime.machine import available_cores
@@ -86,7 +86,7 @@ class Worker:
     def seconds_per_item(self, chain: Chain, kind: Kind) -> float:
         return self.classifier.sampler.seconds_per_item(chain, kind)
 
-    def draw(self, task: Task) -> Drawn:
+    def draw(self, task: Task) -> TaskResult:
         if (found := self.engines().sha256) != task.engines:
             raise CheckFailed(f"the worker has engines {found[:16]}, and the samples are for {task.engines[:16]}")
         device = self.classifier.device
@@ -101,7 +101,7 @@ class Worker:
             for handle in opened.values():
                 device.close_image(handle)
         columns = zip(*((outcome.label, outcome.votes, outcome.unet_calls) for outcome in outcomes), strict=True)
-        return Drawn(*(np.array(column, np.int32) for column in columns))
+        return TaskResult(*(np.array(column, np.int32) for column in columns))
 
 
 class Job(JobConfig):

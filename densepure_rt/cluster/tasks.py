@@ -42,7 +42,7 @@ class Engines:
 
 
 @dataclass(frozen=True, eq=False)
-class OpenImage:
+class TaskImage:
     """Hold what `Sampler.open_image` was given."""
 
     pixels: NDArray[np.uint8]
@@ -63,13 +63,13 @@ class Task(NamedTuple):
     """Strips for one worker, with all that their labels depend on. engines: the hash that the worker's must have."""
 
     strips: tuple[Strip, ...]
-    images: Mapping[int, OpenImage]
+    images: Mapping[int, TaskImage]
     chain: Chain
     votes: int
     engines: str
 
 
-class Drawn(NamedTuple):
+class TaskResult(NamedTuple):
     """A sample each, in the order of the task: int32 [n]."""
 
     labels: NDArray[np.int32]

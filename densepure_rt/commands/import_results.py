@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +24,21 @@ if TYPE_CHECKING:
 
 RADII = "0,0.25,0.5,0.75,1"
 SHOWN = 5  # images of a flag, in print
+
+
+@dataclass(frozen=True)
+class FolderOptions:
+    """Hold what only a folder of label arrays has a use for."""
+
+    merged: Path | None
+    labels: Path | None
+    votes: int | None
+    classes: int | None
+
+    def refuse(self, source: Path) -> None:
+        """Raise UsageError for options that were given."""
+        if given := [f"--{name}" for name, value in vars(self).items() if value is not None]:
+            raise UsageError(f"{', '.join(given)}: for folders of label arrays, and {source} is none")
 
 
 def import_(
@@ -71,13 +87,13 @@ def import_(
     """
     from densepure_rt.legacy.folder import FILES, report, write
 
-    grid = radii_of(radii)
+    grid, of_folders = radii_of(radii), FolderOptions(merged, labels, votes, classes)
     if out is not None and (there := [name for name in FILES if (out / name).exists()]):
         raise UsageError(f"{out} already holds {', '.join(there)}: choose another folder with --out")
     if source.is_dir():
-        found = folder_imported(source, sigma, n, alpha, merged, labels, votes, classes, grid)
+        found = folder_imported(source, sigma, n, alpha, of_folders, grid)
     else:
-        refuse({"--merged": merged, "--labels": labels, "--votes": votes, "--classes": classes}, source)
+        of_folders.refuse(source)
         found = log_imported(source, sigma, n, alpha, grid)
     if out is not None:
         write(found, grid, out)
@@ -101,15 +117,7 @@ def log_imported(source: Path, sigma: float | None, n: int | None, alpha: float,
 
 
 def folder_imported(
-    source: Path,
-    sigma: float | None,
-    n: int | None,
-    alpha: float,
-    merged: Path | None,
-    labels: Path | None,
-    votes: int | None,
-    classes: int | None,
-    grid: Sequence[float],
+    source: Path, sigma: float | None, n: int | None, alpha: float, options: FolderOptions, grid: Sequence[float]
 ) -> Imported:
     from densepure_rt.legacy.claims import import_folder
     from densepure_rt.legacy.label_arrays import open_folder
@@ -117,22 +125,12 @@ def folder_imported(
 
     if n is not None:
         raise UsageError(f"--n is for logs: the arrays in {source} say themselves how many samples there are")
-    if classes is not None and classes < 1:
-        raise UsageError(f"--classes is a count, at least 1, got {classes}")
+    if options.classes is not None and options.classes < 1:
+        raise UsageError(f"--classes is a count, at least 1, got {options.classes}")
     check_options(sigma, n, alpha)
-    naming, official = (None if path is None else read_log(path) for path in (labels, merged))
-    folder = open_folder(source, sigma, votes)
-
-    def shown(images: Iterable[int], total: int) -> Iterable[int]:
-        return track(images, total)
-
-    return import_folder(folder, alpha, classes, naming, official, grid, shown)
-
-
-def refuse(options: dict[str, Any], source: Path) -> None:
-    """Raise UsageError for options that only a folder of arrays has a use for."""
-    if given := [name for name, value in options.items() if value is not None]:
-        raise UsageError(f"{', '.join(given)}: for folders of label arrays, and {source} is none")
+    naming, official = (None if path is None else read_log(path) for path in (options.labels, options.merged))
+    folder = open_folder(source, sigma, options.votes)
+    return import_folder(folder, alpha, options.classes, naming, official, grid, track)
 
 
 def check_options(sigma: float | None, n: int | None, alpha: float) -> None:
@@ -155,7 +153,7 @@ def radii_of(text: str) -> tuple[float, ...]:
 
 def show(found: Imported, grid: Sequence[float]) -> None:
     abstained = sum(claim.predict is None for claim in found.claims)
-    lines = {name.replace("_", " "): said(value) for name, value in found.settings.items() if value is not None}
+    lines = {name.replace("_", " "): said(value) for name, value in found.settings.told().items() if value is not None}
     lines["images"] = f"{len(found.claims)}, {abstained} abstained"
     if found.reach is None:
         lines["reach"] = "not checked: give --sigma and --n"
@@ -177,7 +175,7 @@ def show(found: Imported, grid: Sequence[float]) -> None:
 
 
 def said(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def line_of(flag: Flag) -> str:

@@ -82,7 +82,7 @@ def counted_label(run: Path, idx: int, place: int, most: int) -> int | None:
     with Ledger(run / NAME, read_only=True, most_labels=most) as ledger:
         labels = next((image.labels() for image in ledger.done() if image.idx == idx), None)
         if labels is None:
-            labels = ledger.taken(idx).labels
+            labels = ledger.saved(idx).labels
     return int(labels[place]) if 0 <= place < len(labels) else None
 
 

@@ -10,23 +10,28 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from decimal import Decimal
 from itertools import accumulate, compress, pairwise
-from typing import Any
+from typing import Any, Literal
 
 from scipy import special
 
 from densepure_rt.errors import UsageError
 from densepure_rt.json_files import STRICT, Count, Label, Probability, Radius, Text
-from densepure_rt.legacy.label_arrays import Agreement, LabelFolder, Reader, Retaken, retake
-from densepure_rt.legacy.logs import ABSTAIN, ALPHA, PRINTED_DIGITS, Log, Row, below, printed_interval
+from densepure_rt.legacy.label_arrays import LabelFolder, Reader, Retaken, SeedAgreement, retake
+from densepure_rt.legacy.logs import ALPHA, PRINTED_DIGITS, Log, Row, below, printed_interval
 from densepure_rt.rounding import exact, floored, raised
 from densepure_rt.smoothing.certificate import Certificate
 from densepure_rt.smoothing.fixed import FixedRule
 from densepure_rt.text import plural
 
-Shown = Callable[[Iterable[int], int], Iterable[int]]  # the images and their number, shown as they are worked on
+ResultKind = Literal["log", "label arrays"]
+SETTINGS: Mapping[ResultKind, tuple[str, ...]] = {
+    "log": ("kind", "sigma", "n", "alpha", "printed_digits"),
+    "label arrays": ("kind", "sigma", "n0", "n", "alpha", "classes", "seeds", "tie_rule", "alpha_of_merged"),
+}
+Watch = Callable[[Iterable[int], int], Iterable[int]]  # passes images on, so many in all, and shows how far it is
 SLACK = 1e-9  # relative; more than the outward rounding of a bound, or than the older tools' float64 may be off
 
 
@@ -82,17 +87,38 @@ class Claim:
 
 
 @dataclass(frozen=True)
+class ImportSettings:
+    """What the numbers were made with, as the files or the caller said; what is not known is None."""
+
+    __pydantic_config__ = STRICT
+    kind: ResultKind
+    sigma: Radius | None
+    n: Count | None
+    alpha: Probability
+    n0: Count | None = None
+    printed_digits: Count | None = None
+    classes: Count | None = None
+    seeds: tuple[int, ...] | None = None
+    tie_rule: Text | None = None
+    alpha_of_merged: Probability | None = None
+
+    def told(self) -> dict[str, Any]:
+        """By name, of what belongs to its kind: so it is printed and kept."""
+        return {name: getattr(self, name) for name in SETTINGS[self.kind]}
+
+
+@dataclass(frozen=True)
 class Imported:
     """Results of an older tool. reach: the largest radius that n and alpha allow, None where they are not known.
 
-    sources: SHA-256 of each file, by name. settings: what the numbers were made with.
+    sources: SHA-256 of each file, by name.
     """
 
     claims: tuple[Claim, ...]
     flags: tuple[Flag, ...]
     reach: float | None
     sources: Mapping[str, str]
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: ImportSettings
 
     @property
     def labelled(self) -> bool:
@@ -125,7 +151,7 @@ def import_log(log: Log, sigma: float | None, n: int | None, alpha: float, radii
     """
     claims = [claim_of_row(row, log.digits) for row in log.rows]
     flags = [*flags_of(log), *rounded_up(claims, radii)]
-    settings = {"kind": "log", "sigma": sigma, "n": n, "alpha": alpha, "printed_digits": log.digits}
+    settings = ImportSettings("log", sigma, n, alpha, printed_digits=log.digits)
     reach = None
     if sigma is not None and n is not None:
         reach = FixedRule(n0=1, n=n, alpha=alpha, sigma=sigma).reach() or 0.0
@@ -148,13 +174,12 @@ def beyond_reach(claims: Sequence[Claim], sigma: float, n: int, reach: float) ->
 
 
 def claim_of_row(row: Row, digits: int | None) -> Claim:
-    predict = None if row.predict == ABSTAIN else row.predict
     return Claim.of(
         idx=row.idx,
-        label=None if row.label == ABSTAIN else row.label,
-        predict=predict,
-        radius=None if predict is None else below(printed_interval(row.radius, digits)[0]),
-        printed_predict=predict,
+        label=row.label,
+        predict=row.predict,
+        radius=None if row.predict is None else below(printed_interval(row.radius, digits)[0]),
+        printed_predict=row.predict,
         printed=row.radius,
     )
 
@@ -167,16 +192,16 @@ def abstaining(claim: Claim) -> Claim:
 def flags_of(log: Log) -> Iterable[Flag]:
     """What a log says of itself that does not fit together."""
     rows = log.rows
-    right = [int(row.predict != ABSTAIN and row.predict == row.label) for row in rows]
+    right = [int(row.predict is not None and row.predict == row.label) for row in rows]
     if (correct := [row.correct for row in rows]) != right:
         wrong = tuple(row.idx for row, expected in zip(rows, right, strict=True) if row.correct != expected)
         says = "differs from predict == label, which is used here instead"
         if correct == list(accumulate(right)):
             says = "is the running total of the right ones, as DDS writes it: locuslab's analyze.py misreads it"
         yield Flag("correct column", True, says, wrong)
-    if odd := tuple(row.idx for row in rows if row.predict == ABSTAIN and float(row.radius) > 0):
+    if odd := tuple(row.idx for row in rows if row.predict is None and float(row.radius) > 0):
         yield Flag("abstains with a radius", True, "predict is -1 and radius is not 0.0; read as an abstention", odd)
-    if bare := tuple(row.idx for row in rows if row.predict != ABSTAIN and float(row.radius) == 0):
+    if bare := tuple(row.idx for row in rows if row.predict is not None and float(row.radius) == 0):
         yield Flag(
             "label without a radius", False, "predict is a class and radius is 0: counts at radius 0 alone", bare
         )
@@ -207,7 +232,7 @@ def import_folder(
     labels: Log | None,
     merged: Log | None,
     radii: Sequence[float],
-    shown: Shown,
+    watch: Watch,
 ) -> Imported:
     """Vote and certify every image again.
 
@@ -217,10 +242,10 @@ def import_folder(
     naming = labels or merged
     named = {} if naming is None else labels_by_image(naming, folder.images)
     merged_rows = {} if merged is None else {row.idx: row for row in merged.rows}
-    agreements = {pair: Agreement() for pair in pairwise(folder.seeds)}
+    agreements = {pair: SeedAgreement() for pair in pairwise(folder.seeds)}
     retaken: dict[int, Retaken] = {}
     reader = Reader(folder, classes)
-    for idx in shown(folder.images, len(folder.images)):
+    for idx in watch(folder.images, len(folder.images)):
         selection, estimation = reader.labels(idx, "n0"), reader.labels(idx, "n")
         retaken[idx] = retake(selection, estimation, folder.sigma, alpha)
         for agreement, (one, other) in zip(agreements.values(), pairwise(estimation), strict=True):
@@ -234,16 +259,24 @@ def import_folder(
         flagged = {idx for flag in wrong for idx in flag.images}
         flags += [*wrong, *rounded_up([claim for claim in claims if claim.idx not in flagged], radii)]
     n0, n = reader.sizes["n0"], reader.sizes["n"]
-    settings = {"kind": "label arrays", "sigma": folder.sigma, "n0": n0, "n": n, "alpha": alpha, "classes": classes}
-    settings |= {"seeds": list(folder.seeds), "tie_rule": "the label seen first"}
-    settings |= {"alpha_of_merged": None if merged is None else ALPHA}
+    settings = ImportSettings(
+        "label arrays",
+        folder.sigma,
+        n,
+        alpha,
+        n0=n0,
+        classes=classes,
+        seeds=folder.seeds,
+        tie_rule="the label seen first",
+        alpha_of_merged=None if merged is None else ALPHA,
+    )
     sources = reader.digests | {log.name: log.sha256 for log in (labels, merged) if log is not None}
     reach = FixedRule(n0=n0, n=n, alpha=alpha, sigma=folder.sigma).reach() or 0.0
     return Imported(tuple(claims), tuple(flags), reach, sources, settings)
 
 
 def labels_by_image(log: Log, images: Sequence[int]) -> dict[int, int]:
-    named = {row.idx: row.label for row in log.rows if row.label != ABSTAIN}
+    named = {row.idx: row.label for row in log.rows if row.label is not None}
     if missing := [idx for idx in images if idx not in named]:
         others = f" (and {len(missing) - 1} others)" if len(missing) > 1 else ""
         raise UsageError(
@@ -259,7 +292,7 @@ def claim_of(idx: int, label: int | None, found: Retaken, row: Row | None) -> Cl
         label=label,
         predict=certificate.predict,
         radius=certificate.radius,
-        printed_predict=None if row is None or row.predict == ABSTAIN else row.predict,
+        printed_predict=None if row is None else row.predict,
         printed=None if row is None else row.radius,
         n0=certificate.n0,
         n=certificate.n,
@@ -270,7 +303,7 @@ def claim_of(idx: int, label: int | None, found: Retaken, row: Row | None) -> Cl
     )
 
 
-def flags_of_agreement(agreements: Mapping[tuple[int, int], Agreement]) -> Iterable[Flag]:
+def flags_of_agreement(agreements: Mapping[tuple[int, int], SeedAgreement]) -> Iterable[Flag]:
     """Whether neighbouring runs voted on equal noise. All did if each did with the next one."""
     if apart := [pair for pair, agreement in agreements.items() if agreement.verdict == "other noise"]:
         says = (
@@ -303,7 +336,7 @@ def flags_of_merged(merged: Log, retaken: Mapping[int, Retaken], named: Mapping[
         says = "the merged file takes labels by row, and has another image's here: used are those of --labels"
         yield Flag("label differs", True, says, renamed)
     official = {idx: found.as_merged for idx, found in retaken.items()}
-    voted = {row.idx: None for row in rows if row.predict != printed_label(official[row.idx])}
+    voted = {row.idx: None for row in rows if row.predict != official[row.idx].predict}
     if voted:
         yield Flag("predict differs", True, "the merged file has another answer than these arrays give", tuple(voted))
     for name, sign in (("radius overstated", 1), ("radius understated", -1)):
@@ -315,10 +348,6 @@ def flags_of_merged(merged: Log, retaken: Mapping[int, Retaken], named: Mapping[
     only_there = {row.idx for row in merged.rows} - set(retaken)
     if only_one := tuple(sorted(only_there | (set(retaken) - {row.idx for row in rows}))):
         yield Flag("in one only", False, "are in the merged file or in the folder, not in both", only_one)
-
-
-def printed_label(certificate: Certificate) -> int:
-    return ABSTAIN if certificate.predict is None else certificate.predict
 
 
 def off_by(row: Row, certificate: Certificate) -> int:

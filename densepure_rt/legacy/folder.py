@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from densepure_rt.errors import CheckFailed
 from densepure_rt.json_files import (
@@ -23,29 +23,13 @@ from densepure_rt.json_files import (
     read_lines,
     writing,
 )
-from densepure_rt.legacy.claims import Claim, Flag, Imported
-from densepure_rt.legacy.logs import ABSTAIN, COLUMNS
-from densepure_rt.rounding import exact, floored
+from densepure_rt.legacy.claims import Claim, Flag, Imported, ImportSettings
+from densepure_rt.legacy.logs import COLUMNS
+from densepure_rt.rounding import exact
+from densepure_rt.runs.layout import tsv_columns
 
 FILES = ("results.tsv", "results.jsonl", "imported.json")
 ORIGIN = "imported.json"
-
-
-@dataclass(frozen=True)
-class ImportSettings:
-    """What the numbers were made with, as the files or the caller said; what is not known is None."""
-
-    __pydantic_config__ = STRICT
-    kind: Literal["log", "label arrays"]
-    sigma: Radius | None
-    n: Count | None
-    alpha: Probability
-    n0: Count | None = None
-    printed_digits: Count | None = None
-    classes: Count | None = None
-    seeds: tuple[int, ...] | None = None
-    tie_rule: Text | None = None
-    alpha_of_merged: Probability | None = None
 
 
 @dataclass(frozen=True)
@@ -87,7 +71,7 @@ def report(found: Imported, grid: Sequence[float]) -> dict[str, Any]:
     """What `--json` prints and imported.json keeps. accuracy: None where it is not known or beyond reach."""
     names = [exact(radius) for radius in grid]
     return {
-        "settings": dict(found.settings),
+        "settings": found.settings.told(),
         "images": len(found.claims),
         "abstained": sum(claim.predict is None for claim in found.claims),
         "reach": found.reach,
@@ -109,11 +93,4 @@ def write(found: Imported, grid: Sequence[float], folder: Path) -> None:
 
 
 def tsv_line(claim: Claim) -> str:
-    columns = (
-        claim.idx,
-        ABSTAIN if claim.label is None else claim.label,
-        ABSTAIN if claim.predict is None else claim.predict,
-        "0.0" if claim.radius is None else floored(claim.radius),
-        int(claim.correct or False),
-    )
-    return "\t".join(map(str, columns))
+    return tsv_columns(claim.idx, claim.label, claim.predict, claim.radius, claim.correct)

@@ -32,8 +32,8 @@ from densepure_rt.smoothing.certificate import Certificate
 from densepure_rt.smoothing.fixed import FixedRule
 
 Labels = NDArray[np.int64]
-Part = Literal["n0", "n"]
-PARTS: tuple[Part, Part] = ("n0", "n")  # selection and estimation
+ArrayPart = Literal["n0", "n"]
+PARTS: tuple[ArrayPart, ArrayPart] = ("n0", "n")  # selection and estimation
 FILE = re.compile(
     r"(?P<sigma>[0-9]{1,4}(?:\.[0-9]{1,9})?)-(?P<idx>[0-9]{1,9})-(?P<seed>[0-9]{1,9})-(?P<part>n0?)_predictions\.npy"
 )
@@ -60,7 +60,7 @@ class LabelFolder:
     sigma: float
     images: tuple[int, ...]
     seeds: tuple[int, ...]
-    files: Mapping[tuple[int, int, Part], Path]
+    files: Mapping[tuple[int, int, ArrayPart], Path]
 
 
 class Vote(NamedTuple):
@@ -81,7 +81,7 @@ class Retaken(NamedTuple):
 
 
 @dataclass
-class Agreement:
+class SeedAgreement:
     """How often two runs give a sample the same label, over images; chance: with one run's samples in random order.
 
     most: how often they could agree, given how many samples of each label they have. variance: of `equal` by chance.
@@ -122,14 +122,14 @@ class Reader:
 
     def __init__(self, folder: LabelFolder, classes: int | None = None) -> None:
         self.folder, self.classes = folder, classes or MAX_CLASSES
-        self.sizes: dict[Part, int] = {}
+        self.sizes: dict[ArrayPart, int] = {}
         self.digests: dict[str, str] = {}
 
-    def labels(self, idx: int, part: Part) -> Labels:
+    def labels(self, idx: int, part: ArrayPart) -> Labels:
         """The labels [K, n] that the runs gave an image's samples, in the order of the seeds."""
         return np.stack([self._of_run(self.folder.files[idx, seed, part], part) for seed in self.folder.seeds])
 
-    def _of_run(self, path: Path, part: Part) -> Labels:
+    def _of_run(self, path: Path, part: ArrayPart) -> Labels:
         content = bounded_bytes(path, "array")
         self.digests[path.name] = hashlib.sha256(content).hexdigest()
         labels = parsed_labels(content, str(path), self.classes, MAX_LABELS // len(self.folder.seeds))
@@ -159,7 +159,7 @@ def open_folder(path: Path, sigma: float | None, votes: int | None) -> LabelFold
     return LabelFolder(path, chosen, tuple(images), tuple(seeds), files)
 
 
-def files_of(path: Path, sigma: float | None) -> tuple[float, dict[tuple[int, int, Part], Path]]:
+def files_of(path: Path, sigma: float | None) -> tuple[float, dict[tuple[int, int, ArrayPart], Path]]:
     """The only sigma, or the one that is asked for, and its files by image, seed and part."""
     try:
         matches = [match for match in map(FILE.fullmatch, sorted(os.listdir(path))) if match]
@@ -172,10 +172,11 @@ def files_of(path: Path, sigma: float | None) -> tuple[float, dict[tuple[int, in
         there = ", ".join(f"{value:g}" for value in sigmas)
         raise UsageError(f"{path} holds label arrays of sigma {there}: choose one with `sigma`")
     chosen = sigmas[0] if sigma is None else sigma
-    found: dict[tuple[int, int, Part], Path] = {}
+    found: dict[tuple[int, int, ArrayPart], Path] = {}
     for match in matches:
         if float(match["sigma"]) == chosen:
-            key: tuple[int, int, Part] = (int(match["idx"]), int(match["seed"]), "n0" if match["part"] == "n0" else "n")
+            part: ArrayPart = "n0" if match["part"] == "n0" else "n"
+            key = int(match["idx"]), int(match["seed"]), part
             if key in found:
                 raise UsageError(f"{path} holds {found[key].name} and {match[0]}, which mean the same: keep one")
             found[key] = path / match[0]

@@ -24,7 +24,7 @@ from densepure_rt.errors import EnvironmentFault, UsageError
 from densepure_rt.files import Kind
 
 COLUMNS = ("idx", "label", "predict", "radius", "correct")  # `time` is missing from DensePure's merged file
-ABSTAIN = -1
+ABSTAIN = -1  # in a file, for a label that is none
 PRINTED_DIGITS = 3  # significant, of `{:.3}`: locuslab/smoothing code/certify.py, 78a4d94
 ALPHA = 0.001  # the default of all these tools; DensePure's merge knows no other (results/merge_results.py, 1ed105d)
 INTEGER = re.compile(r"-?[0-9]{1,9}", re.ASCII)
@@ -33,11 +33,11 @@ WORDS = {"True": 1, "False": 0}  # `correct`, in forks
 
 
 class Row(NamedTuple):
-    """A line of a log. predict: ABSTAIN for an abstention. radius: as printed. correct: as the file has it."""
+    """A line of a log. predict: None abstains. radius: as printed. correct: as the file has it."""
 
     idx: int
-    label: int
-    predict: int
+    label: int | None
+    predict: int | None
     radius: str
     correct: int
 
@@ -112,8 +112,8 @@ def parsed_row(line: str, header: Sequence[str], what: str) -> Row:
     cells = dict(zip(header, texts, strict=True))
     return Row(
         idx=integer(cells["idx"], 0, f"{what}: idx"),
-        label=integer(cells["label"], ABSTAIN, f"{what}: label"),
-        predict=integer(cells["predict"], ABSTAIN, f"{what}: predict"),
+        label=label(cells["label"], f"{what}: label"),
+        predict=label(cells["predict"], f"{what}: predict"),
         radius=radius_text(cells["radius"], f"{what}: radius"),
         correct=WORDS[cells["correct"]]
         if cells["correct"] in WORDS
@@ -125,6 +125,11 @@ def integer(text: str, least: int, what: str) -> int:
     if not INTEGER.fullmatch(text) or int(text) < least:
         raise UsageError(f"{what} should be a whole number from {least} on, and is {text[:40]!r}")
     return int(text)
+
+
+def label(text: str, what: str) -> int | None:
+    found = integer(text, ABSTAIN, what)
+    return None if found == ABSTAIN else found
 
 
 def radius_text(text: str, what: str) -> str:

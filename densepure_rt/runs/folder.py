@@ -18,9 +18,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import TextIO
 
 from PIL import Image
@@ -52,7 +51,7 @@ from densepure_rt.runtime.noise import image_sha256
 from densepure_rt.smoothing.classifier import Certified
 
 
-class RunFolder:
+class RunFolder(AbstractContextManager["RunFolder"]):
     """One run's folder, new or gone on with: a context manager. `add` is durable when it returns.
 
     done: (record, timing) of the images that were finished before, in their order.
@@ -87,12 +86,7 @@ class RunFolder:
             (path / SEAL).unlink(missing_ok=True)
             self._write_results()
 
-    def __enter__(self) -> RunFolder:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:

@@ -23,7 +23,6 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,7 +33,7 @@ from densepure_rt.errors import CheckFailed, EnvironmentFault
 from densepure_rt.json_files import parsed
 from densepure_rt.runs.records import TimingRecord
 from densepure_rt.runtime.reverse import Outcome
-from densepure_rt.smoothing.scheduling import Taken
+from densepure_rt.smoothing.scheduling import SavedLabels
 
 NAME = "ledger.sqlite"
 COMMIT_EVERY = 1.0  # seconds: what a killed process loses at most
@@ -158,7 +157,7 @@ class Pending:
     outcomes: list[Outcome] = field(default_factory=list)
 
 
-class Ledger:
+class Ledger(contextlib.AbstractContextManager["Ledger"]):
     """The ledger of one run folder: a context manager. One process at a time may write it.
 
     Ctrl-C may come between any two steps: a commit that is repeated writes the same rows again.
@@ -208,12 +207,7 @@ class Ledger:
                 f"could do anything, so it was not read; get the folder again from where it was made"
             )
 
-    def __enter__(self) -> Ledger:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -261,7 +255,7 @@ class Ledger:
         with translating_sqlite_errors(self.path):
             self._database.execute("insert or replace into run values (?, ?)", (name, value))
 
-    def taken(self, idx: int) -> Taken:
+    def saved(self, idx: int) -> SavedLabels:
         """Of an image under way: the labels that were committed, up to the first gap; what is beyond one is dropped."""
         query = "select first, labels, unet_calls, classifier_calls from samples where idx = ? order by first"
         parts, unets, classifiers, count = [np.empty(0, np.int32)], 0, 0, 0
@@ -275,7 +269,7 @@ class Ledger:
             with translating_sqlite_errors(self.path), self._transaction():
                 self._database.execute("delete from samples where idx = ? and first >= ?", (idx, count))
             self._pending[idx] = Pending(count)
-        return Taken(np.concatenate(parts), unets, classifiers)
+        return SavedLabels(np.concatenate(parts), unets, classifiers)
 
     def add(self, idx: int, outcome: Outcome) -> None:
         """The next sample of an image. A killed process loses COMMIT_EVERY seconds of them at most."""
@@ -286,7 +280,7 @@ class Ledger:
     def finish(self, place: int, idx: int, samples: int, record: str, timing: str) -> None:
         """An image is done, by the `samples` labels that were added. A process that is killed now does not lose it."""
         self.commit()
-        labels = self.taken(idx).labels
+        labels = self.saved(idx).labels
         if len(labels) != samples:
             raise CheckFailed(f"{self.path} has {len(labels)} labels of image {idx}, which {samples} decided")
         with translating_sqlite_errors(self.path), self._transaction():

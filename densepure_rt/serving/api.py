@@ -30,7 +30,7 @@ from densepure_rt.runtime.device import Provider
 from densepure_rt.serving import demo
 from densepure_rt.serving.clients import body_of, unless_gone
 from densepure_rt.serving.decoders import Decoders
-from densepure_rt.serving.metrics import Metrics, Outcome
+from densepure_rt.serving.metrics import Metrics, RequestOutcome
 from densepure_rt.serving.models import models_of, values_of
 from densepure_rt.serving.origins import SameOrigin
 from densepure_rt.serving.protocol import (
@@ -137,7 +137,7 @@ class Api:
         logs.say(f"{model.name}: {outcome}", **said, seconds=round(seconds, 4))
         return response
 
-    async def answered(self, request: Request, model: Model, came: float) -> tuple[Response, Outcome]:
+    async def answered(self, request: Request, model: Model, came: float) -> tuple[Response, RequestOutcome]:
         """A response and what it is, whatever happens."""
         try:
             asked = await parsed(model, await self.body(request), request.headers.get(HEADER_LENGTH))
@@ -191,7 +191,7 @@ async def parsed(model: Model, body: bytes, header_length: str | None) -> InferR
     return parse_request(model, body, header_length)
 
 
-def outcome_of(answers: list[Predicted] | list[Certified]) -> Outcome:
+def outcome_of(answers: list[Predicted] | list[Certified]) -> RequestOutcome:
     """Of a request of several images: what came of any of them, the worst first."""
     found = [answer.certificate if isinstance(answer, Certified) else answer for answer in answers]
     if any(each.stopped for each in found):

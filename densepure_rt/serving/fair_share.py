@@ -12,13 +12,13 @@ from typing import Generic, TypeVar
 from densepure_rt.images.datasets import LabelledImage
 from densepure_rt.runtime.reverse import Outcome
 from densepure_rt.smoothing.decider import LOOK, Decider, Phases
-from densepure_rt.smoothing.scheduling import UnderWay
+from densepure_rt.smoothing.scheduling import ImageProgress
 
 URGENT_LOOKS = 3  # in a row, before one of another image that waits: short ones without end starve nobody either
 D = TypeVar("D", bound=Decider)
 
 
-class Asked(UnderWay[D]):
+class QueuedImage(ImageProgress[D]):
     """An image that somebody waits for. urgent: it comes before those that are not, but for URGENT_LOOKS."""
 
     def __init__(
@@ -42,13 +42,13 @@ class FairShare(Generic[D]):
 
     def __init__(self, ahead: int) -> None:
         self._ahead = ahead
-        self.undecided: list[Asked[D]] = []  # in the order in which they came
-        self._turn: Asked[D] | None = None
+        self.undecided: list[QueuedImage[D]] = []  # in the order in which they came
+        self._turn: QueuedImage[D] | None = None
         self._urgent_draws = 0  # since another image had a turn
-        self._by_handle: dict[int, Asked[D]] = {}
-        self._leaving: list[Asked[D]] = []  # decided, with handles
+        self._by_handle: dict[int, QueuedImage[D]] = {}
+        self._leaving: list[QueuedImage[D]] = []  # decided, with handles
 
-    def put(self, image: Asked[D]) -> None:
+    def put(self, image: QueuedImage[D]) -> None:
         self.undecided.append(image)
         if not self._overdue:
             self._turn = None
@@ -71,7 +71,7 @@ class FairShare(Generic[D]):
         """Whether it is the turn of an image that is not urgent."""
         return self._urgent_draws >= URGENT_LOOKS * LOOK
 
-    def _next(self) -> Asked[D] | None:
+    def _next(self) -> QueuedImage[D] | None:
         if self._turn is not None and not self._turn.urgent:
             self._urgent_draws = 0
         certain = [image for image in self.undecided if image.wants]
@@ -80,10 +80,10 @@ class FairShare(Generic[D]):
         useful = certain or [image for image in self.undecided if image.may_want and self._room_for(image)]
         return min(useful, key=lambda image: image.turn, default=None)  # of equals the one that came first
 
-    def _room_for(self, image: Asked[D]) -> bool:
+    def _room_for(self, image: QueuedImage[D]) -> bool:
         return image.drawn - image.returned < image.decider.needed + self._ahead
 
-    def add(self, outcome: Outcome) -> Asked[D] | None:
+    def add(self, outcome: Outcome) -> QueuedImage[D] | None:
         """Count an outcome; its image, where that decides it."""
         image = self._by_handle[outcome.image]
         undecided = not image.decided
@@ -93,12 +93,12 @@ class FairShare(Generic[D]):
         self._remove(image)
         return image
 
-    def stop(self, image: Asked[D]) -> None:
+    def stop(self, image: QueuedImage[D]) -> None:
         """Draw no more of an undecided image."""
         image.stopped = True
         self._remove(image)
 
-    def _remove(self, image: Asked[D]) -> None:
+    def _remove(self, image: QueuedImage[D]) -> None:
         self.undecided.remove(image)
         if image is self._turn:
             self._turn = None

@@ -13,7 +13,7 @@ from densepure_rt.serving.service import Service
 
 # "stopped": by its deadline or the server's end; "gone": its client hung up; "refused": it was no request that this
 # server takes.
-Outcome = Literal["answered", "abstained", "stopped", "gone", "full", "draining", "refused", "failed"]
+RequestOutcome = Literal["answered", "abstained", "stopped", "gone", "full", "draining", "refused", "failed"]
 REFUSED_CONNECTIONS = Counter(  # of the process: they have come to no service yet
     "densepure_rt_refused_connections", "Connections refused because too many were open.", registry=None
 )
@@ -41,7 +41,7 @@ class Metrics:
             self._registry.register(counter)
         self._registry.register(ServiceCollector(service))
 
-    def count(self, model: str, outcome: Outcome, seconds: float) -> None:
+    def count(self, model: str, outcome: RequestOutcome, seconds: float) -> None:
         self._requests.labels(model, outcome).inc()
         if outcome in ("answered", "abstained", "stopped"):
             self._seconds.labels(model).observe(seconds)

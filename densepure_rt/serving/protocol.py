@@ -18,8 +18,10 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, Field, ValidationError
 
 from densepure_rt.errors import UsageError
+from densepure_rt.json_files import STRICT, strict
 
 Datatype = Literal["UINT8", "INT64", "FP64", "BOOL", "BYTES"]
 HEADER_LENGTH = "Inference-Header-Content-Length"
@@ -28,7 +30,8 @@ EXTENSIONS = ("binary_tensor_data",)
 LITTLE_ENDIAN: Mapping[Datatype, str] = {"UINT8": "u1", "INT64": "<i8", "FP64": "<f8", "BOOL": "?"}
 MOST_ID = 256  # characters of a request's id, which is sent back
 SHOWN = 40  # characters of what was sent that an error repeats
-T = TypeVar("T")
+KINDS = {dict: "an object", list: "a list", type(None): "nothing"}
+S = TypeVar("S", bound="Sent")
 
 
 class ProtocolError(UsageError):
@@ -65,6 +68,45 @@ class InferRequest:
     deadline_ms: float | None
 
 
+class Sent(BaseModel):
+    """An object as a client sends it. Any: what is held against a model afterwards, and data, which may be long."""
+
+    model_config = STRICT
+
+
+class SentRequest(Sent):
+    id: str | None = Field(None, max_length=MOST_ID, description=f"a string of {MOST_ID} characters at most")
+    parameters: Any = {}
+    inputs: list[Any] = Field(None, validate_default=True, description="a list")
+    outputs: list[Any] = Field([], description="a list")
+
+
+class SentInput(Sent):
+    name: Any = None
+    datatype: Any = None
+    shape: Any = None
+    data: Any = None
+    parameters: Any = {}
+
+
+class SentOutput(Sent):
+    name: Any = None
+    parameters: Any = {}
+
+
+class RequestParameters(Sent):
+    deadline_ms: float | None = Field(None, gt=0, description="a number of milliseconds above 0")
+    binary_data_output: bool = Field(False, description="true or false")
+
+
+class InputParameters(Sent):
+    binary_data_size: int | None = Field(None, description="an integer")
+
+
+class OutputParameters(Sent):
+    binary_data: bool | None = Field(None, description="true or false")
+
+
 def metadata(model: Model) -> dict[str, Any]:
     return {
         "name": model.name,
@@ -89,17 +131,13 @@ def parse_request(model: Model, body: bytes, header_length: str | None = None) -
     Raises ProtocolError, and nothing else.
     """
     head, raw = split(body, header_length)
-    request = an_object(from_json(head), "the request", {"id", "parameters", "inputs", "outputs"})
-    parameters = parameters_of(request, "the request", {"deadline_ms", "binary_data_output"})
-    binary = checked(parameters, "binary_data_output", bool, "parameters", False)
-    name = checked(request, "id", str, "the request", None)
-    if name is not None and len(name) > MOST_ID:
-        raise ProtocolError(f"an id has {MOST_ID} characters at most, got {len(name)}")
+    request = checked(SentRequest, from_json(head), "the request")
+    parameters = checked(RequestParameters, request.parameters, "parameters of the request")
     return InferRequest(
-        id=name,
-        images=image_of(model, a_list(request, "inputs"), raw),
-        outputs=outputs_of(model, a_list(request, "outputs") if "outputs" in request else [], binary),
-        deadline_ms=deadline_of(parameters.get("deadline_ms")),
+        id=request.id,
+        images=image_of(model, request.inputs, raw),
+        outputs=outputs_of(model, request.outputs, parameters.binary_data_output),
+        deadline_ms=parameters.deadline_ms,
     )
 
 
@@ -117,59 +155,24 @@ def split(body: bytes, header_length: str | None) -> tuple[bytes, bytes]:
 
 def from_json(text: bytes) -> Any:
     try:
-        return json.loads(text.decode("utf-8"), parse_constant=refuse_constant, object_pairs_hook=without_duplicates)
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, ProtocolError):
-            raise
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise ProtocolError(f"the request is not JSON in UTF-8 ({reason})") from error
+        return strict(text)
+    except ValueError as error:
+        raise ProtocolError(f"the request is not JSON in UTF-8 ({error})") from error
 
 
-def refuse_constant(name: str) -> None:
-    raise ProtocolError(f"the request is not JSON: {name} is no number in it")
-
-
-def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(found := dict(pairs)) < len(pairs):
-        raise ProtocolError(f"an object of the request has a name twice: {', '.join(shown(name) for name in found)}")
-    return found
-
-
-def an_object(value: Any, what: str, known: set[str]) -> dict[str, Any]:
-    """Return an object's members without the nulls: clients write null for an option that was not set."""
+def checked(kind: type[S], value: Any, what: str) -> S:
+    """An object without its nulls: clients write null for an option that was not set. what: its name in errors."""
     if not isinstance(value, dict):
         raise ProtocolError(f"{what} is a JSON object, got {kind_of(value)}")
-    members = {name: member for name, member in value.items() if member is not None}
-    if unknown := [name for name in members if name not in known]:
-        raise ProtocolError(f"{what} has {shown(unknown[0])}, which is not known here: {', '.join(sorted(known))}")
-    return members
-
-
-def a_list(request: dict[str, Any], name: str) -> list[Any]:
-    value = request.get(name)
-    if not isinstance(value, list):
-        raise ProtocolError(f"{name} is a list, got {kind_of(value)}")
-    return value
-
-
-def checked(values: dict[str, Any], name: str, kind: type[T], what: str, default: Any) -> Any:
-    """values[name], which is of this kind where it is there."""
-    value = values.get(name, default)
-    if name in values and type(value) is not kind:  # bool is an int to isinstance
-        raise ProtocolError(f"{name} of {what} is {KINDS[kind]}, got {kind_of(value)}")
-    return value
-
-
-def parameters_of(owner: dict[str, Any], what: str, known: set[str]) -> dict[str, Any]:
-    return an_object(owner.get("parameters", {}), f"parameters of {what}", known)
-
-
-def deadline_of(value: Any) -> float | None:
-    if value is None:
-        return None
-    if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise ProtocolError(f"deadline_ms is a number of milliseconds above 0, got {shown(value)}")
-    return float(min(value, 2**53))  # an integer may be beyond all floats
+    try:
+        return kind.model_validate({name: member for name, member in value.items() if member is not None})
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+    name, found = str(fault["loc"][0]), fault["input"]
+    if fault["type"] == "extra_forbidden":
+        known = ", ".join(sorted(kind.model_fields))
+        raise ProtocolError(f"{what} has {shown(name)}, which is not known here: {known}")
+    raise ProtocolError(f"{what}: {name} is {kind.model_fields[name].description}, got {kind_of(found)}")
 
 
 def image_of(model: Model, inputs: list[Any], raw: bytes) -> NDArray[np.uint8]:
@@ -177,20 +180,20 @@ def image_of(model: Model, inputs: list[Any], raw: bytes) -> NDArray[np.uint8]:
     wanted = model.input
     if len(inputs) != 1:
         raise ProtocolError(f"{model.name} takes one input, {wanted.name}, got {len(inputs)}")
-    given = an_object(inputs[0], "an input", {"name", "datatype", "shape", "data", "parameters"})
-    if given.get("name") != wanted.name:
-        raise ProtocolError(f"the input of {model.name} is {wanted.name}, got {shown(given.get('name'))}")
-    if given.get("datatype") != wanted.datatype:
-        raise ProtocolError(f"{wanted.name} is {wanted.datatype}, got {shown(given.get('datatype'))}")
-    shape = shape_of(model, given.get("shape"))
-    size = checked(parameters_of(given, wanted.name, {"binary_data_size"}), "binary_data_size", int, wanted.name, None)
+    given = checked(SentInput, inputs[0], "an input")
+    if given.name != wanted.name:
+        raise ProtocolError(f"the input of {model.name} is {wanted.name}, got {shown(given.name)}")
+    if given.datatype != wanted.datatype:
+        raise ProtocolError(f"{wanted.name} is {wanted.datatype}, got {shown(given.datatype)}")
+    shape = shape_of(model, given.shape)
+    size = checked(InputParameters, given.parameters, f"parameters of {wanted.name}").binary_data_size
     if size is None:
         if raw:
             raise ProtocolError(
                 f"{len(raw)} bytes follow the JSON, and no input says that they are its: binary_data_size"
             )
-        return from_numbers(given.get("data"), shape, wanted.name)
-    if "data" in given:
+        return from_numbers(given.data, shape, wanted.name)
+    if given.data is not None:
         raise ProtocolError(f"{wanted.name} has both data and binary_data_size: give one")
     if not size == len(raw) == math.prod(shape):
         raise ProtocolError(
@@ -251,23 +254,19 @@ def outputs_of(model: Model, asked: list[Any], binary: bool) -> dict[str, bool]:
         return dict.fromkeys(names, binary)
     found: dict[str, bool] = {}
     for each in asked:
-        output = an_object(each, "an output", {"name", "parameters"})
-        name = output.get("name")
-        if name not in names:
-            raise ProtocolError(f"{model.name} has no output {shown(name)}: {', '.join(names)}")
-        if name in found:
-            raise ProtocolError(f"the output {name} is asked for twice")
-        parameters = parameters_of(output, name, {"binary_data"})
-        found[name] = checked(parameters, "binary_data", bool, name, binary)
+        output = checked(SentOutput, each, "an output")
+        if output.name not in names:
+            raise ProtocolError(f"{model.name} has no output {shown(output.name)}: {', '.join(names)}")
+        if output.name in found:
+            raise ProtocolError(f"the output {output.name} is asked for twice")
+        own = checked(OutputParameters, output.parameters, f"parameters of {output.name}").binary_data
+        found[output.name] = binary if own is None else own
     return found
 
 
-KINDS: Mapping[type[Any], str] = {bool: "true or false", str: "a string", int: "an integer"}
-
-
 def kind_of(value: Any) -> str:
-    kinds = {dict: "an object", list: "a list", type(None): "nothing", float: "a number"}
-    return (kinds | dict(KINDS)).get(type(value), type(value).__name__)
+    """A value as an error repeats it where any other kind would do."""
+    return KINDS.get(type(value)) or shown(value)
 
 
 def shown(value: Any) -> str:

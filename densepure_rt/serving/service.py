@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import closing, suppress
+from contextlib import AbstractContextManager, closing, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
@@ -27,11 +27,11 @@ from densepure_rt import logs
 from densepure_rt.errors import DensePureError, EnvironmentFault, UsageError
 from densepure_rt.images.datasets import LabelledImage
 from densepure_rt.runtime.bundle import Bundle
-from densepure_rt.runtime.device import Device
+from densepure_rt.runtime.device import NOT_FINITE, Device
 from densepure_rt.runtime.metered_device import MeteredDevice
 from densepure_rt.runtime.noise import image_key
 from densepure_rt.runtime.reverse import Outcome, decide
-from densepure_rt.serving.fair_share import Asked, FairShare
+from densepure_rt.serving.fair_share import FairShare, QueuedImage
 from densepure_rt.smoothing.classifier import Certified, Predicted, SmoothedClassifier, prediction_of
 from densepure_rt.smoothing.decider import AnytimeDecider, Decider, Phases
 from densepure_rt.smoothing.scheduling import MOST_OPEN
@@ -74,7 +74,7 @@ class Served:
 
 
 @dataclass(frozen=True)
-class Meter:
+class ServiceMeter:
     """What a service has done so far. open: requests without an answer yet. batches, items: of the device, by kind.
 
     device_seconds: in which the device had work. batch: items that one holds.
@@ -91,7 +91,7 @@ class Meter:
     items: Mapping[str, int]
 
 
-class Request(Asked[Decider]):
+class PendingAnswer(QueuedImage[Decider]):
     """An image of a request, and the answer that it waits for."""
 
     def __init__(self, model: ModelName, image: LabelledImage, decider: Decider, open_handles: Any) -> None:
@@ -101,7 +101,7 @@ class Request(Asked[Decider]):
         self.came = time.monotonic()
 
 
-class Service:
+class Service(AbstractContextManager["Service"]):
     """A classifier at work for many: a context manager, whose thread alone touches the device.
 
     settings: of certificates; of an anytime method, since a deadline may come. secret: called for each request; what
@@ -138,9 +138,6 @@ class Service:
         self._thread = threading.Thread(target=self._run, name="densepure-rt device", daemon=True)
         self._thread.start()
 
-    def __enter__(self) -> Service:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.drain(0)
 
@@ -163,11 +160,11 @@ class Service:
         """What the device says of itself."""
         return self._device.describe()
 
-    def meter(self) -> Meter:
+    def meter(self) -> ServiceMeter:
         items = dict(self._meter.items)  # before the batches that hold them: no batch is found to be more than full
         with self._changed:
-            waiting = Counter(cast(Request, asked).model for asked in self._share.undecided)
-            return Meter(
+            waiting = Counter(cast(PendingAnswer, each).model for each in self._share.undecided)
+            return ServiceMeter(
                 open={"predict": waiting["predict"], "certify": waiting["certify"]},
                 samples=self._done["samples"],
                 unet_calls=self._done["unet calls"],
@@ -191,17 +188,17 @@ class Service:
         self, model: ModelName, images: Sequence[Pixels], deadline: float | None
     ) -> list[Predicted] | list[Certified]:
         """The answers to `images`, all of which are taken or none; see `Served`."""
-        requests = self.ask(model, images)
+        asked = self.ask(model, images)
         try:
-            answers = [asyncio.wrap_future(request.answer) for request in requests]
+            answers = [asyncio.wrap_future(each.answer) for each in asked]
             if deadline is not None:
                 await asyncio.wait(answers, timeout=max(0.0, deadline - time.monotonic()))
-                self.stop(requests)
+                self.stop(asked)
             return list(await asyncio.gather(*answers))
         finally:
-            self.give_up(requests)  # where this is cancelled
+            self.give_up(asked)  # where this is cancelled
 
-    def ask(self, model: ModelName, images: Sequence[Pixels]) -> list[Request]:
+    def ask(self, model: ModelName, images: Sequence[Pixels]) -> list[PendingAnswer]:
         """Take up `images`, all of them or none. The answer of each is in its future."""
         for image in images:
             if image.dtype != np.uint8 or image.shape != self.served.bundle.unet.image:
@@ -220,13 +217,13 @@ class Service:
                     f"{waiting} images are waiting and {self.most} may be, so that {len(images)} more are not taken: "
                     f"try again later"
                 )
-            requests = [self._request(model, image, secret) for image in images]
-            for request in requests:
-                self._share.put(request)
+            asked = [self._pending(model, image, secret) for image in images]
+            for each in asked:
+                self._share.put(each)
             self._changed.notify_all()
-        return requests
+        return asked
 
-    def _request(self, model: ModelName, pixels: Pixels, secret: bytes) -> Request:
+    def _pending(self, model: ModelName, pixels: Pixels, secret: bytes) -> PendingAnswer:
         self._came += 1
         image, sigma = LabelledImage(self._came, pixels, None), self.served.settings.sigma
         decider = (self._predicts if model == "predict" else self._certifies).start()
@@ -235,25 +232,25 @@ class Service:
             keys = [image_key(secret, purpose, sigma, pixels) for purpose, _ in phases]
             return [self._device.open_image(pixels, key, sigma, self._chain.scale) for key in keys]
 
-        return Request(model, image, decider, open_handles)
+        return PendingAnswer(model, image, decider, open_handles)
 
-    def stop(self, requests: Sequence[Request]) -> None:
+    def stop(self, asked: Sequence[PendingAnswer]) -> None:
         """Answer those that have no answer yet by what their samples bear out."""
         with self._changed:
-            for request in self._unanswered(requests):
-                self._share.stop(request)
-                self._answer(request)
+            for each in self._unanswered(asked):
+                self._share.stop(each)
+                self._answer(each)
             self._changed.notify_all()
 
-    def give_up(self, requests: Sequence[Request]) -> None:
+    def give_up(self, asked: Sequence[PendingAnswer]) -> None:
         """Spend nothing more on those that have no answer yet."""
         with self._changed:
-            for request in self._unanswered(requests):
-                self._share.stop(request)
+            for each in self._unanswered(asked):
+                self._share.stop(each)
             self._changed.notify_all()
 
-    def _unanswered(self, requests: Sequence[Request]) -> list[Request]:
-        return [request for request in requests if request in self._share.undecided]
+    def _unanswered(self, asked: Sequence[PendingAnswer]) -> list[PendingAnswer]:
+        return [each for each in asked if each in self._share.undecided]
 
     def drain(self, seconds: float) -> None:
         """Take no more requests, answer those that there are, by `seconds` from now at the latest, and end.
@@ -280,7 +277,7 @@ class Service:
 
     def stop_all(self) -> None:
         """Answer every request by what its samples bear out."""
-        self.stop([cast(Request, asked) for asked in self._share.undecided])
+        self.stop([cast(PendingAnswer, each) for each in self._share.undecided])
 
     # the thread that owns the device
 
@@ -317,24 +314,24 @@ class Service:
     def _take(self, outcome: Outcome) -> None:
         with self._changed:
             self._done.update({"samples": 1, "unet calls": outcome.unet_calls, "classifier calls": outcome.votes})
-            self._done["not finite"] += outcome.label < 0
+            self._done["not finite"] += outcome.label == NOT_FINITE
             decided = self._share.add(outcome)
             if decided is not None:
-                self._answer(cast(Request, decided))
+                self._answer(cast(PendingAnswer, decided))
             self._close_settled()
 
-    def _answer(self, request: Request) -> None:
-        """Answer one that is no longer undecided; what goes wrong at that is told to whoever asked, and to no other."""
+    def _answer(self, pending: PendingAnswer) -> None:
+        """Answer one that is no longer undecided; errors go to its own future only."""
         try:
-            request.answer.set_result(self._answer_of(request))
+            pending.answer.set_result(self._answer_of(pending))
         except Exception as error:
-            request.answer.set_exception(error)
+            pending.answer.set_exception(error)
         self._changed.notify_all()
 
-    def _answer_of(self, request: Request) -> Predicted | Certified:
-        request.cost.seconds = time.monotonic() - request.came
-        image, decider, cost, stopped = request.image, request.decider, request.cost, request.stopped
-        if request.model == "predict":
+    def _answer_of(self, pending: PendingAnswer) -> Predicted | Certified:
+        pending.cost.seconds = time.monotonic() - pending.came
+        image, decider, cost, stopped = pending.image, pending.decider, pending.cost, pending.stopped
+        if pending.model == "predict":
             charge, classes = self._predicts.charge, len(self.served.class_names)
             return prediction_of(image, cast(AnytimeDecider, decider), charge, classes, cost, stopped)
         return Certified(image, decider.certificate(stopped), cost)
@@ -347,9 +344,9 @@ class Service:
         logs.say(f"the device failed: {error}", logging.ERROR, error=type(error).__name__)
         with self._changed:
             self._failed = error
-            for asked in list(self._share.undecided):
-                self._share.stop(asked)
-                cast(Request, asked).answer.set_exception(self._failure())
+            for each in list(self._share.undecided):
+                self._share.stop(each)
+                cast(PendingAnswer, each).answer.set_exception(self._failure())
             self._changed.notify_all()
 
     def _failure(self) -> DeviceFailed:

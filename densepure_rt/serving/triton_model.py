@@ -13,10 +13,11 @@ from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from densepure_rt.errors import CheckFailed, DensePureError, UsageError
 from densepure_rt.images.datasets import LabelledImage
@@ -30,103 +31,96 @@ from densepure_rt.smoothing.classifier import Certified, Predicted, SmoothedClas
 from densepure_rt.smoothing.decider import AnytimeDecider
 from densepure_rt.smoothing.samplers import OnDevice
 from densepure_rt.smoothing.scheduling import Cost
-from densepure_rt.smoothing.settings import RULES, Budget, Settings
+from densepure_rt.smoothing.settings import Budget, Settings
 
 MODEL_NAMES: tuple[ModelName, ...] = ("predict", "certify")
-METHODS = tuple(name for name, rule in RULES.items() if rule.anytime)  # that have an answer whenever they are stopped
-DEADLINE, MAX_DEADLINE = "deadline_ms", "max_deadline_ms"  # the first is a parameter of requests too
-T = TypeVar("T")
+DEADLINE = "deadline_ms"  # a parameter of requests
 
 
-class Parameters:
-    """The parameters of a model's configuration, each read once; errors name the file and the parameter."""
-
-    def __init__(self, model: str, parameters: Mapping[str, Mapping[str, str]]) -> None:
-        self.where = f"{model}/config.pbtxt"
-        # Names in capitals are Triton's own, such as FORCE_CPU_ONLY_INPUT_TENSORS.
-        self.values = {name: entry.get("string_value", "") for name, entry in parameters.items() if not name.isupper()}
-        self.read: set[str] = set()
-
-    def text(self, name: str) -> str:
-        self.read.add(name)
-        if name not in self.values:
-            raise UsageError(f"{self.where} lacks the parameter {name!r}: export the repository again")
-        return str(self.values[name]).strip()
-
-    def number(self, name: str, kind: type[T]) -> T:
-        try:
-            return kind(self.text(name))  # type: ignore[call-arg]  # int and float, the kinds there are, take a text
-        except ValueError:
-            raise UsageError(
-                f"{self.where}: {name!r} should be {'a whole number' if kind is int else 'a number'}, found "
-                f"{self.text(name)!r}"
-            ) from None
-
-    def count(self, name: str, most: int) -> int:
-        if not 1 <= (value := self.number(name, int)) <= most:
-            raise UsageError(f"{self.where}: {name!r} is a count from 1 to {most}, found {value}")
-        return value
-
-    def milliseconds(self, name: str) -> float:
-        if not 0 < (value := self.number(name, float)) < math.inf:
-            raise UsageError(f"{self.where}: {name!r} is milliseconds above 0, found {self.text(name)!r}")
-        return value
-
-    def choice(self, name: str, allowed: Sequence[str]) -> Any:
-        if (value := self.text(name)) not in allowed:
-            raise UsageError(f"{self.where}: {name!r} is {value!r}, known are {', '.join(allowed)}")
-        return value
-
-    def numbers(self, name: str) -> tuple[float, ...] | None:
-        """Numbers with commas between them; None of none."""
-        words = [word for word in self.text(name).split(",") if word.strip()]
-        try:
-            return tuple(float(word) for word in words) or None
-        except ValueError:
-            raise UsageError(
-                f"{self.where}: {name!r} should be numbers with commas, found {self.text(name)!r}"
-            ) from None
-
-    def refuse_others(self) -> None:
-        """Raise UsageError for a parameter that nobody read: a slip of the pen must not pass for a default."""
-        if unknown := sorted(set(self.values) - self.read):
-            raise UsageError(f"{self.where} has parameters that are not known: {', '.join(unknown)}")
+def numbers(text: str) -> tuple[float, ...] | None:
+    """Numbers with commas between them; None of none."""
+    return tuple(float(word) for word in text.split(",") if word.strip()) or None
 
 
-def checked_bundle(repository: Path, parameters: Parameters) -> Bundle:
+Real = Annotated[float, Field(description="should be a number")]
+Whole = Annotated[int, Field(description="should be a whole number")]
+Milliseconds = Annotated[float, Field(gt=0, description="is milliseconds above 0")]
+
+
+class Parameters(BaseModel):
+    """The parameters of a model's configuration, all of which have to be there, and no other."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    engine: str
+    engine_sha256: str
+    classifier: str
+    classifier_sha256: str
+    key_file: str
+    sigma: Real
+    steps: Whole
+    votes: Whole
+    n: Whole
+    alpha: Real
+    batch: int = Field(ge=1, le=MAX_BATCH, description=f"should be a whole number from 1 to {MAX_BATCH}")
+    callers: int = Field(ge=1, le=MAX_THREADS, description=f"should be a whole number from 1 to {MAX_THREADS}")
+    deadline_ms: Milliseconds
+    max_deadline_ms: Milliseconds
+
+    @property
+    def settings(self) -> Settings:
+        """What the model answers by. Raises UsageError."""
+        return Settings(self.sigma, self.steps, self.votes, n=self.n, alpha=self.alpha)
+
+
+class CertifyParameters(Parameters):
+    method: Literal["sequential", "radius"] = Field(description="is sequential or radius")  # that may be stopped
+    radii: Annotated[tuple[float, ...] | None, BeforeValidator(numbers)] = Field(
+        description="should be numbers with commas"
+    )
+
+    @property
+    def settings(self) -> Settings:
+        return replace(super().settings, method=self.method, radii=self.radii)
+
+
+def parameters_of(kind: type[Parameters], where: str, given: Mapping[str, Mapping[str, str]]) -> Parameters:
+    """Read the parameters in a model's configuration, the file `where`. Raises UsageError, which names both."""
+    # Names in capitals are Triton's own, such as FORCE_CPU_ONLY_INPUT_TENSORS.
+    values = {name: entry.get("string_value", "").strip() for name, entry in given.items() if not name.isupper()}
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+    name, found = str(fault["loc"][0]), fault["input"]
+    if fault["type"] == "missing":
+        raise UsageError(f"{where} lacks the parameter {name!r}: export the repository again")
+    if fault["type"] == "extra_forbidden":
+        unknown = sorted(values.keys() - kind.model_fields.keys())
+        raise UsageError(f"{where} has parameters that are not known: {', '.join(unknown)}")
+    raise UsageError(f"{where}: {name!r} {kind.model_fields[name].description}, found {found!r}")
+
+
+def checked_bundle(repository: Path, parameters: Parameters, where: str) -> Bundle:
     """The bundle in a model repository, found to be the one that it was exported with, byte for byte.
 
     Raises CheckFailed when it is another, UsageError when a file is not there.
     """
     bundle = open_bundle(
-        repository / parameters.text("engine"),
-        repository / parameters.text("classifier"),
-        engine_sha256=parameters.text("engine_sha256"),
+        repository / parameters.engine,
+        repository / parameters.classifier,
+        engine_sha256=parameters.engine_sha256,
     )
-    expected = parameters.text("classifier_sha256")
+    expected = parameters.classifier_sha256
     if not bundle.classifier.file.sha256 == bundle.unet.classifier.sha256 == expected:
         raise CheckFailed(
-            f"{parameters.where} pins the classifier {expected[:16]}..., the sidecars of {bundle.classifier_path} and "
+            f"{where} pins the classifier {expected[:16]}..., the sidecars of {bundle.classifier_path} and "
             f"{bundle.unet_path} say {bundle.classifier.file.sha256[:16]}... and "
             f"{bundle.unet.classifier.sha256[:16]}...: export the repository again"
         )
     for path, sidecar in ((bundle.unet_path, bundle.unet), (bundle.classifier_path, bundle.classifier)):
         verified_engine(path, sidecar)
     return bundle
-
-
-def settings_of(model: ModelName, parameters: Parameters) -> Settings:
-    """What a model answers by. Raises UsageError."""
-    settings = Settings(
-        sigma=parameters.number("sigma", float),
-        steps=parameters.number("steps", int),
-        votes=parameters.number("votes", int),
-        n=parameters.number("n", int),
-        alpha=parameters.number("alpha", float),
-    )
-    if model == "predict":
-        return settings
-    return replace(settings, method=parameters.choice("method", METHODS), radii=parameters.numbers("radii"))
 
 
 class TritonModel:
@@ -151,14 +145,10 @@ class TritonModel:
         if name not in MODEL_NAMES:
             raise UsageError(f"{name!r} is not one of {', '.join(MODEL_NAMES)}: a model goes by the name of its folder")
         self.name: ModelName = name
-        parameters = Parameters(name, config.get("parameters", {}))
-        self.settings = settings_of(self.name, parameters)
-        self.batch, self.callers = parameters.count("batch", MAX_BATCH), parameters.count("callers", MAX_THREADS)
-        self.deadline_ms = parameters.milliseconds(DEADLINE)
-        self.max_deadline_ms = parameters.milliseconds(MAX_DEADLINE)
-        key_file = parameters.text("key_file")
-        self.bundle = checked_bundle(repository, parameters)
-        parameters.refuse_others()
+        kind, where = CertifyParameters if name == "certify" else Parameters, f"{name}/config.pbtxt"
+        self.parameters = parameters_of(kind, where, config.get("parameters", {}))
+        self.settings = self.parameters.settings
+        self.bundle = checked_bundle(repository, self.parameters, where)
         chain_of(self.bundle, self.settings)  # raises where there is none
         pixels = math.prod(self.bundle.unet.image)
         self.rule = (
@@ -166,7 +156,7 @@ class TritonModel:
         )
         if name == "certify":
             self.settings.check_reach(pixels, labelled=False)
-        self.secret = shared_key(Path(key_file)) if key_file else new_secret()
+        self.secret = shared_key(Path(key_file)) if (key_file := self.parameters.key_file) else new_secret()
         self.outputs = outputs_of(len(self.bundle.classifier.class_names))[self.name]
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
@@ -222,7 +212,7 @@ class TritonModel:
     def opened(self) -> TritonDevice:
         """The engines, ready to run. Only while a request is executed."""
         if self.device is None:
-            self.device = TritonDevice(self.backend, self.bundle, self.batch, self.callers)
+            self.device = TritonDevice(self.backend, self.bundle, self.parameters.batch, self.parameters.callers)
         return self.device
 
     def code_of(self, error: DensePureError) -> Any:
@@ -235,10 +225,10 @@ class TritonModel:
         """The time that an answer may take; what the request waited in Triton's queue is not in it."""
         given = json.loads(request.parameters() or "{}").get(DEADLINE)
         if given is None:
-            return self.deadline_ms / 1000
+            return self.parameters.deadline_ms / 1000
         with suppress(TypeError, ValueError, OverflowError):
-            if 0 < float(given) <= self.max_deadline_ms and not isinstance(given, bool):
+            if 0 < float(given) <= self.parameters.max_deadline_ms and not isinstance(given, bool):
                 return float(given) / 1000
         raise UsageError(
-            f"{DEADLINE} is milliseconds above 0, {self.max_deadline_ms:g} at most, got {str(given)[:40]!r}"
+            f"{DEADLINE} is milliseconds above 0, {self.parameters.max_deadline_ms:g} at most, got {str(given)[:40]!r}"
         )

@@ -7,10 +7,9 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -31,7 +30,7 @@ from densepure_rt.smoothing.bounds import error_at_most
 from densepure_rt.smoothing.certificate import Certificate, Method
 from densepure_rt.smoothing.decider import AnytimeDecider, Decider, Phases
 from densepure_rt.smoothing.samplers import OnDevice, Sampler
-from densepure_rt.smoothing.scheduling import Cost, Journal, Scheduler, UnderWay
+from densepure_rt.smoothing.scheduling import Cost, ImageProgress, Journal, Scheduler
 from densepure_rt.smoothing.settings import PREDICT_N, UNLIMITED, Budget, Settings
 
 D = TypeVar("D", bound=Decider)
@@ -82,12 +81,12 @@ def chain_of(bundle: Bundle, settings: Settings) -> Chain:
     return make_chain(unet.schedule, unet.variance, settings.sigma, settings.steps, rule)
 
 
-class SmoothedClassifier:
+class SmoothedClassifier(AbstractContextManager["SmoothedClassifier"]):
     """A bundle and what draws its samples, ready to certify: a context manager.
 
     secret: what all noise is keyed with. Noise belongs to (secret, image, sigma): the same image under the same secret
     gets the same certificate. failed: `idx` of the images of the last iteration that could not be sampled, and of which
-    nothing was said; see `scheduling.LOST`.
+    nothing was said; see `scheduling.LostSample`.
     """
 
     def __init__(self, bundle: Bundle, sampler: Sampler, secret: bytes | None = None) -> None:
@@ -99,12 +98,7 @@ class SmoothedClassifier:
         self.closed = False
         self._busy_in: int | None = None  # the process that iterates: two iterations of one would share slots
 
-    def __enter__(self) -> SmoothedClassifier:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -242,19 +236,19 @@ class SmoothedClassifier:
         new_decider: Callable[[LabelledImage], D],
         budget: Budget = UNLIMITED,
         journal: Journal | None = None,
-    ) -> Iterator[UnderWay[D]]:
+    ) -> Iterator[ImageProgress[D]]:
         """Each image, when its decider has all that it needs or its time is up."""
         self._refuse_closed()
         chain = self.chain(settings)
         started = answered = time.perf_counter()
         end = started + budget.run
 
-        def opened() -> Iterator[UnderWay[D]]:
+        def opened() -> Iterator[ImageProgress[D]]:
             for image in images:
                 if (now := time.perf_counter()) >= end:
                     return
                 open_handles, deadline = partial(self._open, image, settings.sigma, chain), min(end, now + budget.image)
-                yield UnderWay(image, new_decider(image), open_handles, deadline, journal, len(self.class_names))
+                yield ImageProgress(image, new_decider(image), open_handles, deadline, journal, len(self.class_names))
 
         if self.busy:
             raise UsageError("this classifier is already at work: finish or close that iteration, or load another one")
@@ -287,7 +281,7 @@ class SmoothedClassifier:
         keys = [image_key(self.secret, purpose, sigma, image.pixels) for purpose, _ in phases]
         return [self.sampler.open_image(image.pixels, key, sigma, chain.scale) for key in keys]
 
-    def _close(self, image: UnderWay[D]) -> None:
+    def _close(self, image: ImageProgress[D]) -> None:
         for handle in image.handles:
             self.sampler.close_image(handle)
 

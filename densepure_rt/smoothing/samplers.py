@@ -14,6 +14,7 @@ from densepure_rt.runtime.device import Batch, Device, Kind
 from densepure_rt.runtime.noise import Key
 from densepure_rt.runtime.reverse import Outcome
 from densepure_rt.runtime.schedule import Chain
+from densepure_rt.smoothing.scheduling import LostSample
 from densepure_rt.smoothing.voting import Ballot
 
 ROUNDS = 2  # timed batches for each caller, after one round that is not
@@ -30,7 +31,7 @@ class Sampler(Protocol):
 
     def decide(
         self, chain: Chain, work: Iterable[tuple[int, int] | None], new_ballot: Callable[[], Ballot]
-    ) -> Generator[Outcome | None, None, None]:
+    ) -> Generator[Outcome | LostSample | None, None, None]:
         """The outcome of each (handle, sample) of `work`, in any order; None when none has come for a moment.
 
         Of `work` see `reverse.decide`.

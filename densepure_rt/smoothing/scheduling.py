@@ -22,7 +22,6 @@ from densepure_rt.runtime.device import NOT_FINITE
 from densepure_rt.runtime.reverse import Outcome
 from densepure_rt.smoothing.decider import Decider, Phases
 
-LOST = -2  # in place of a label: whatever draws the samples of this image dies of it, so that the image has failed
 MOST_OPEN = 256  # images held at a time: enough for the others to go on beside one that takes thousands of samples
 
 
@@ -37,7 +36,14 @@ class Cost:
     seconds: float = 0.0
 
 
-class Taken(NamedTuple):
+class LostSample(NamedTuple):
+    """In place of an outcome: whatever draws the samples of this image dies of it, so that the image has failed."""
+
+    image: int
+    sample: int
+
+
+class SavedLabels(NamedTuple):
     """What is known of an image from earlier: the labels of its first samples, int32 [n], and the calls they took."""
 
     labels: NDArray[np.int32]
@@ -45,13 +51,13 @@ class Taken(NamedTuple):
     classifier_calls: int
 
 
-NOTHING = Taken(np.empty(0, np.int32), 0, 0)
+NOTHING = SavedLabels(np.empty(0, np.int32), 0, 0)
 
 
 class Journal(Protocol):
     """Where the labels that judge an image are kept as they come, so that a run can go on from them."""
 
-    def taken(self, idx: int) -> Taken: ...
+    def saved(self, idx: int) -> SavedLabels: ...
 
     def add(self, idx: int, outcome: Outcome) -> None:
         """The next label of an image."""
@@ -60,11 +66,11 @@ class Journal(Protocol):
 D = TypeVar("D", bound=Decider)
 
 
-class UnderWay(Generic[D]):
-    """An image that is being sampled, from where `taken` ends. It is judged in the order in which samples are drawn,
-    whatever the order in which their outcomes come.
+class ImageProgress(Generic[D]):
+    """An image that is being sampled, from where its saved labels end. It is judged in the order in which samples are
+    drawn, whatever the order in which their outcomes come.
 
-    handles: on the device, one a phase, once it is opened; what was taken may decide it before. deadline: when it is
+    handles: on the device, one a phase, once it is opened; saved labels may decide it before. deadline: when it is
     stopped undecided. journal: takes each label that judges it.
     """
 
@@ -79,17 +85,17 @@ class UnderWay(Generic[D]):
     ) -> None:
         self.image, self.decider, self.deadline, self.journal = image, decider, deadline, journal
         self.stopped = self.failed = False
-        taken = NOTHING if journal is None else journal.taken(image.idx)
+        saved = NOTHING if journal is None else journal.saved(image.idx)
         self._most = sum(samples for _, samples in decider.phases)
-        if len(taken.labels) > self._most:
-            raise CheckFailed(f"image {image.idx} has {len(taken.labels)} labels, and takes {self._most} at most")
-        for label in taken.labels.tolist():
+        if len(saved.labels) > self._most:
+            raise CheckFailed(f"image {image.idx} has {len(saved.labels)} labels, and takes {self._most} at most")
+        for label in saved.labels.tolist():
             if not NOT_FINITE <= label < classes:
                 raise CheckFailed(f"label {label} is none of the {classes} classes: the ledger is damaged")
-        self.cost = Cost(unet_calls=taken.unet_calls, classifier_calls=taken.classifier_calls)
-        for label in taken.labels.tolist():
+        self.cost = Cost(unet_calls=saved.unet_calls, classifier_calls=saved.classifier_calls)
+        for label in saved.labels.tolist():
             self._judge(label)
-        self.returned = self.drawn = len(taken.labels)
+        self.returned = self.drawn = len(saved.labels)
         self.handles: list[int] = []
         self._open_handles = open_handles
         self._next = deque[tuple[int, int]]()  # the samples that are drawn and not judged
@@ -129,15 +135,15 @@ class UnderWay(Generic[D]):
         self._next.append(next(self._samples))
         return self._next[-1]
 
-    def add(self, outcome: Outcome) -> None:
+    def add(self, outcome: Outcome | LostSample) -> None:
         """An outcome of a sample that was drawn, in any order."""
         self.returned += 1
+        if isinstance(outcome, LostSample):
+            self.failed = self.failed or not self.decided
+            return
         self.cost.unet_calls += outcome.unet_calls
         self.cost.classifier_calls += outcome.votes
         if self.decided:  # drawn in vain
-            return
-        if outcome.label == LOST:
-            self.failed = True
             return
         self._early[outcome.image, outcome.sample] = outcome
         while not self.decided and self._next and self._next[0] in self._early:
@@ -160,11 +166,11 @@ class Scheduler(Generic[D]):
     that there is to know is under way.
     """
 
-    def __init__(self, images: Iterator[UnderWay[D]], most_open: int = MOST_OPEN) -> None:
+    def __init__(self, images: Iterator[ImageProgress[D]], most_open: int = MOST_OPEN) -> None:
         self._images, self._most_open, self._exhausted = images, most_open, False
-        self._undecided: list[UnderWay[D]] = []
-        self._in_order: deque[UnderWay[D]] = deque()
-        self._by_handle: dict[int, UnderWay[D]] = {}
+        self._undecided: list[ImageProgress[D]] = []
+        self._in_order: deque[ImageProgress[D]] = deque()
+        self._by_handle: dict[int, ImageProgress[D]] = {}
 
     def __iter__(self) -> Iterator[tuple[int, int] | None]:
         while True:
@@ -176,7 +182,7 @@ class Scheduler(Generic[D]):
             else:
                 return
 
-    def _next(self) -> UnderWay[D] | None:
+    def _next(self) -> ImageProgress[D] | None:
         for image in self._undecided:
             if image.wants:
                 return image
@@ -193,19 +199,19 @@ class Scheduler(Generic[D]):
                 return opened
         return next((image for image in self._undecided if image.may_want), None)
 
-    def add(self, outcome: Outcome) -> Iterator[UnderWay[D]]:
+    def add(self, outcome: Outcome | LostSample) -> Iterator[ImageProgress[D]]:
         """Count an outcome. Yields its image once it is decided and nothing more of it is under way."""
         image = self._by_handle[outcome.image]
         image.add(outcome)
         yield from self._decided(image)
 
-    def stop_late(self, now: float) -> Iterator[UnderWay[D]]:
+    def stop_late(self, now: float) -> Iterator[ImageProgress[D]]:
         """Decide the images whose deadline has come by what they have. Yields those of which nothing is under way."""
         for image in [image for image in self._undecided if image.deadline <= now]:
             image.stopped = True
             yield from self._decided(image)
 
-    def _decided(self, image: UnderWay[D]) -> Iterator[UnderWay[D]]:
+    def _decided(self, image: ImageProgress[D]) -> Iterator[ImageProgress[D]]:
         if image.decided and image in self._undecided:
             self._undecided.remove(image)
         if image.decided and image.idle:
@@ -213,7 +219,7 @@ class Scheduler(Generic[D]):
                 del self._by_handle[handle]
             yield image
 
-    def finished(self) -> Iterator[UnderWay[D]]:
+    def finished(self) -> Iterator[ImageProgress[D]]:
         """Images whose turn it is and that are decided, in the order in which they came.
 
         Those that were not stopped have nothing under way any more, so that their cost is whole.
@@ -226,6 +232,6 @@ class Scheduler(Generic[D]):
         return self._exhausted and not self._in_order
 
     @property
-    def open(self) -> set[UnderWay[D]]:
+    def open(self) -> set[ImageProgress[D]]:
         """Images with handles on the device."""
         return set(self._by_handle.values())

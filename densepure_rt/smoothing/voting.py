@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-NOBODY = -2  # a rival that has no vote yet; labels are >= 0
-
 
 class Ballot:
     """A plurality vote of `votes` labels, cast in order. A tie goes to the label that was seen first.
@@ -23,23 +21,22 @@ class Ballot:
     @property
     def needed(self) -> int:
         """The fewest further votes after which the winner can be certain; 0 when it is."""
-        order = [*self.counts, NOBODY]
-        return min(self._needed_by(place, order) for place in range(len(order)))
+        counts = [*self.counts.values(), 0]  # and there is always one more label that nobody has seen
+        return min(self._needed_by(place, counts) for place in range(len(counts)))
 
     @property
     def winner(self) -> int:
         """The label that leads; certain once `needed` is 0."""
         return max(self.counts, key=self.counts.__getitem__)  # max returns the first of equals
 
-    def _needed_by(self, place: int, order: list[int]) -> int:
+    def _needed_by(self, place: int, counts: list[int]) -> int:
         """Votes that must go to the label at `place` before no rival can catch up with all the others that remain.
 
         With m more votes it has own + m, a rival at most its count + remaining - m. A rival seen earlier wins a tie.
         """
-        own = self.counts.get(order[place], 0)
         gaps = [
-            self.counts.get(rival, 0) + self.remaining - own + (rival_place < place)
-            for rival_place, rival in enumerate(order)
-            if rival_place != place or rival == NOBODY  # there is always one more label that nobody has seen
+            count + self.remaining - counts[place] + (rival < place)
+            for rival, count in enumerate(counts)
+            if rival != place or rival == len(counts) - 1
         ]
         return max(0, -(-max(gaps) // 2))

@@ -27,7 +27,7 @@ import ray
 from densepure_rt import __version__
 from densepure_rt.cluster.fleet import DEATHS, FAILURES, Fleet, Member
 from densepure_rt.cluster.ray_workers import Recipe, Worker, chosen, connect, open_fleet
-from densepure_rt.cluster.tasks import Drawn, Engines, Task
+from densepure_rt.cluster.tasks import Engines, Task, TaskResult
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.images.datasets import ImageSet, open_images
 from densepure_rt.keys import seeded_secret
@@ -199,12 +199,16 @@ def test_a_worker_that_is_stopped_is_named_its_work_is_drawn_elsewhere_and_its_l
     assert f"workers that were late, and how often: {worker} on" in caplog.messages[-1]
 
 
+def has_poison(task: Task) -> bool:
+    poison = next(image.pixels for place, image in enumerate(some_images()) if place == POISON)
+    return any((image.pixels == poison).all() for image in task.images.values())
+
+
 class DiesOfOne(Worker):
     """Its process ends when it is to draw one of the images, as it would of a fault in native code."""
 
-    def draw(self, task: Task) -> Drawn:
-        poison = next(image.pixels for place, image in enumerate(some_images()) if place == POISON)
-        if any((image.pixels == poison).all() for image in task.images.values()):
+    def draw(self, task: Task) -> TaskResult:
+        if has_poison(task):
             os._exit(1)
         return super().draw(task)
 
@@ -212,22 +216,21 @@ class DiesOfOne(Worker):
 class RefusesOne(Worker):
     """Raises for one of the images, as an engine may."""
 
-    def draw(self, task: Task) -> Drawn:
-        poison = next(image.pixels for place, image in enumerate(some_images()) if place == POISON)
-        if any((image.pixels == poison).all() for image in task.images.values()):
+    def draw(self, task: Task) -> TaskResult:
+        if has_poison(task):
             raise ValueError("not this one")
         return super().draw(task)
 
 
 class DiesOfAll(Worker):
-    def draw(self, task: Task) -> Drawn:
+    def draw(self, task: Task) -> TaskResult:
         os._exit(1)
 
 
 class Sick(Worker):
     """The first that is made raises at every task, as one does whose GPU has faulted; the one in its place is well."""
 
-    def draw(self, task: Task) -> Drawn:
+    def draw(self, task: Task) -> TaskResult:
         if first_of_all(self):
             raise ValueError("an illegal memory access was encountered")
         return super().draw(task)
@@ -244,7 +247,7 @@ def first_of_all(worker: Worker) -> bool:
 class SlowAtFirst(Worker):
     """The first that is made takes ten times as long as the others."""
 
-    def draw(self, task: Task) -> Drawn:
+    def draw(self, task: Task) -> TaskResult:
         started = time.monotonic()
         drawn = super().draw(task)
         if first_of_all(self):
@@ -255,15 +258,14 @@ class SlowAtFirst(Worker):
 class HangsOnOne(Worker):
     """Does not come back from one of the images, as of a kernel that is deadlocked."""
 
-    def draw(self, task: Task) -> Drawn:
-        poison = next(image.pixels for place, image in enumerate(some_images()) if place == POISON)
-        while any((image.pixels == poison).all() for image in task.images.values()):
+    def draw(self, task: Task) -> TaskResult:
+        while has_poison(task):
             time.sleep(1)
         return super().draw(task)
 
 
 class Hangs(Worker):
-    def draw(self, task: Task) -> Drawn:
+    def draw(self, task: Task) -> TaskResult:
         time.sleep(1000)
         return super().draw(task)
 

@@ -16,12 +16,12 @@ from scipy import stats
 from densepure_rt.errors import UsageError
 from densepure_rt.legacy.claims import Imported, flags_of_merged, import_folder, import_log
 from densepure_rt.legacy.label_arrays import Retaken, open_folder
-from densepure_rt.legacy.logs import ABSTAIN, Log, Row
+from densepure_rt.legacy.logs import Log, Row
 from densepure_rt.smoothing.fixed import FixedRule
 from tests.support.growth import calls
 
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0)
-GOOD = (Row(0, 3, 3, "0.497", 1), Row(1, 4, ABSTAIN, "0.0", 0), Row(2, 5, 6, "0.25", 0), Row(3, 7, 7, "0.25", 1))
+GOOD = (Row(0, 3, 3, "0.497", 1), Row(1, 4, None, "0.0", 0), Row(2, 5, 6, "0.25", 0), Row(3, 7, 7, "0.25", 1))
 SIGMA, N0, N, RUNS = 0.25, 50, 4000, 3
 
 
@@ -146,7 +146,7 @@ class Arrays:
 
 def merged_row(idx: int, candidate: int, agreeing: int) -> Row:
     bound = stats.beta.ppf(0.001, agreeing, N - agreeing + 1)
-    predict, radius = (ABSTAIN, 0.0) if bound < 0.5 else (candidate, SIGMA * stats.norm.ppf(bound))
+    predict, radius = (None, 0.0) if bound < 0.5 else (candidate, SIGMA * stats.norm.ppf(bound))
     return Row(idx, 1, predict, f"{radius:.3}", int(predict == 1))
 
 
@@ -166,7 +166,7 @@ def test_arrays_give_what_the_official_merge_gives(arrays: Arrays) -> None:
     assert set(flags(found)) <= {"ties", "rounding"}
     for claim, row in zip(found.claims, arrays.merged.rows, strict=True):
         assert (claim.idx, claim.label) == (row.idx, row.label)
-        assert (ABSTAIN if claim.predict is None else claim.predict) == row.predict
+        assert claim.predict == row.predict
         assert f"{claim.radius or 0.0:.3}" == row.radius
     assert any(claim.predict is None for claim in found.claims)
     assert found.reach == FixedRule(n0=N0, n=N, alpha=0.001, sigma=SIGMA).reach()
@@ -189,7 +189,7 @@ def test_another_alpha_certifies_anew_and_compares_at_the_merges_own(arrays: Arr
     ("fields", "name", "unsound"),
     [
         ({"predict": 2, "correct": 0}, "predict differs", True),
-        ({"predict": ABSTAIN, "radius": "0.0", "correct": 0}, "predict differs", True),
+        ({"predict": None, "radius": "0.0", "correct": 0}, "predict differs", True),
         ({"radius": "0.6"}, "radius overstated", True),
         ({"radius": "0.01"}, "radius understated", False),
         ({"correct": 0}, "correct column", True),

@@ -16,7 +16,15 @@ from hypothesis.extra import numpy as hnp
 from scipy import stats
 
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
-from densepure_rt.legacy.label_arrays import Agreement, Labels, Reader, open_folder, parsed_labels, retake, take_vote
+from densepure_rt.legacy.label_arrays import (
+    Labels,
+    Reader,
+    SeedAgreement,
+    open_folder,
+    parsed_labels,
+    retake,
+    take_vote,
+)
 from densepure_rt.smoothing.voting import Ballot
 
 QUICK = settings(deadline=None, max_examples=300)
@@ -168,7 +176,7 @@ def test_the_certificate_is_cohens(agreeing: int) -> None:
 def test_agreement_by_chance_is_that_of_all_orders(labels: list[int]) -> None:
     one, other = np.array(labels), np.array(labels[::-1])
     matches = [int((one == np.array(order)).sum()) for order in permutations(other)]
-    agreement = Agreement()
+    agreement = SeedAgreement()
     agreement.add(one, other)
     assert agreement.chance == pytest.approx(np.mean(matches))
     assert agreement.variance == pytest.approx(np.var(matches))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from densepure_rt.errors import EnvironmentFault, UsageError
 from densepure_rt.files import MOST_BYTES
-from densepure_rt.legacy.logs import ABSTAIN, Log, Row, below, bounded_bytes, parsed_rows, printed_interval, read_log
+from densepure_rt.legacy.logs import Log, Row, below, bounded_bytes, parsed_rows, printed_interval, read_log
 
 HEADER = "idx\tlabel\tpredict\tradius\tcorrect\ttime\n"
 MERGED = "idx\tlabel\tpredict\tradius\tcorrect\n"
@@ -30,7 +30,7 @@ def rows_of(text: str) -> tuple[Row, ...]:
 
 def test_a_log_of_each_tool_is_read() -> None:
     locuslab = HEADER + "0\t3\t3\t0.497\t1\t0:02:31.238689\n20\t8\t-1\t0.0\t0\t15.4\n"
-    assert rows_of(locuslab) == (Row(0, 3, 3, "0.497", 1), Row(20, 8, ABSTAIN, "0.0", 0))
+    assert rows_of(locuslab) == (Row(0, 3, 3, "0.497", 1), Row(20, 8, None, "0.0", 0))
     assert rows_of(MERGED + "0\t3\t3\t0.497\t1\n") == (Row(0, 3, 3, "0.497", 1),)
     forked = "idx\tlabel\tpredict\tradius\tcorrect_num\tcorrect\ttime\n0\t3\t3\t1.23e-05\t7\tTrue\t1.0\n"
     assert rows_of(forked) == (Row(0, 3, 3, "1.23e-05", 1),)
@@ -91,7 +91,7 @@ def test_arbitrary_bytes_are_an_error_or_rows_within_bounds(content: bytes) -> N
         return
     for row in rows:
         assert row.idx >= 0
-        assert min(row.label, row.predict) >= ABSTAIN
+        assert all(label is None or label >= 0 for label in (row.label, row.predict))
         assert row.correct >= 0
         assert Decimal(row.radius) >= 0
 
@@ -106,7 +106,10 @@ def test_arbitrary_bytes_are_an_error_or_rows_within_bounds(content: bytes) -> N
 )
 def test_what_the_tools_write_is_read_as_it_was(rows: list[tuple[int, int, int, float, int]]) -> None:
     text = MERGED + "".join("{}\t{}\t{}\t{:.3}\t{}\n".format(*row) for row in rows)
-    assert rows_of(text) == tuple(Row(*row[:3], f"{row[3]:.3}", row[4]) for row in rows)
+    assert rows_of(text) == tuple(
+        Row(idx, label, None if predict == -1 else predict, f"{radius:.3}", correct)
+        for idx, label, predict, radius, correct in rows
+    )
 
 
 @QUICK

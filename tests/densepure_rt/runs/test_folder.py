@@ -204,7 +204,7 @@ def test_a_run_goes_on_where_it_was_cut_short(tmp_path: Path) -> None:
     with RunFolder(tmp_path, manifest(), None) as again:
         assert [record.idx for record, _ in again.done] == [7, 3]
         assert {name: (tmp_path / name).read_bytes() for name in RESULTS} == {name: whole[name] for name in RESULTS}
-        assert again.ledger.taken(9).labels.tolist() == [3]
+        assert again.ledger.saved(9).labels.tolist() == [3]
         again.add(result(idx=8))
     assert [json.loads(line)["idx"] for line in (tmp_path / "results.jsonl").read_text().splitlines()] == [7, 3, 8]
 

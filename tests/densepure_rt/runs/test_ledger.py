@@ -74,12 +74,12 @@ def test_labels_come_back_in_order_whenever_they_are_committed(
                 ledger.close()
                 ledger = Ledger(path)
                 for each in range(3):
-                    ledger.taken(each)  # as a run that goes on asks for what is there
+                    ledger.saved(each)  # as a run that goes on asks for what is there
     ledger.close()
     with Ledger(path, read_only=True) as found:
         for idx in range(3):
             expected = [label for image, label in labels if image == idx]
-            taken = found.taken(idx)
+            taken = found.saved(idx)
             assert taken.labels.tolist() == expected
             assert (taken.unet_calls, taken.classifier_calls) == (4 * len(expected), 3 * len(expected))
 
@@ -93,7 +93,7 @@ def test_an_image_that_is_done_keeps_all_its_labels_in_one_place(tmp_path: Path)
         ledger.finish(0, 7, 4, "record\n", timing(4))
         (done,) = ledger.done()
         assert (done.place, done.idx, done.labels().tolist(), done.record) == (0, 7, [3, -1, 3, 4], "record\n")
-        assert ledger.taken(7).labels.tolist() == []
+        assert ledger.saved(7).labels.tolist() == []
 
 
 def test_what_a_killed_process_had_committed_is_there(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_what_a_killed_process_had_committed_is_there(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "l")], timeout=60, check=False)
     assert done.returncode == 9
     with Ledger(tmp_path / "l") as ledger:
-        assert ledger.taken(5).labels.tolist() == [1, 2, 3]
+        assert ledger.saved(5).labels.tolist() == [1, 2, 3]
 
 
 class CtrlC:
@@ -151,7 +151,7 @@ def test_ctrl_c_before_any_step_of_a_commit_or_an_end_doubles_and_loses_no_label
         ledger.close()
         with Ledger(path) as again:
             done = list(again.done())
-            found = done[0].labels().tolist() if done else again.taken(3).labels.tolist()
+            found = done[0].labels().tolist() if done else again.saved(3).labels.tolist()
             assert found == [label % 10 for label in range(len(found))], at
             assert len(found) == 61 if done else 40 <= len(found) <= 61
             if not done:
@@ -173,7 +173,7 @@ def test_labels_beyond_a_gap_are_dropped(tmp_path: Path) -> None:
         database.execute("insert into samples values (5, 0, ?, 1, 1)", (packed([7, 8]),))
     database.close()
     with Ledger(tmp_path / "l") as ledger:
-        assert ledger.taken(5).labels.tolist() == [7, 8]
+        assert ledger.saved(5).labels.tolist() == [7, 8]
         ledger.add(5, outcome(9))
         ledger.finish(0, 5, 3, "record", timing(3))
         assert next(ledger.done()).labels().tolist() == [7, 8, 9]
@@ -220,7 +220,7 @@ def test_a_damaged_file_is_one_clear_error_or_a_right_read(
     path.write_bytes(content)
     with contextlib.suppress(DensePureError), Ledger(path, read_only=True) as found:
         assert sum(len(image.labels()) <= 50 for image in found.done()) <= 8
-        assert found.taken(0).labels.dtype == np.int32
+        assert found.saved(0).labels.dtype == np.int32
 
 
 def test_images_of_other_ledgers_are_taken_over_all_or_none(tmp_path: Path) -> None:

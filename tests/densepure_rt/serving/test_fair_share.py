@@ -13,18 +13,18 @@ from hypothesis import strategies as st
 
 from densepure_rt.images.datasets import LabelledImage
 from densepure_rt.runtime.reverse import Outcome
-from densepure_rt.serving.fair_share import Asked, FairShare
+from densepure_rt.serving.fair_share import FairShare, QueuedImage
 from densepure_rt.smoothing.decider import LOOK, Phases
 from tests.support.deciders import Patient, alone, label_of
 
 PIXELS = np.zeros((1, 2, 2), np.uint8)
 
 
-def asked(handle: int, decider: Patient, urgent: bool = False) -> Asked[Patient]:
-    return Asked(LabelledImage(handle, PIXELS, None), decider, urgent, lambda phases: [handle])
+def asked(handle: int, decider: Patient, urgent: bool = False) -> QueuedImage[Patient]:
+    return QueuedImage(LabelledImage(handle, PIXELS, None), decider, urgent, lambda phases: [handle])
 
 
-def back(share: FairShare[Patient], drawn: tuple[int, int]) -> Asked[Patient] | None:
+def back(share: FairShare[Patient], drawn: tuple[int, int]) -> QueuedImage[Patient] | None:
     return share.add(Outcome(*drawn, label_of(*drawn), 1, 1))
 
 
@@ -119,7 +119,7 @@ def test_an_image_is_opened_with_its_first_sample_and_closed_after_its_last() ->
         return [7]
 
     share = FairShare[Patient](ahead=0)
-    only = Asked(LabelledImage(0, PIXELS, None), Patient(look=2, last=1), False, open_handles)
+    only = QueuedImage(LabelledImage(0, PIXELS, None), Patient(look=2, last=1), False, open_handles)
     share.put(only)
     assert (opened, share.handles, share.under_way) == ([], [], False)
     assert [share.draw(), share.draw(), share.draw()] == [(7, 0), (7, 1), None]

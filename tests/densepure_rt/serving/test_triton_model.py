@@ -24,8 +24,8 @@ from densepure_rt.serving.models import MOST_IMAGES, Values, values_of
 from densepure_rt.serving.triton_model import TritonModel
 from densepure_rt.smoothing.classifier import SmoothedClassifier
 from densepure_rt.smoothing.settings import Settings
-from tests.export.convert.test_to_triton import config_of
-from tests.runtime.triton_backend import Asked, InferenceResponse, Tensor, Triton, TritonModelException, triton_of
+from tests.support.triton import config_of
+from tests.support.triton_backend import Asked, InferenceResponse, Tensor, Triton, TritonModelException, triton_of
 
 SECRET = seeded_secret(5)
 QUICK = {"sigma": "0.25", "steps": "1", "votes": "1", "n": "96", "batch": "8"}
@@ -241,13 +241,13 @@ def test_engines_that_are_elsewhere_are_named(loaded: Loader, repository: Path) 
         ("predict", {"sigma": "-1"}, "sigma"),
         ("predict", {"alpha": "0.7"}, "alpha is a probability of failure"),
         ("predict", {"steps": "100000"}, "steps"),
-        ("predict", {"batch": "0"}, "'batch' is a count from 1 to 65535, found 0"),
+        ("predict", {"batch": "0"}, "'batch' should be a whole number from 1 to 65535, found '0'"),
         ("predict", {"callers": "many"}, "'callers' should be a whole number"),
         ("predict", {"deadline_ms": "inf"}, "'deadline_ms' is milliseconds above 0, found 'inf'"),
         ("predict", {"vote": "3"}, "parameters that are not known: vote"),
         ("predict", {"radii": "0"}, "parameters that are not known: radii"),
         ("predict", {"key_file": "/nowhere/noise.key"}, "cannot write the key /nowhere/noise.key"),
-        ("certify", {"method": "fixed"}, "'method' is 'fixed', known are sequential, radius"),
+        ("certify", {"method": "fixed"}, "'method' is sequential or radius, found 'fixed'"),
         ("certify", {"method": "radius", "radii": "0,1"}, "`radii` are what the method sequential decides"),
         ("certify", {"radii": "0;1"}, "'radii' should be numbers with commas"),
         ("certify", {"radii": "1,0"}, "radii"),

@@ -9,12 +9,11 @@ import pytest
 from densepure_rt.errors import UsageError
 from densepure_rt.images.datasets import LabelledImage, open_images
 from densepure_rt.runtime.noise import image_key, smoothing_law, smoothing_noise
-from densepure_rt.runtime.reverse import Outcome
 from densepure_rt.smoothing.classifier import SmoothedClassifier, load
 from densepure_rt.smoothing.replay import replay
-from densepure_rt.smoothing.scheduling import NOTHING, Taken
 from densepure_rt.smoothing.settings import Settings
 from densepure_rt.smoothing.voting import Ballot
+from tests.support.journals import Notebook
 
 SECRET = bytes(range(32))
 
@@ -31,19 +30,6 @@ def image() -> LabelledImage:
     return found
 
 
-class Notebook:
-    """A journal that starts empty."""
-
-    def __init__(self) -> None:
-        self.labels: list[int] = []
-
-    def taken(self, idx: int) -> Taken:
-        return NOTHING
-
-    def add(self, idx: int, outcome: Outcome) -> None:
-        self.labels.append(outcome.label)
-
-
 @pytest.mark.parametrize(("steps", "votes"), [(0, 1), (1, 1), (2, 5), (3, 4)])
 def test_a_sample_drawn_again_has_the_label_that_a_run_gave_it(
     classifier: SmoothedClassifier, image: LabelledImage, steps: int, votes: int
@@ -52,7 +38,7 @@ def test_a_sample_drawn_again_has_the_label_that_a_run_gave_it(
     notebook = Notebook()
     list(classifier.certify_each([image], settings, journal=notebook))
     drawn = [replay(classifier, image, settings, sample) for sample in range(12)]
-    assert [found.label for found in drawn] == notebook.labels[1:]
+    assert [found.label for found in drawn] == notebook.labels[image.idx][1:]
     assert len({found.label for found in drawn}) > 1 or steps == 0
     for found in drawn:
         ballot = Ballot(votes)

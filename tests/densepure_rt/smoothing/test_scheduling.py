@@ -18,8 +18,9 @@ from densepure_rt.images.datasets import LabelledImage
 from densepure_rt.runtime.device import NOT_FINITE
 from densepure_rt.runtime.reverse import Outcome
 from densepure_rt.smoothing.fixed import FixedDecider, FixedRule
-from densepure_rt.smoothing.scheduling import LOST, NOTHING, Scheduler, Taken, UnderWay
+from densepure_rt.smoothing.scheduling import ImageProgress, LostSample, SavedLabels, Scheduler
 from tests.support.deciders import Patient, alone, label_of
+from tests.support.journals import Notebook
 
 CLASSES = 4
 
@@ -28,8 +29,8 @@ def image(idx: int) -> LabelledImage:
     return LabelledImage(idx, np.zeros((1, 2, 2), np.uint8), None)
 
 
-def under_way(handle: int, decider: Patient, deadline: float = math.inf) -> UnderWay[Patient]:
-    return UnderWay(image(handle), decider, lambda phases: [handle], deadline)
+def under_way(handle: int, decider: Patient, deadline: float = math.inf) -> ImageProgress[Patient]:
+    return ImageProgress(image(handle), decider, lambda phases: [handle], deadline)
 
 
 def run(
@@ -38,11 +39,11 @@ def run(
     room: int,
     take: Callable[[int], int],
     pick: Callable[[int], int] = lambda waiting: 0,
-) -> tuple[list[UnderWay[Patient]], int]:
+) -> tuple[list[ImageProgress[Patient]], int]:
     """Draw up to `room` samples ahead; `take(waiting)` of them come back at a time, each the `pick(waiting)`-th."""
     scheduler = Scheduler((under_way(i, patient) for i, patient in enumerate(patients)), most_open)
     work, waiting, drawn = iter(scheduler), deque[tuple[int, int]](), 0
-    finished: list[UnderWay[Patient]] = []
+    finished: list[ImageProgress[Patient]] = []
     while not scheduler.done:
         while len(waiting) < room:
             item = next(work, None)
@@ -95,7 +96,7 @@ def test_no_more_images_are_held_than_may_be() -> None:
     patients = [Patient(look=4, last=30, enough=999), *(Patient(look=4, last=1, enough=999) for _ in range(50))]
     read = 0
 
-    def images() -> Iterator[UnderWay[Patient]]:
+    def images() -> Iterator[ImageProgress[Patient]]:
         nonlocal read
         for read, patient in enumerate(patients, start=1):
             yield under_way(read, patient)
@@ -157,7 +158,7 @@ def test_one_image_alone_fills_batches_with_samples_that_it_may_need() -> None:
 
 def test_phases_follow_each_other_with_indices_of_their_own() -> None:
     decider = fixed(2, 3)
-    found = UnderWay(image(0), decider, lambda phases: [5, 6])
+    found = ImageProgress(image(0), decider, lambda phases: [5, 6])
     found.open()
     assert [found.draw() for _ in range(5)] == [(5, 0), (5, 1), (6, 0), (6, 1), (6, 2)]
     for label in (3, 3, 1, NOT_FINITE, 1):
@@ -172,7 +173,7 @@ def test_phases_follow_each_other_with_indices_of_their_own() -> None:
 def test_a_sample_is_counted_for_its_own_phase_whenever_it_comes(order: list[tuple[int, int]]) -> None:
     label = {(5, 0): 3, (5, 1): 3, (6, 0): 1, (6, 1): NOT_FINITE, (6, 2): 1}
     decider = fixed(2, 3)
-    found = UnderWay(image(0), decider, lambda phases: [5, 6])
+    found = ImageProgress(image(0), decider, lambda phases: [5, 6])
     found.open()
     assert {found.draw() for _ in range(5)} == set(order)
     for handle, sample in order:
@@ -183,25 +184,17 @@ def test_a_sample_is_counted_for_its_own_phase_whenever_it_comes(order: list[tup
 
 
 def test_an_image_of_which_a_sample_is_lost_has_failed_and_its_others_change_nothing() -> None:
-    kept: list[int] = []
-
-    class Kept:
-        def taken(self, idx: int) -> Taken:
-            return NOTHING
-
-        def add(self, idx: int, outcome: Outcome) -> None:
-            kept.append(outcome.label)
-
+    kept = Notebook()
     decider = fixed(1, 4)
-    found = UnderWay(image(0), decider, lambda phases: [5, 6], journal=Kept())
+    found = ImageProgress(image(0), decider, lambda phases: [5, 6], journal=kept)
     found.open()
     drawn = [found.draw() for _ in range(4)]
-    for sample, label in ((0, 3), (2, 1), (1, LOST), (3, 1)):
-        found.add(Outcome(*drawn[sample], label, 1, 1))
+    for sample, label in ((0, 3), (2, 1), (1, None), (3, 1)):
+        found.add(LostSample(*drawn[sample]) if label is None else Outcome(*drawn[sample], label, 1, 1))
     assert found.failed
     assert found.decided
     assert found.idle
-    assert kept == [3]
+    assert kept.labels == {0: [3]}
     assert [int(count.sum()) for count in decider.counts] == [1, 0]
 
 
@@ -212,11 +205,11 @@ def fixed(n0: int, n: int) -> FixedDecider:
 @pytest.mark.parametrize("label", [CLASSES, NOT_FINITE - 1])
 def test_a_label_that_is_none_of_the_classes_is_not_taken_from_a_journal(label: int) -> None:
     class Damaged:
-        def taken(self, idx: int) -> Taken:
-            return Taken(np.array([0, label], np.int32), 0, 0)
+        def saved(self, idx: int) -> SavedLabels:
+            return SavedLabels(np.array([0, label], np.int32), 0, 0)
 
         def add(self, idx: int, outcome: Outcome) -> None:
             raise AssertionError
 
     with pytest.raises(CheckFailed, match=f"label {label} is none of the {CLASSES} classes"):
-        UnderWay(image(0), Patient(4, 2, 9), lambda phases: [5], journal=Damaged(), classes=CLASSES)
+        ImageProgress(image(0), Patient(4, 2, 9), lambda phases: [5], journal=Damaged(), classes=CLASSES)
