@@ -17,7 +17,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, NamedTuple
 
-from tests.densepure_rt.images.test_formats import scan_bomb
+from tests.support.pictures import scan_bomb
 
 PATHS = ("/demo/image", "/v2/models/predict/infer", "/v2/models/certify/infer", "/nowhere")
 TENSOR = {"name": "image", "datatype": "UINT8", "shape": [1, 1, 28, 28], "data": [7] * 784}

@@ -17,7 +17,7 @@ from densepure_rt.runtime.reverse import Outcome, decide
 from densepure_rt.runtime.schedule import make_chain
 from densepure_rt.runtime.triton_device import Cancelled, TritonDevice
 from densepure_rt.smoothing.voting import Ballot
-from tests.runtime.triton_backend import Triton, triton_of
+from tests.support.triton_backend import Triton, triton_of
 
 SIGMA, STEPS, VOTES, SAMPLES, BATCH = 0.5, 2, 3, 8, 4
 

@@ -10,18 +10,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from densepure_rt.cli import main
 from densepure_rt.legacy.folder import FILES
 from tests.support.cli import cli, one_line
+from tests.support.legacy import DDS, GOOD, label_arrays
 
 Called = tuple[int, str, str]
 Call = Callable[..., Called]
-HEADER = "idx\tlabel\tpredict\tradius\tcorrect\ttime\n"
-GOOD = HEADER + "0\t3\t3\t0.5\t1\t0:00:01.5\n20\t4\t-1\t0.0\t0\t1.5\n40\t5\t5\t0.731\t1\t1.5\n"
-DDS = GOOD.replace("0.0\t0\t", "0.0\t1\t").replace("0.731\t1\t", "0.731\t2\t")
 
 
 @pytest.fixture
@@ -39,24 +36,15 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.fixture
+def arrays(tmp_path: Path) -> Path:
+    return label_arrays(tmp_path / "arrays")
+
+
+@pytest.fixture
 def log(tmp_path: Path) -> Path:
     path = tmp_path / "log.tsv"
     path.write_text(GOOD)
     return path
-
-
-@pytest.fixture
-def arrays(tmp_path: Path) -> Path:
-    folder = tmp_path / "arrays"
-    folder.mkdir()
-    rng = np.random.default_rng(1)
-    for idx in (0, 20, 40):
-        for part, n in (("n0", 20), ("n", 400)):
-            noise = rng.uniform(size=n)
-            for seed in range(3):
-                labels = np.where(noise + 0.1 * rng.uniform(size=n) < 0.9, 5, 2)
-                np.save(folder / f"0.5-{idx}-{seed}-{part}_predictions.npy", labels)
-    return folder
 
 
 def test_a_log_is_shown_as_printed_and_as_sound(call: Call, log: Path) -> None:

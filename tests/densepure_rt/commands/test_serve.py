@@ -20,9 +20,8 @@ from PIL import Image
 
 from densepure_rt.images.datasets import open_images
 from densepure_rt.keys import stored_key
-from tests.densepure_rt.images.test_uploads import file_of
-from tests.densepure_rt.test_cli import Done
-from tests.support.cli import cli, refused
+from tests.support.cli import Done, cli, refused
+from tests.support.pictures import file_of
 from tests.support.server import QUICK, decoders, serving, until
 
 IMAGES = [image.pixels for image in open_images(None, (1, 28, 28), [str(i) for i in range(10)]).select(60, 3)]

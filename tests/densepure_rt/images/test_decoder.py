@@ -19,11 +19,7 @@ from densepure_rt.images import decoder
 from densepure_rt.images.decoder import Decoder
 from densepure_rt.images.formats import Shape
 from densepure_rt.images.uploads import fitted
-from tests.densepure_rt.images.test_formats import scan_bomb
-from tests.densepure_rt.images.test_uploads import file_of, noise
-
-GREY, COLOUR = (1, 28, 28), (3, 28, 28)
-GOOD = file_of(Image.fromarray(noise(28, 28)))
+from tests.support.pictures import COLOUR, GOOD, GREY, file_of, noise, scan_bomb
 
 
 @pytest.fixture

@@ -9,16 +9,7 @@ from PIL import Image
 
 from densepure_rt.errors import UsageError
 from densepure_rt.images.formats import MOST_SCANS, read_image, require_few_scans
-from tests.densepure_rt.images.test_uploads import file_of, noise
-
-SCAN = b"\xff\xda"
-
-
-def scan_bomb(size: int, scans: int) -> bytes:
-    """A grey progressive JPEG of size x size pixels, its last scan repeated until there are so many."""
-    content = file_of(Image.new("L", (size, size), 128), "JPEG", progressive=True)
-    last = content[content.rindex(SCAN) : -2]
-    return content[:-2] + last * (scans - content.count(SCAN)) + content[-2:]
+from tests.support.pictures import SCAN, file_of, noise, scan_bomb
 
 
 def test_a_jpeg_of_too_many_scans_is_refused_and_one_of_as_many_as_may_be_is_read(tmp_path: Path) -> None:

@@ -1,19 +1,10 @@
 from __future__ import annotations
 
-import base64
-import io
-
 import numpy as np
 import pytest
-from PIL import Image
 
 from densepure_rt.images.pictures import as_picture, data_address, pixels_of
-
-
-def decoded(source: str) -> np.ndarray:
-    head, _, text = source.partition(",")
-    assert head == "data:image/png;base64"
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))))
+from tests.support.pictures import decoded
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 5), (3, 4, 2)])

@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import struct
 import zlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from PIL import Image
 
 from densepure_rt.errors import UsageError
 from densepure_rt.images.formats import read_image
 from densepure_rt.images.uploads import EXIF_ORIENTATION, MOST_BYTES, fitted
-
-GREY, COLOUR = (1, 28, 28), (3, 28, 28)
-
-
-def noise(*shape: int) -> NDArray[np.uint8]:
-    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-
-
-def file_of(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format, **options)
-    return file.getvalue()
+from tests.support.pictures import COLOUR, GREY, file_of, noise
 
 
 def png_of_size(width: int, height: int) -> bytes:

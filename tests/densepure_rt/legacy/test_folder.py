@@ -2,29 +2,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from densepure_rt.errors import CheckFailed, UsageError
-from densepure_rt.legacy.claims import Imported, import_folder, import_log
+from densepure_rt.legacy.claims import Imported, import_folder
 from densepure_rt.legacy.folder import ImportedRun, read_imported, write
 from densepure_rt.legacy.label_arrays import open_folder
-from densepure_rt.legacy.logs import read_log
 from densepure_rt.report.sources import read_results
 from densepure_rt.runs.reader import Run
-from tests.densepure_rt.commands.test_import_results import DDS, arrays
+from tests.support.legacy import RADII, edited, label_arrays, log_imported
 from tests.support.runs import Made, make_run
 
-__all__ = ["arrays"]
-RADII = (0.0, 0.5)
 
-
-def log_imported(path: Path, text: str = DDS, sigma: float | None = None, n: int | None = None) -> Imported:
-    path.write_text(text)
-    return import_log(read_log(path), sigma, n, 0.001, RADII)
+@pytest.fixture
+def arrays(tmp_path: Path) -> Path:
+    return label_arrays(tmp_path / "arrays")
 
 
 @pytest.fixture
@@ -62,12 +57,6 @@ def test_a_folder_is_a_run_or_imported_or_refused(kept: Path, tmp_path: Path) ->
     for path in (tmp_path, tmp_path / "nothing", tmp_path / "log.tsv"):
         with pytest.raises(UsageError, match=r"holds no run and no imported results: .*manifest\.json.*imported\.json"):
             read_results(path)
-
-
-def edited(change: Callable[[dict[str, object]], object], kept: Path) -> None:
-    origin = json.loads((kept / "imported.json").read_text())
-    change(origin)
-    (kept / "imported.json").write_text(json.dumps(origin))
 
 
 def test_a_damaged_folder_is_one_clear_error(kept: Path) -> None:

@@ -21,7 +21,7 @@ from densepure_rt.report.summary import report_of
 from densepure_rt.runs.reader import read_run
 from densepure_rt.runs.records import ImagesIdentity
 from densepure_rt.smoothing.replay import Replayed
-from tests.support.html import Seen
+from tests.support.html import OUTSIDE, Seen, attacks
 from tests.support.runs import SEQUENTIAL, Made, make_run, record_of
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
@@ -30,7 +30,6 @@ FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --hide-scrollbars"
 ).split()
-OUTSIDE = ("src", "href", "srcset", "action", "data", "poster", "xlink:href", "formaction", "background")
 
 
 class Listener(NamedTuple):
@@ -56,17 +55,6 @@ def listener() -> Iterator[Listener]:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield Listener(f"http://127.0.0.1:{server.server_address[1]}", asked)
         server.shutdown()
-
-
-def attacks(address: str) -> tuple[str, ...]:
-    return (
-        f"<script src={address}/script></script><script>document.title = 'owned'</script>",
-        f'"><img src="{address}/img" onerror="document.title = \'owned\'">',
-        f"' style='background:url({address}/style)' x='",
-        f"</style></title></svg><iframe src={address}/frame></iframe>",
-        f"<link rel=stylesheet href={address}/link>$title ${{x}} &lt;b&gt; &amp; {{{{ 7 * 7 }}}} {{% raw %}} {{# #}}",
-        f"<svg><image href={address}/image /></svg>",
-    )
 
 
 def hostile_page(tmp_path: Path, address: str) -> tuple[str, tuple[str, ...]]:

@@ -4,7 +4,6 @@ import io
 import math
 import re
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +14,8 @@ from densepure_rt.report.charts import accuracy_lines, accuracy_png, samples_lin
 from densepure_rt.report.page import page
 from densepure_rt.report.summary import markdown, names_of, report_of
 from densepure_rt.runs.reader import read_run
-from tests.densepure_rt.test_cli import Done
-from tests.support.cli import cli, refused
+from tests.support.cli import Done, cli, refused
+from tests.support.html import Tables
 from tests.support.runs import ALPHA, SEQUENTIAL, Made, make_run
 
 IMAGES = (
@@ -30,37 +29,6 @@ IMAGES = (
     Made(0.5),
 )
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0)
-
-
-class Tables(HTMLParser):
-    """The cells of each table, row by row; small print is left out."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tables: list[list[list[str]]] = []
-        self.small = self.inside = False
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag == "table":
-            self.tables.append([])
-        elif tag == "tr":
-            self.tables[-1].append([])
-        elif tag in ("td", "th"):
-            self.tables[-1][-1].append("")
-            self.inside = True
-        elif tag == "small":
-            self.small = True
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag == "small":
-            self.small = False
-        elif tag in ("td", "th"):
-            self.inside = False
-
-    def handle_data(self, data: str) -> None:
-        if self.inside and not self.small:
-            self.tables[-1][-1][-1] += data
 
 
 @pytest.fixture

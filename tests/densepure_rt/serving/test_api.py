@@ -40,7 +40,7 @@ from densepure_rt.serving.protocol import InferRequest, ProtocolError
 from densepure_rt.serving.server import Server, listen
 from densepure_rt.smoothing.classifier import Certified, Predicted, load
 from densepure_rt.smoothing.settings import Settings
-from tests.densepure_rt.images.test_formats import scan_bomb
+from tests.support.pictures import scan_bomb
 from tests.support.server import QUICK, ROOT, ServerProcess, serving, until
 
 SEED = 1

@@ -11,7 +11,7 @@ from densepure_rt.errors import UsageError
 from densepure_rt.images import decoder
 from densepure_rt.serving.decoders import Decoders
 from densepure_rt.serving.service import Draining
-from tests.densepure_rt.images.test_decoder import GOOD, GREY
+from tests.support.pictures import GOOD, GREY
 from tests.support.server import decoders, until
 
 NAP = (

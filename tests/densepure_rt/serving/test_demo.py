@@ -58,10 +58,10 @@ from densepure_rt.serving.origins import LOOPBACK
 from densepure_rt.serving.service import Service
 from densepure_rt.smoothing.classifier import SmoothedClassifier, load
 from densepure_rt.smoothing.settings import Settings
-from tests.densepure_rt.images.test_uploads import file_of, noise
-from tests.densepure_rt.report.test_page import attacks
 from tests.support.browser import CHROMIUM, Tab, browser
 from tests.support.cli import cli
+from tests.support.html import attacks
+from tests.support.pictures import file_of, noise
 
 BROWSER = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
 SEED, SIGMA, N = 7, 0.25, 100
