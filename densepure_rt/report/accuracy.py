@@ -17,8 +17,6 @@ from densepure_rt.runs.identity import settings_of
 from densepure_rt.runs.reader import Run
 from densepure_rt.runs.records import Identity
 from densepure_rt.smoothing.decider import Rule
-from densepure_rt.smoothing.radius import RadiusRule
-from densepure_rt.smoothing.sequential import SequentialRule
 
 CONFIDENCE = 0.95  # of everything that a report says of images beyond those that were run
 RHO = 0.05  # of `right_of_these`, which does not hold for much smaller ones
@@ -69,8 +67,9 @@ class Curve:
 def curve_of(run: Run) -> Curve:
     """The curve of the labelled images that are done, or of all where none has a label. No image: no radii."""
     counted, labelled = counted_of(run.records)
-    grid = run.manifest.identity.rule.method == "sequential"
-    radii = (reachable_radii(run.manifest.identity) if grid else breakpoints(run)) if counted else ()
+    identity = run.manifest.identity
+    grid = settings_of(identity).decided is not None
+    radii = (rule_of(identity).reachable() if grid else breakpoints(run)) if counted else ()
     return Curve(radii, shares_certified(counted, radii), grid, len(counted), labelled)
 
 
@@ -107,27 +106,12 @@ def holds(record: Answer, radius: float) -> bool:
 def breakpoints(run: Run) -> tuple[float, ...]:
     """Where the curve of a run that measures radii may fall: 0, every image's radius and the largest one asked for."""
     radii = {record.radius for record in run.records if record.radius is not None}
-    return tuple(sorted({0.0, largest_sought(run.manifest.identity)} | radii))
-
-
-def largest_sought(identity: Identity) -> float:
-    """What a run that measures radii settles for at best: its reach, less what it gives up for stopping early."""
-    rule = rule_of(identity)
-    largest = rule.reach() or 0.0
-    if isinstance(rule, RadiusRule):
-        return min(largest, (1 - rule.radius_loss) * (rule.fixed_radius(rule.n_max, rule.n_max) or 0.0))
-    return largest
+    return tuple(sorted({0.0, rule_of(run.manifest.identity).sought()} | radii))
 
 
 def reach(identity: Identity) -> float | None:
     """The largest radius that all n samples agreeing on the label certify; None when even they certify nothing."""
     return rule_of(identity).reach()
-
-
-def reachable_radii(identity: Identity) -> tuple[float, ...]:
-    """Of the radii that a sequential run was asked about, those that n agreeing samples certify."""
-    rule = rule_of(identity)
-    return rule.reachable() if isinstance(rule, SequentialRule) else ()
 
 
 def rule_of(identity: Identity) -> Rule:

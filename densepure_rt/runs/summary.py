@@ -44,7 +44,7 @@ def summarize(
 
 def radii_of(settings: Settings) -> tuple[float, ...]:
     """At which a run's accuracy is told."""
-    return settings.grid if settings.method == "sequential" else RADII
+    return RADII if settings.decided is None else settings.decided
 
 
 def accuracy_at(labelled: Sequence[ImageRecord], radius: float, reach: float | None, failed: int = 0) -> float | None:

@@ -28,7 +28,7 @@ from densepure_rt.runtime.open_device import open_device, provider_of
 from densepure_rt.runtime.schedule import Chain, make_chain
 from densepure_rt.smoothing.bounds import error_at_most
 from densepure_rt.smoothing.certificate import Certificate, Method
-from densepure_rt.smoothing.decider import AnytimeDecider, Decider, Phases
+from densepure_rt.smoothing.decider import Decider, Phases
 from densepure_rt.smoothing.samplers import OnDevice, Sampler
 from densepure_rt.smoothing.scheduling import Cost, ImageProgress, Journal, Scheduler
 from densepure_rt.smoothing.settings import PREDICT_N, UNLIMITED, Budget, Settings
@@ -60,13 +60,13 @@ class Predicted(NamedTuple):
 
 
 def prediction_of(
-    image: LabelledImage, decider: AnytimeDecider, charge: float, classes: int, cost: Cost, stopped: bool = False
+    image: LabelledImage, decider: Decider, charge: float, classes: int, cost: Cost, stopped: bool = False
 ) -> Predicted:
     """What a decider says by `prediction_rule`, which took `charge` off its alpha."""
-    decision, counts = decider.so_far(), decider.counts
+    found, counts = decider.certificate(stopped), decider.votes
     votes = np.array([counts.get(label, 0) for label in range(classes)])
-    bound = None if decision.predict is None else error_at_most(decision.n_a, decision.n) + charge
-    return Predicted(image, decision.predict, decision.n, votes, bound, cost, stopped)
+    bound = None if found.predict is None else error_at_most(found.n_a, found.n) + charge
+    return Predicted(image, found.predict, found.n, votes, bound, cost, stopped)
 
 
 def chain_of(bundle: Bundle, settings: Settings) -> Chain:
@@ -189,7 +189,7 @@ class SmoothedClassifier(AbstractContextManager["SmoothedClassifier"]):
         by the best radius of an anytime method, which holds whenever it is stopped, and by an abstention with "fixed".
         With a journal each image goes on from the labels that it already has there.
 
-        Raises UsageError when every radius that "sequential" was asked for is beyond the reach of n samples.
+        Raises UsageError when every radius of a grid is beyond the reach of n samples.
         """
         pixels = math.prod(self.bundle.unet.image)
         settings.check_reach(pixels, labelled=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from abc import ABC, abstractmethod
 from bisect import bisect_left, bisect_right
 from collections import Counter
@@ -45,6 +46,11 @@ class Decider(ABC):
         """Take the next sample's label, or NOT_FINITE, which is a vote against every class; return whether all is
         decided. A label beyond the deciding one changes nothing.
         """
+
+    @property
+    @abstractmethod
+    def votes(self) -> Mapping[int, int]:
+        """Those for each class that has any."""
 
     @abstractmethod
     def certificate(self, stopped: bool = False) -> Certificate:
@@ -92,6 +98,25 @@ class Rule(ABC):
     @abstractmethod
     def start(self, label: int | None = None) -> Decider:
         """Ready for the first sample of an image. label: its class, where it is known."""
+
+    def sought(self) -> float:
+        """The largest radius that it takes samples for."""
+        return self.reach() or 0.0
+
+    def reachable(self) -> tuple[float, ...]:
+        """Of the radii that it decides one by one, if it does: those that all samples agreeing certify."""
+        return ()
+
+    def agreeing(self) -> Mapping[float, int | None]:
+        """How many samples certify each of these radii when all agree; None where the most do not."""
+        return {}
+
+    def expected_samples(self, p: float) -> float:
+        """Of a labelled image whose label each sample votes for with probability p: those of one run, unless exact."""
+        decider, draw = self.start(0), random.Random(0)
+        while not decider.add(int(draw.random() > p)):
+            pass
+        return decider.n
 
 
 @dataclass(frozen=True)
@@ -195,6 +220,11 @@ class AnytimeRule(Rule):
         yield from range(self.next_look(after), self.n_max, self.look)
         yield self.n_max
 
+    @property
+    def anytime_level(self) -> float:
+        """What of the level is for the bound that holds at all n at once."""
+        return self.test_level
+
     def test(self, p0: float, reserve: float) -> EpsTest:
         """Of p0 at all of the level; at level * p0 where every class is tested (see `certify_at`)."""
         return EpsTest(p0, self.test_level * (1.0 if self.labelled else p0), self.n_max, reserve)
@@ -242,11 +272,14 @@ class Bound(NamedTuple):
 class AnytimeDecider(Decider):
     """Decides at looks, which are at fixed numbers of samples."""
 
-    def __init__(self, limits: AnytimeRule, label: int | None, anytime_level: float) -> None:
-        super().__init__(limits.phases)
+    _rule: AnytimeRule  # a subclass names its own
+
+    def __init__(self, rule: AnytimeRule, label: int | None) -> None:
+        rule.check(label)
+        super().__init__(rule.phases)
         self.decision: Decision | None = None
-        self._limits, self._label, self._level = limits, label, anytime_level
-        self._next_look = self._deciding_look = limits.next_look(0)
+        self._rule, self._label = rule, label
+        self._next_look = self._deciding_look = rule.next_look(0)
         self._counts: Counter[int] = Counter()
         self._bound, self._looked_at = Bound(0.0, self._votes()), list[Votes]()  # the latter is not in the bound yet
 
@@ -258,7 +291,7 @@ class AnytimeDecider(Decider):
             if self.n == self._next_look:
                 self._looked_at.append(self._votes())
                 self.decision = self._look()
-                self._next_look = self._limits.next_look(self.n)
+                self._next_look = self._rule.next_look(self.n)
                 if self._next_look > self._deciding_look and self.decision is None:
                     self._deciding_look = self._earliest()
         return self.decision is not None
@@ -268,8 +301,7 @@ class AnytimeDecider(Decider):
         return 0 if self.decision else self._deciding_look - self.n
 
     @property
-    def counts(self) -> Mapping[int, int]:
-        """The votes for each class that has any."""
+    def votes(self) -> Mapping[int, int]:
         return self._counts
 
     def so_far(self) -> Decision:
@@ -285,7 +317,7 @@ class AnytimeDecider(Decider):
             n0=0,
             n=claimed.n,
             n_a=claimed.n_a,
-            alpha=self._limits.alpha,
+            alpha=self._rule.alpha,
             p_lower=claimed.p_lower,
             outcomes=claimed.outcomes,
             stopped=stopped,
@@ -317,6 +349,6 @@ class AnytimeDecider(Decider):
         return self._bound
 
     def _raised(self, bound: Bound, votes: Votes) -> Bound:
-        any_class = not self._limits.labelled
-        p_lower = anytime_lower(votes.n_a, votes.n, self._level, any_class, bound.p_lower)
+        level, any_class = self._rule.anytime_level, not self._rule.labelled
+        p_lower = anytime_lower(votes.n_a, votes.n, level, any_class, bound.p_lower)
         return Bound(p_lower, votes) if p_lower > bound.p_lower else bound

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,6 +94,10 @@ class FixedDecider(Decider):
                 (self._selection if self.n < self._rule.n0 else self._estimation)[label] += 1
             self.n += 1
         return self.needed == 0
+
+    @property
+    def votes(self) -> Mapping[int, int]:
+        return self._selection + self._estimation
 
     @property
     def counts(self) -> tuple[Counts, Counts]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import random
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -12,7 +11,6 @@ from densepure_rt.errors import UsageError
 from densepure_rt.rounding import exact
 from densepure_rt.smoothing.classifier import SmoothedClassifier
 from densepure_rt.smoothing.decider import Rule
-from densepure_rt.smoothing.sequential import SequentialRule
 from densepure_rt.smoothing.settings import Settings
 
 # What an image is expected to be like before its first sample: 20 quantiles of the share of samples that voted for the
@@ -39,7 +37,7 @@ class RadiusCost(NamedTuple):
 class Forecast:
     """For one image: samples and calls; for the run: seconds.
 
-    reach: the largest radius, in [0, 1] pixel units, that n samples can certify. radii: of method "sequential".
+    reach: the largest radius, in [0, 1] pixel units, that n samples can certify. radii: those decided one by one.
     """
 
     images: int
@@ -78,25 +76,11 @@ def require_reach(settings: Settings, pixels: int) -> float:
     )
 
 
-def costs_of(rule: SequentialRule) -> tuple[RadiusCost, ...]:
-    return tuple(RadiusCost(radius, rule.needed(radius)) for radius in rule.radii)
-
-
 def samples_of(rule: Rule) -> Range:
     """Of one image."""
     least, most = rule.samples
-    expected = sum(expected_samples(rule, p) for p in TYPICAL_P) / len(TYPICAL_P) if rule.anytime else most
+    expected = sum(rule.expected_samples(p) for p in TYPICAL_P) / len(TYPICAL_P) if rule.anytime else most
     return Range(least, expected, most)
-
-
-def expected_samples(rule: Rule, p: float) -> float:
-    """Of a labelled image whose label each sample votes for with probability p: exact, or of one run with "radius"."""
-    if isinstance(rule, SequentialRule):
-        return rule.forecast(p).samples
-    decider, draw = rule.start(0), random.Random(0)
-    while not decider.add(int(draw.random() > p)):
-        pass
-    return decider.n
 
 
 def forecast(classifier: SmoothedClassifier, settings: Settings, images: int, labelled: bool = True) -> Forecast:
@@ -117,7 +101,7 @@ def forecast(classifier: SmoothedClassifier, settings: Settings, images: int, la
     return Forecast(
         images=images,
         reach=reach,
-        radii=costs_of(rule) if isinstance(rule, SequentialRule) else (),
+        radii=tuple(RadiusCost(*cost) for cost in rule.agreeing().items()),
         samples=samples,
         unet_calls=unet_calls,
         classifier_calls=labels,

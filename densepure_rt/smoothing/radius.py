@@ -45,16 +45,17 @@ class RadiusRule(AnytimeRule):
 
     def start(self, label: int | None = None) -> RadiusDecider:
         """Ready for the first sample of an image."""
-        self.check(label)
         return RadiusDecider(self, label)
+
+    def sought(self) -> float:
+        """The radius of n_max agreeing samples, less what is given up for stopping early."""
+        return min(super().sought(), (1 - self.radius_loss) * (self.fixed_radius(self.n_max, self.n_max) or 0.0))
 
 
 class RadiusDecider(AnytimeDecider):
     """Decides the radius of a `RadiusRule`. Its one outcome names the look that the bound is from."""
 
-    def __init__(self, rule: RadiusRule, label: int | None) -> None:
-        super().__init__(rule, label, rule.test_level)
-        self._rule = rule
+    _rule: RadiusRule
 
     def _look(self) -> Decision | None:
         if self.n == self._rule.n_max:

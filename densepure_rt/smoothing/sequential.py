@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise, takewhile
@@ -86,6 +87,10 @@ class SequentialRule(AnytimeRule):
         if not 0 <= self.reserve < 1:
             raise UsageError(f"reserve is a share of alpha, from 0 to below 1, got {exact(self.reserve)}")
 
+    @property
+    def anytime_level(self) -> float:
+        return (1 - self.reserve) * self.test_level
+
     def test_of(self, eps: float) -> EpsTest:
         """p0 = Phi(eps / sigma), rounded up."""
         return self.test(min(1.0, float(special.ndtr(eps / self.sigma)) * (1 + MARGIN)), self.reserve)
@@ -120,8 +125,13 @@ class SequentialRule(AnytimeRule):
 
     def start(self, label: int | None = None) -> GridDecider:
         """Ready for the first sample of an image."""
-        self.check(label)
         return GridDecider(self, label)
+
+    def agreeing(self) -> Mapping[float, int | None]:
+        return {eps: self.needed(eps) for eps in self.radii}
+
+    def expected_samples(self, p: float) -> float:
+        return self.forecast(p).samples
 
     def forecast(self, p: float) -> Forecast:
         """What comes of a class that each sample votes for with probability p, were no other asked about. Exact.
@@ -169,9 +179,11 @@ class GridDecider(AnytimeDecider):
     take more than half of the votes. An eps that the leading class gives up is given up for all.
     """
 
+    _rule: SequentialRule
+
     def __init__(self, rule: SequentialRule, label: int | None) -> None:
-        super().__init__(rule, label, (1 - rule.reserve) * rule.test_level)
-        self._rule, self._standing = rule, Standing(0, len(rule.tests))
+        super().__init__(rule, label)
+        self._standing = Standing(0, len(rule.tests))
         self._outcomes = [
             EpsOutcome(eps, "undecided" if place < len(rule.tests) else "skipped", None, None)
             for place, eps in enumerate(rule.radii)
@@ -187,13 +199,13 @@ class GridDecider(AnytimeDecider):
         The class in question then has at least the votes that it has now, and at most all that come until then.
         """
         (certified, still_open), successes = self._standing, self._votes().n_a
-        for n in self._limits.looks(self.n):
+        for n in self._rule.looks(self.n):
             certify, give_up = self._rule.limits(n)
             most = successes + n - self.n
             for j in range(certified, still_open + 1):
                 if (j == certified or most >= certify[j - 1]) and (j == still_open or successes <= give_up[j]):
                     return n
-        return self._limits.n_max
+        return self._rule.n_max
 
     def _look(self) -> Decision | None:
         before, (label, n, n_a) = self._standing, self._votes()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from dataclasses import dataclass, replace
-from typing import Any, get_args
+from dataclasses import dataclass, fields, replace
+from typing import get_args
 
 from densepure_rt.errors import UsageError
 from densepure_rt.rounding import exact, raised
@@ -15,7 +15,7 @@ from densepure_rt.smoothing.bounds import check_sampling
 from densepure_rt.smoothing.certificate import Method
 from densepure_rt.smoothing.decider import Rule
 from densepure_rt.smoothing.fixed import FixedRule
-from densepure_rt.smoothing.radius import RADIUS_LOSS, RadiusRule
+from densepure_rt.smoothing.radius import RadiusRule
 from densepure_rt.smoothing.sequential import SequentialRule, prediction_rule
 from densepure_rt.smoothing.voting import Ballot
 
@@ -55,9 +55,9 @@ class Settings:
             raise UsageError(f"`steps` is a count of reverse steps, got {self.steps}")
         if self.method not in get_args(Method):
             raise UsageError(f"`method` {self.method} is not known: {', '.join(get_args(Method))}")
-        if self.radii is not None and self.method != "sequential":
+        if self.radii is not None and not self._asks("radii"):
             raise UsageError(f"`radii` are what the method sequential decides, and {self.method} was asked for")
-        if self.radius_loss is not None and self.method != "radius":
+        if self.radius_loss is not None and not self._asks("radius_loss"):
             raise UsageError(f"a radius loss is what the method radius accepts, and {self.method} was asked for")
         if self.timestep_rule not in (None, *get_args(TimestepRule)):
             raise UsageError(f"`timestep_rule` {self.timestep_rule} is not known: {', '.join(get_args(TimestepRule))}")
@@ -72,13 +72,14 @@ class Settings:
 
         labelled: whether an anytime method is asked about one class, and not about every one.
         """
-        given: dict[str, Any] = {"sigma": self.sigma, "alpha": self.alpha, "charge": self._charge(pixels)}
-        if self.method == "fixed":
-            return FixedRule(**given, n0=self.n0, n=self.n)
-        given |= {"n_max": self.n, "labelled": labelled}
-        if self.method == "radius":
-            return RadiusRule(**given, radius_loss=RADIUS_LOSS if self.radius_loss is None else self.radius_loss)
-        return SequentialRule(**given, radii=self.grid)
+        given = vars(self) | {"charge": self._charge(pixels), "n_max": self.n, "labelled": labelled, "radii": self.grid}
+        return RULES[self.method](
+            **{name: given[name] for name in given if given[name] is not None and self._asks(name)}
+        )
+
+    def _asks(self, name: str) -> bool:
+        """Say whether the rule of the method has a field of this name."""
+        return name in {field.name for field in fields(RULES[self.method])}
 
     def prediction_rule(self, pixels: int) -> SequentialRule:
         """Which class has more than half of the votes, from n samples at most, its alpha charged as in `rule`."""
@@ -90,21 +91,22 @@ class Settings:
 
     @property
     def grid(self) -> tuple[float, ...]:
-        """The radii that "sequential" decides."""
+        """The radii that a rule decides which decides them one by one."""
         return (0.0, self.sigma) if self.radii is None else self.radii
 
+    @property
+    def decided(self) -> tuple[float, ...] | None:
+        """The grid; None of a rule that finds the largest radius."""
+        return self.grid if self._asks("radii") else None
+
     def check_reach(self, pixels: int, labelled: bool) -> None:
-        """Raise UsageError when the smallest radius of "sequential", and so every one, is beyond what n can certify.
+        """Raise UsageError when the smallest radius of a grid, and so every one, is beyond what n can certify.
 
         Where 0 is asked too there is an answer: whether the class holds at the image itself.
         """
-        if self.method != "sequential" or not self.grid[0] > 0:
+        if self.decided is None or not self.grid[0] > 0 or (rule := self.rule(pixels, labelled)).reachable():
             return
-        rule = self.rule(pixels, labelled)
-        assert isinstance(rule, SequentialRule)
-        if rule.reachable():
-            return
-        reach, smallest = rule.reach(), rule.radii[0]
+        reach, smallest = rule.reach(), self.grid[0]
         most = "nothing is" if reach is None else f"no radius beyond {raised(reach)} is"
         enough = self._enough(pixels, labelled)
         more = (
@@ -121,8 +123,7 @@ class Settings:
         """Find the least n, above the present one, whose samples certify the smallest radius when all agree."""
 
         def reaches(n: int) -> bool:
-            rule = replace(self, n=n).rule(pixels, labelled)
-            return bool(isinstance(rule, SequentialRule) and rule.reachable())
+            return bool(replace(self, n=n).rule(pixels, labelled).reachable())
 
         few = many = self.n
         while not reaches(many):

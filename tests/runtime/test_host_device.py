@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -14,38 +13,24 @@ from numpy.typing import NDArray
 
 from densepure_rt.errors import CheckFailed
 from densepure_rt.runtime import host_device
-from densepure_rt.runtime.bundle import Bundle, open_bundle, shipped_engine
+from densepure_rt.runtime.bundle import Bundle
 from densepure_rt.runtime.device import NOT_FINITE, Floats
 from densepure_rt.runtime.host_device import HostDevice
 from densepure_rt.runtime.noise import smoothing_law, smoothing_noise, vote_noise
 from densepure_rt.runtime.reverse import decide
 from densepure_rt.runtime.schedule import make_chain
 from densepure_rt.smoothing.voting import Ballot
+from tests.support.plain_networks import SHAPE, by_sign, shrink, small_images
 
-SHAPE, SIGMA, KEY, BATCH = (1, 3, 4), 0.5, (11, 12), 4
+SIGMA, KEY, BATCH = 0.5, (11, 12), 4
 PIXELS = np.arange(12, dtype=np.uint8).reshape(SHAPE) * 20
 STEPS, VOTES, SAMPLES = 3, 3, 6
 Network = Callable[[Mapping[str, Floats]], Sequence[Floats]]
 
 
-def shrink(feed: Mapping[str, Floats]) -> Sequence[Floats]:
-    """x0 = x / 2, and the posterior of a step graph around it."""
-    x = feed["mean"] + feed["std"] * feed["noise"]
-    column = [feed["coef"][:, i, None, None, None] for i in range(6)]
-    std = np.broadcast_to(np.exp(column[4] / 2), x.shape).astype(np.float32)
-    return column[2] * x / np.float32(2) + column[3] * x, std, np.ones(len(x), np.float32)
-
-
-def by_sign(classes: int, feed: Mapping[str, Floats]) -> Sequence[Floats]:
-    total = feed["mean"].sum(axis=(1, 2, 3))
-    return [np.stack([-total, total] + [np.full_like(total, -100)] * (classes - 2), axis=1)]
-
-
 @pytest.fixture
 def bundle() -> Bundle:
-    """The schedule and the classes of the bundle that ships, for images of another shape."""
-    shipped = open_bundle(shipped_engine())
-    return replace(shipped, unet=replace(shipped.unet, image=SHAPE))
+    return small_images()
 
 
 def device_of(bundle: Bundle, step: Network = shrink, callers: int = 2, batch: int = BATCH) -> HostDevice:

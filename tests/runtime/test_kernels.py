@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from densepure_rt.runtime import onnx_device
 from densepure_rt.runtime.bundle import open_bundle, shipped_engine
-from densepure_rt.runtime.device import NOT_FINITE, Batch, Kind
+from densepure_rt.runtime.device import NOT_FINITE, Batch
 from densepure_rt.runtime.noise import (
     Key,
     RoundedNormal,
@@ -36,6 +36,7 @@ from densepure_rt.runtime.noise import (
     vote_noise,
 )
 from densepure_rt.runtime.onnx_device import OnnxDevice
+from tests.support.batches import random_batch
 
 RUNTIME = Path(__file__).resolve().parents[2] / "runtime"
 SOURCE = RUNTIME / "kernels.cu"
@@ -429,26 +430,6 @@ class KernelDevice:
         counts = (logits.shape[1], self.batch)
         self.host.launch("argmax", items, logits, slots.finite, labels, *counts, across=self.batch)
         return labels[:n]
-
-
-def random_batch(draw: np.random.Generator, size: int, images: int, slots: int) -> Batch:
-    """Up to `size` items of one kind. No item's target is another's source."""
-    kind: Kind = draw.choice(np.array(["smooth", "step", "step", "step", "classify"]))
-    n = int(draw.integers(1, size + 1))
-    shuffled = draw.permutation(slots)
-    target, others = shuffled[:n], shuffled[n:]
-    in_place = draw.random(n) < 0.4
-    return Batch(
-        kind=kind,
-        image=draw.integers(0, images, n),
-        sample=draw.integers(0, 1 << 40, n),
-        vote=draw.integers(0, 40, n),
-        step=draw.integers(0, 4, n),
-        source=np.where(in_place, target, draw.choice(others[: 1 + n // 2], n)),  # few, so that branches share one
-        target=target,
-        t=draw.random(n, np.float32),
-        coef=draw.standard_normal((n, 6), np.float32),
-    )
 
 
 def classify_batch(slots: Sequence[int]) -> Batch:

@@ -1,21 +1,20 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import cast
 
 from densepure_rt.export.models.sources import made_up
-from densepure_rt.runtime.bundle import Bundle
 from densepure_rt.runtime.device import Device
 from densepure_rt.runtime.metered_device import MeteredDevice
 from densepure_rt.runtime.open_device import open_device
 from densepure_rt.runtime.reverse import decide
 from densepure_rt.runtime.schedule import make_chain
 from densepure_rt.smoothing.voting import Ballot
-from tests.export.compare.test_bench import IMAGE, toy
-
-__all__ = ["toy"]  # a fixture
+from tests.support.toys import IMAGE, toy_bundle
 
 
-def test_batches_and_their_items_are_counted_by_kind(toy: Bundle) -> None:
+def test_batches_and_their_items_are_counted_by_kind(tmp_path: Path) -> None:
+    toy = toy_bundle(tmp_path)
     device = open_device(toy, 4, 1)
     metered = MeteredDevice(device)
     assert (metered.batch, metered.in_flight) == (4, 1)

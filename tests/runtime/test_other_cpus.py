@@ -20,9 +20,9 @@ from onnx import parser
 
 from densepure_rt.runtime.bundle import open_bundle
 from densepure_rt.runtime.machine import CPUINFO
-from tests.runtime.test_onnx_device import CLASSIFIER, STEP_GRAPH, replace_file, shipped_copy
+from tests.support.bundles import engines_copied
+from tests.support.small_engines import CLASSIFIER, STEP_GRAPH, replace_file
 
-__all__ = ["shipped_copy"]  # a fixture
 ROOT = Path(__file__).resolve().parents[2]
 QEMU = shutil.which("qemu-x86_64")
 SHAPE, CLASSES = (1, 4, 4), 3
@@ -47,6 +47,11 @@ pytestmark = [
         not CPUINFO.exists() or "avx512_vnni" not in CPUINFO.read_text(), reason="this CPU has no AVX-512 with VNNI"
     ),
 ]
+
+
+@pytest.fixture
+def shipped_copy(tmp_path: Path) -> Path:
+    return engines_copied(tmp_path)
 
 
 def literal(values: np.ndarray[Any, Any]) -> str:

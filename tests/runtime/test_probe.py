@@ -14,10 +14,14 @@ from densepure_rt.runtime.bundle import Bundle
 from densepure_rt.runtime.device import Floats
 from densepure_rt.runtime.host_device import HostDevice
 from densepure_rt.runtime.probe import AGAIN, ITEMS, Probed
-from tests.runtime.test_host_device import bundle, by_sign, shrink
+from tests.support.plain_networks import by_sign, shrink, small_images
 
-__all__ = ["bundle"]  # a fixture
 Network = Callable[[Mapping[str, Floats]], Sequence[Floats]]
+
+
+@pytest.fixture
+def bundle() -> Bundle:
+    return small_images()
 
 
 def probed(of: Bundle, step: Network = shrink, batch: int = 4, callers: int = 1, any_batch: bool = True) -> Probed:

@@ -47,8 +47,8 @@ from tests.runtime.host_cuda import (
     on_host,
     opened_on_host,
 )
-from tests.runtime.test_kernels import random_batch
-from tests.runtime.test_onnx_device import (
+from tests.support.batches import random_batch
+from tests.support.small_engines import (
     ALARM,
     BATCH_MEAN_GRAPH,
     CLASSIFIER,

@@ -12,7 +12,8 @@ import os
 import re
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from typer.core import TyperGroup
 from densepure_rt.cli import app, main
 
 ROOT = Path(__file__).resolve().parents[2]
+DRY = "certify --dry-run --steps 1 --batch 4 --threads 1".split()
+TINY = "--n 6 --alpha 0.2 --steps 1 --batch 4 --threads 1".split()
 Done = subprocess.CompletedProcess[str]
 
 
@@ -49,6 +52,18 @@ def in_a_process(*arguments: object, cwd: Path | None = None, without: tuple[str
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), cwd=cwd, timeout=300)
     assert "Traceback" not in done.stderr, done.stderr
     return done
+
+
+@contextmanager
+def started(*arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """A command under way; it is killed when the block ends, however that comes about."""
+    command = [sys.executable, "-u", "-c", code_without(), *map(str, arguments)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, env=environment(), **pipes) as running:  # type: ignore[call-overload]
+        try:
+            yield running
+        finally:
+            running.kill()
 
 
 def code_without(*packages: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from densepure_rt.smoothing.certificate import Certificate
 from densepure_rt.smoothing.decider import Decider
 
@@ -30,6 +32,10 @@ class Patient(Decider):
         if len(self.seen) % self.look == 0:
             self.decided = self.seen.count(0) >= self.enough or len(self.seen) == self.look * self.last
         return self.decided
+
+    @property
+    def votes(self) -> Counter[int]:
+        return Counter(self.seen)
 
     def certificate(self, stopped: bool = False) -> Certificate:
         raise AssertionError

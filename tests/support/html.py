@@ -1,4 +1,4 @@
-"""Pages as a browser sees them: tags, attributes, text and tables; and what would attack one."""
+"""Pages as a browser sees them: tags, attributes, tables and text; and names that attack them."""
 
 from __future__ import annotations
 

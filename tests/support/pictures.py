@@ -1,4 +1,4 @@
-"""Pictures as files, good and bad ones, and what is in them."""
+"""Pictures made to measure, as files, and the pixels of one in a page."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-GREY = (1, 28, 28)
+GREY, COLOUR = (1, 28, 28), (3, 28, 28)
 SCAN = b"\xff\xda"
 
 
@@ -24,6 +24,9 @@ def file_of(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
     return file.getvalue()
 
 
+GOOD = file_of(Image.fromarray(noise(28, 28)))
+
+
 def scan_bomb(size: int, scans: int) -> bytes:
     """A grey progressive JPEG of size x size pixels, its last scan repeated until there are so many."""
     content = file_of(Image.new("L", (size, size), 128), "JPEG", progressive=True)
@@ -31,10 +34,7 @@ def scan_bomb(size: int, scans: int) -> bytes:
     return content[:-2] + last * (scans - content.count(SCAN)) + content[-2:]
 
 
-def decoded(source: str) -> NDArray[Any]:
+def decoded(source: str) -> np.ndarray:
     head, _, text = source.partition(",")
     assert head == "data:image/png;base64"
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))))
-
-
-GOOD = file_of(Image.fromarray(noise(28, 28)))

@@ -23,9 +23,9 @@ from densepure_rt.runs.folder import RunFolder
 from densepure_rt.runs.layout import read_manifest
 from densepure_rt.runs.records import ArithmeticIdentity
 from densepure_rt.smoothing.classifier import load
-from tests.densepure_rt.runs.test_folder import OLD_RUN, SECRET, manifest, result
 from tests.support.cli import densepure_rt as cli
 from tests.support.cli import environment
+from tests.support.runs import OLD_RUN, SECRET, manifest, result
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -18,8 +17,8 @@ from densepure_rt.commands.console import finite, in_options, write_report
 from densepure_rt.errors import EnvironmentFault
 from densepure_rt.export.models.model_options import ModelOptions
 from densepure_rt.runtime.bundle import shipped_engine
-from tests.densepure_rt.test_cli import Done
-from tests.support.cli import cli, commands, edit_sidecar, one_line, refused, sha256
+from tests.support.bundles import engines_copied
+from tests.support.cli import Done, cli, commands, edit_sidecar, one_line, refused, sha256
 
 ENGINES = shipped_engine().parent
 PARITY = "parity --max 1 --n 4 --steps 1 --batch 4 --threads 1".split()
@@ -34,9 +33,7 @@ Here = Callable[..., Done]
 def perturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped bundle, one convolution of its UNet 2 % too strong; its sidecar claims the original weights."""
     folder = tmp_path_factory.mktemp("perturbed")
-    for file in ENGINES.glob("*.onnx*"):
-        shutil.copy(file, folder)
-    engine = folder / "unet.onnx"
+    engine = engines_copied(folder)
     model = onnx.load(engine)
     weights = next(t for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) == 4)
     stronger = 1.02 * onnx.numpy_helper.to_array(weights)

@@ -15,7 +15,7 @@ import pytest
 from densepure_rt.cli import main
 from densepure_rt.legacy.folder import FILES
 from tests.support.cli import cli, one_line
-from tests.support.imported import DDS, GOOD, label_arrays
+from tests.support.legacy import DDS, GOOD, label_arrays
 
 Called = tuple[int, str, str]
 Call = Callable[..., Called]
@@ -36,15 +36,15 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.fixture
+def arrays(tmp_path: Path) -> Path:
+    return label_arrays(tmp_path / "arrays")
+
+
+@pytest.fixture
 def log(tmp_path: Path) -> Path:
     path = tmp_path / "log.tsv"
     path.write_text(GOOD)
     return path
-
-
-@pytest.fixture
-def arrays(tmp_path: Path) -> Path:
-    return label_arrays(tmp_path / "arrays")
 
 
 def test_a_log_is_shown_as_printed_and_as_sound(call: Call, log: Path) -> None:

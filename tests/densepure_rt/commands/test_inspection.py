@@ -1,10 +1,7 @@
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,24 +10,14 @@ import pytest
 
 from densepure_rt.commands.inspection import inspection, onnx_graph
 from densepure_rt.errors import CheckFailed, UsageError
+from tests.support.bundles import ENGINES, engines_copied
+from tests.support.cli import Done, in_a_process, sha256
 
-ROOT = Path(__file__).resolve().parents[3]
-ENGINES = ROOT / "engines"
 NAMES = ("unet.onnx", "classifier.onnx")
 
 
-def cli(*arguments: str | Path, blocked: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    """`densepure-rt inspect ARGUMENTS` in a fresh interpreter, without the `blocked` packages."""
-    code = f"import sys; sys.modules.update(dict.fromkeys({blocked!r})); from densepure_rt.cli import main; main()"
-    env = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "300"}
-    command = [sys.executable, "-c", code, "inspect", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
-    assert "Traceback" not in done.stderr, done.stderr
-    return done
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def cli(*arguments: str | Path, blocked: tuple[str, ...] = ()) -> Done:
+    return in_a_process("inspect", *arguments, without=blocked)
 
 
 def sidecar_of(engine: Path) -> dict[str, Any]:
@@ -41,9 +28,7 @@ def sidecar_of(engine: Path) -> dict[str, Any]:
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
     """A copy of the shipped bundle, to be damaged."""
-    for file in ENGINES.glob("*.onnx*"):
-        shutil.copy(file, tmp_path)
-    return tmp_path
+    return engines_copied(tmp_path).parent
 
 
 @pytest.mark.parametrize("name", NAMES)

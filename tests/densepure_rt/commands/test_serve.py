@@ -20,8 +20,7 @@ from PIL import Image
 
 from densepure_rt.images.datasets import open_images
 from densepure_rt.keys import stored_key
-from tests.densepure_rt.test_cli import Done
-from tests.support.cli import cli, refused
+from tests.support.cli import Done, cli, refused
 from tests.support.pictures import file_of
 from tests.support.server import QUICK, decoders, serving, until
 

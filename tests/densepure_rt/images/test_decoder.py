@@ -19,9 +19,7 @@ from densepure_rt.images import decoder
 from densepure_rt.images.decoder import Decoder
 from densepure_rt.images.formats import Shape
 from densepure_rt.images.uploads import fitted
-from tests.support.pictures import GOOD, GREY, file_of, noise, scan_bomb
-
-COLOUR = (3, 28, 28)
+from tests.support.pictures import COLOUR, GOOD, GREY, file_of, noise, scan_bomb
 
 
 @pytest.fixture

@@ -13,9 +13,7 @@ from PIL import Image
 from densepure_rt.errors import UsageError
 from densepure_rt.images.formats import read_image
 from densepure_rt.images.uploads import EXIF_ORIENTATION, MOST_BYTES, fitted
-from tests.support.pictures import file_of, noise
-
-GREY, COLOUR = (1, 28, 28), (3, 28, 28)
+from tests.support.pictures import COLOUR, GREY, file_of, noise
 
 
 def png_of_size(width: int, height: int) -> bytes:

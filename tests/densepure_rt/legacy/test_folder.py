@@ -11,8 +11,13 @@ from densepure_rt.legacy.folder import ImportedRun, read_imported, write
 from densepure_rt.legacy.label_arrays import open_folder
 from densepure_rt.report.sources import read_results
 from densepure_rt.runs.reader import Run
-from tests.support.imported import RADII, edited, label_arrays, log_imported
+from tests.support.legacy import RADII, edited, label_arrays, log_imported
 from tests.support.runs import Made, make_run
+
+
+@pytest.fixture
+def arrays(tmp_path: Path) -> Path:
+    return label_arrays(tmp_path / "arrays")
 
 
 @pytest.fixture

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from densepure_rt.report.compare import AtRadius, Comparison, compare, mcnemar
 from densepure_rt.runs.reader import read_run
 from densepure_rt.runs.records import NamedFile
-from tests.densepure_rt.test_cli import Done
-from tests.support.cli import refused
+from tests.support.cli import Done, refused
 from tests.support.runs import SEQUENTIAL, Made, make_run
 
 

@@ -10,8 +10,7 @@ import pytest
 
 from densepure_rt.images.datasets import open_images
 from densepure_rt.report.gallery import choose
-from tests.densepure_rt.test_cli import Done
-from tests.support.cli import cli, refused
+from tests.support.cli import Done, cli, refused
 from tests.support.html import Seen
 from tests.support.pictures import decoded
 from tests.support.runs import Made, record_of

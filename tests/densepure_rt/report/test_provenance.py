@@ -18,10 +18,9 @@ from densepure_rt.report.page import page
 from densepure_rt.report.sources import read_results
 from densepure_rt.report.summary import markdown, report_of
 from densepure_rt.runtime.bundle import Accuracy
-from tests.densepure_rt.test_cli import Done
-from tests.support.cli import refused
+from tests.support.cli import Done, refused
 from tests.support.html import OUTSIDE, Seen, Tables, attacks
-from tests.support.imported import RADII, edited, log_imported
+from tests.support.legacy import RADII, edited, log_imported
 from tests.support.runs import Made, make_run
 
 # (label, predict, radius as printed) as DDS writes them: a running total as `correct`, -1 and 0.0 for an abstention

@@ -14,8 +14,7 @@ from densepure_rt.report.charts import accuracy_lines, accuracy_png, samples_lin
 from densepure_rt.report.page import page
 from densepure_rt.report.summary import markdown, names_of, report_of
 from densepure_rt.runs.reader import read_run
-from tests.densepure_rt.test_cli import Done
-from tests.support.cli import cli, refused
+from tests.support.cli import Done, cli, refused
 from tests.support.html import Tables
 from tests.support.runs import ALPHA, SEQUENTIAL, Made, make_run
 

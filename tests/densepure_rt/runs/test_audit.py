@@ -20,7 +20,7 @@ from densepure_rt.runs.secret import reveal
 from densepure_rt.runs.shards import Shard
 from densepure_rt.smoothing.classifier import load
 from densepure_rt.smoothing.settings import Budget, Settings
-from tests.densepure_rt.runs.test_folder import OLD_RUN
+from tests.support.runs import OLD_RUN
 
 SHAPE, NAMES = (1, 28, 28), [str(label) for label in range(10)]
 SEQUENTIAL = Settings(sigma=0.1, steps=0, n=200, alpha=0.01, radii=(0.0, 0.05, 0.1, 0.6))

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import math
@@ -9,12 +8,10 @@ import signal
 import stat
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,42 +24,13 @@ from densepure_rt.runs.identity import manifest_of
 from densepure_rt.runs.summary import RADII
 from densepure_rt.smoothing.classifier import load
 from densepure_rt.smoothing.settings import UNLIMITED, Settings
-from tests.support.cli import code_without, densepure_rt, environment, in_a_process
+from tests.support.certify import Run, certify, kill_at_a_random_moment, wait_for
+from tests.support.cli import densepure_rt, in_a_process, started
 
 ROOT = Path(__file__).resolve().parents[3]
 ENGINES = ROOT / "engines"
 N0, N, ALPHA, SIGMA = 4, 20, 0.001, 0.5
 TINY = f"--method fixed --n {N} --n0 {N0} --batch 4 --threads 1 --steps 1".split()
-
-
-class Run(NamedTuple):
-    """A finished `densepure-rt certify`: what it printed and the folder it left."""
-
-    done: subprocess.CompletedProcess[str]
-    out: Path
-
-    @property
-    def rows(self) -> list[dict[str, str]]:
-        """results.tsv as pandas.read_csv(delimiter="\\t") of locuslab/smoothing reads it."""
-        with (self.out / "results.tsv").open(newline="") as lines:
-            return list(csv.DictReader(lines, delimiter="\t"))
-
-    @property
-    def records(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.out / "results.jsonl").read_text().splitlines()]
-
-    @property
-    def manifest(self) -> dict[str, Any]:
-        read: dict[str, Any] = json.loads((self.out / "manifest.json").read_text())
-        return read
-
-
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-c", code_without(), "certify", *map(str, arguments)]
-
-
-def certify(out: Path, *options: object) -> Run:
-    return Run(densepure_rt("certify", *options, "--out", out), out)
 
 
 @pytest.fixture(scope="module")
@@ -398,30 +366,11 @@ def test_grey_images_that_are_repeated_are_on_screen_and_in_the_manifest() -> No
         assert manifest_of(classifier, chosen, Settings(), UNLIMITED, 1).provenance.grey_repeated == 1
 
 
-@contextmanager
-def started(*arguments: object) -> Iterator[subprocess.Popen[str]]:
-    """A `densepure-rt certify` under way; it is killed when the block ends, however that comes about."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command(*arguments), text=True, env=environment(), **pipes) as running:  # type: ignore[call-overload]
-        try:
-            yield running
-        finally:
-            running.kill()
-
-
-def wait_for(condition: Callable[[], bool], running: subprocess.Popen[str], seconds: float = 180) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert running.poll() is None, running.communicate()
-        assert time.monotonic() < until, "nothing happened"
-        time.sleep(0.02)
-
-
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run of 400 images to which Ctrl-C is sent once the first line is there."""
     out = tmp_path_factory.mktemp("interrupted") / "run"
-    with started(*TINY, "--max", 400, "--out", out) as running:
+    with started("certify", *TINY, "--max", 400, "--out", out) as running:
         table = out / "results.tsv"
         wait_for(lambda: table.exists() and table.read_text().count("\n") > 1, running)
         assert (out / "manifest.json").exists()
@@ -451,7 +400,9 @@ class TestCtrlC:
 def test_the_manifest_is_there_before_the_first_result(tmp_path: Path) -> None:
     """The first image takes far longer than we watch: only what stands at its beginning can be on disk."""
     out = tmp_path / "run"
-    with started("--n", 100_000, "--steps", 2, "--batch", 4, "--threads", 1, "--max", 1, "--out", out) as running:
+    with started(
+        "certify", "--n", 100_000, "--steps", 2, "--batch", 4, "--threads", 1, "--max", 1, "--out", out
+    ) as running:
         wait_for((out / "timing.jsonl").exists, running)
         running.kill()  # without a chance to tidy up
     assert json.loads((out / "manifest.json").read_text())["identity"]["rule"]["n"] == 100_000
@@ -461,24 +412,6 @@ def test_the_manifest_is_there_before_the_first_result(tmp_path: Path) -> None:
 
 # Cheap images, some of which take long: the classifier alone, at little noise.
 KILLED = "--steps 0 --sigma 0.1 --radii 0,0.05,0.1 --n 1500 --seed 3 --batch 8 --threads 1".split()
-
-
-def kill_at_a_random_moment(*options: object, out: Path, chance: random.Random) -> None:
-    """Start a run and kill it: as it starts, or within moments of its next image."""
-
-    def lines() -> int:
-        table = out / "results.tsv"
-        return table.read_text().count("\n") if table.exists() else 1
-
-    before = lines()
-    with started(*options, "--out", out) as running:
-        if chance.random() < 0.3:
-            with suppress(subprocess.TimeoutExpired):
-                running.wait(0.4 + 0.8 * chance.random())  # a start takes about a second
-        else:
-            wait_for(lambda: lines() > before or running.poll() is not None, running)  # a fast machine may be done
-            time.sleep(0.15 * chance.random())  # an image takes about 0.1 s
-        running.kill()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL there")

@@ -13,93 +13,32 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
-from densepure_rt.images.datasets import LabelledImage
 from densepure_rt.keys import store_key, stored_key
 from densepure_rt.runs.folder import RunFolder
 from densepure_rt.runs.layout import read_manifest, record_of, tsv_line
 from densepure_rt.runs.ledger import Ledger
 from densepure_rt.runs.records import (
-    SCHEMA_VERSION,
     ArithmeticIdentity,
-    BudgetIdentity,
-    Identity,
     ImageRecord,
     ImagesIdentity,
     Manifest,
-    NamedFile,
-    NoiseIdentity,
     Provenance,
-    RuleIdentity,
     Summary,
 )
 from densepure_rt.runs.secret import agreed_secret, reveal, secret_to_go_on
 from densepure_rt.runtime.reverse import Outcome
-from densepure_rt.runtime.schedule import Schedule
-from densepure_rt.smoothing.certificate import Certificate
 from densepure_rt.smoothing.classifier import Certified
-from densepure_rt.smoothing.scheduling import Cost
+from tests.support.runs import OLD_RUN, SECRET, manifest, result
 
 ROOT = Path(__file__).resolve().parents[3]
 HEADER = "idx\tlabel\tpredict\tradius\tcorrect\ttime\n"  # locuslab/smoothing, code/certify.py
 RESULTS = ("results.tsv", "results.jsonl", "timing.jsonl")
-SECRET = bytes(range(32))
-
-
-def result(
-    idx: int = 0, label: int | None = 3, predict: int | None = 3, radius: float | None = 0.25, seconds: float = 1.5
-) -> Certified:
-    certificate = Certificate(predict, radius, n0=4, n=20, n_a=19, alpha=0.001, p_lower=0.6)
-    return Certified(LabelledImage(idx, np.zeros((1, 2, 2), np.uint8), label), certificate, Cost(0, 7, 5, 0, seconds))
-
-
-OLD_RUN = Path(__file__).resolve().parents[2] / "data" / "run-of-0.1.0"  # certify --max 4 --sigma 0.25 --n 64 --seed 1
-
-
-def manifest(secret: bytes | None = None, **changed: object) -> Manifest:
-    """Of a run of four images."""
-    one, rule = NamedFile("a.onnx", "a" * 64, None), RuleIdentity("fixed", 20, 0.001, 0.0, "", n0=4)
-    given: dict[str, Any] = {
-        "engine": one,
-        "classifier": one,
-        "precision": "fp32",
-        "runs_on": "onnxruntime CPU",
-        "compute_capability": None,
-        "processor": "one",
-        "schedule": Schedule("linear", 1000),
-        "variance": "fixed_small",
-        "prediction": "epsilon",
-        "clip": None,
-        "class_names": tuple("0123456789"),
-        "image": (1, 2, 2),
-        "images": ImagesIdentity(4, "b" * 64),
-        "sigma": 0.5,
-        "sigma_in_network_units": 1.0,
-        "steps": 1,
-        "timestep_rule": "nearest",
-        "timesteps": (258,),
-        "conditioning": (258.0,),
-        "coefficients": (),
-        "alpha_bar": 0.5,
-        "votes": 1,
-        "tie_rule": "the label seen first",
-        "rule": rule,
-        "budget_seconds": BudgetIdentity(None, None),
-        "noise": NoiseIdentity("law", "c" * 64, "d" * 64),
-        "secret_commitment": hashlib.sha256(secret or b"").hexdigest(),
-        "public_seed": None if secret else 1,
-        "arithmetic": ArithmeticIdentity("f" * 64),
-    }
-    identity = Identity(**(given | changed))
-    provenance = Provenance((), {}, "now", "here", "four", "3", "Linux", {}, {}, None)
-    return Manifest(SCHEMA_VERSION, identity.sha256, identity, provenance)
 
 
 def record(result: Certified) -> ImageRecord:

@@ -33,9 +33,9 @@ from densepure_rt.runs.seal import seal
 from densepure_rt.runs.secret import reveal
 from densepure_rt.runs.shards import Shard
 from densepure_rt.runs.summary import summarize
-from tests.densepure_rt.runs.test_certify import certify, kill_at_a_random_moment
-from tests.densepure_rt.runs.test_folder import SECRET, manifest, result
+from tests.support.certify import certify, kill_at_a_random_moment
 from tests.support.cli import densepure_rt as cli
+from tests.support.runs import SECRET, manifest, result
 
 TINY = "--steps 1 --n 100 --alpha 0.01 --radii 0,0.25 --batch 4 --threads 1 --skip 9 --max 7".split()
 KILLED = "--steps 0 --sigma 0.1 --radii 0,0.05,0.1 --n 1500 --max 14 --seed 3 --batch 8 --threads 1".split()

@@ -13,7 +13,7 @@ from densepure_rt.errors import CheckFailed
 from densepure_rt.json_files import canonical, line, page, parsed
 from densepure_rt.runs.records import SCHEMAS, ImageRecord, Manifest, json_schema
 from densepure_rt.smoothing.certificate import EpsOutcome
-from tests.densepure_rt.runs.test_folder import manifest
+from tests.support.runs import manifest
 
 SCHEMA_FOLDER = Path(__file__).resolve().parents[3] / "docs" / "schemas"
 RECORDS = st.builds(

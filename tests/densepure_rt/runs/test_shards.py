@@ -14,7 +14,7 @@ from densepure_rt.errors import UsageError
 from densepure_rt.images.datasets import open_images
 from densepure_rt.runs.audit import audit
 from densepure_rt.runs.shards import Shard
-from tests.densepure_rt.runs.test_certify import certify
+from tests.support.certify import certify
 
 OF = st.integers(1, 40)
 

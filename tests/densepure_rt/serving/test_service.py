@@ -18,7 +18,6 @@ from densepure_rt.images.datasets import LabelledImage, open_images
 from densepure_rt.keys import seeded_secret
 from densepure_rt.serving.service import DeviceFailed, Draining, Full, ModelName, Service
 from densepure_rt.smoothing.classifier import Certified, Predicted, SmoothedClassifier, load
-from densepure_rt.smoothing.decider import AnytimeDecider
 from densepure_rt.smoothing.samplers import OnDevice
 from densepure_rt.smoothing.settings import PREDICT_N, Settings
 from tests.support.journals import Notebook
@@ -278,7 +277,7 @@ def test_a_fault_in_one_answer_is_told_to_whoever_asked_and_to_no_other(
         raise ZeroDivisionError
 
     with service_of(classifier, CHEAP) as service:
-        monkeypatch.setattr(AnytimeDecider, "certificate", certificate)
+        monkeypatch.setattr("densepure_rt.serving.service.Certified", certificate)
         for deadline in (None, time.monotonic()):
             with pytest.raises(ZeroDivisionError):
                 run(service.answers("certify", [images[0].pixels], deadline))

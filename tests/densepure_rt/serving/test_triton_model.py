@@ -24,8 +24,8 @@ from densepure_rt.serving.models import MOST_IMAGES, Values, values_of
 from densepure_rt.serving.triton_model import TritonModel
 from densepure_rt.smoothing.classifier import SmoothedClassifier
 from densepure_rt.smoothing.settings import Settings
-from tests.support.triton import config_of
 from tests.support.triton_backend import Asked, InferenceResponse, Tensor, Triton, TritonModelException, triton_of
+from tests.support.triton_config import config_of
 
 SECRET = seeded_secret(5)
 QUICK = {"sigma": "0.25", "steps": "1", "votes": "1", "n": "96", "batch": "8"}

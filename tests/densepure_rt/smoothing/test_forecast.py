@@ -16,7 +16,7 @@ from densepure_rt.images.datasets import ImageSet, open_images
 from densepure_rt.keys import seeded_secret
 from densepure_rt.smoothing.certificate import Method
 from densepure_rt.smoothing.classifier import SmoothedClassifier, load
-from densepure_rt.smoothing.forecast import TYPICAL_P, calls_a_sample, expected_samples, forecast
+from densepure_rt.smoothing.forecast import TYPICAL_P, calls_a_sample, forecast
 from densepure_rt.smoothing.settings import PAPER, Settings
 
 LABELS = (0, 1, 2)
@@ -143,10 +143,10 @@ def test_what_is_expected_of_an_anytime_run_is_what_runs_like_it_take(
             while not decider.add(int(draw.random() > p)):
                 pass
             taken.append(decider.n)
-        assert expected_samples(rule, p) == pytest.approx(sum(taken) / 60, rel=tolerance)
+        assert rule.expected_samples(p) == pytest.approx(sum(taken) / 60, rel=tolerance)
     expected = forecast(classifier, settings, 1).samples
     assert expected.least < expected.expected < expected.most == 2000
-    assert expected.expected == pytest.approx(sum(expected_samples(rule, p) for p in TYPICAL_P) / len(TYPICAL_P))
+    assert expected.expected == pytest.approx(sum(rule.expected_samples(p) for p in TYPICAL_P) / len(TYPICAL_P))
 
 
 def test_smoothing_without_the_unet_still_takes_time(classifier: SmoothedClassifier) -> None:

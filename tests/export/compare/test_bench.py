@@ -37,49 +37,18 @@ from densepure_rt.export.compare.bench import (
     torch_settings,
     without_network,
 )
-from densepure_rt.export.convert.to_onnx import export_bundle
 from densepure_rt.export.models import reference
-from densepure_rt.export.models.classifiers import ClassifierModel, zoo_classifier
+from densepure_rt.export.models.classifiers import zoo_classifier
 from densepure_rt.export.models.sources import made_up
-from densepure_rt.export.models.unets import DiffusionModel, zoo_unet
+from densepure_rt.export.models.unets import zoo_unet
 from densepure_rt.runtime.bundle import Bundle, open_bundle, shipped_engine
 from densepure_rt.runtime.device import STEP_INPUTS, Batch
 from densepure_rt.runtime.noise import Key, first_state, smoothing_law, smoothing_noise
 from densepure_rt.runtime.onnx_device import Network, OnnxDevice
-from densepure_rt.runtime.schedule import Coefficients, Schedule, make_chain
+from densepure_rt.runtime.schedule import Coefficients, make_chain
+from tests.support.toys import IMAGE, toy_bundle, toy_classifier, toy_unet
 
-IMAGE = (1, 6, 6)
 STAGES = ["smoothing noise", "vote noise", "UNet", "update", "slots and padding", "classifier", "vote", "loop"]
-
-
-class ToyUnet(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.conv = nn.Conv2d(1, 2, 3, padding=1)
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return torch.tanh(self.conv(x) + t[:, None, None, None] / 1000)
-
-
-class ToyClassifier(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(2)
-        self.head = nn.Linear(36, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(x.flatten(1))
-        return logits
-
-
-def toy_unet() -> DiffusionModel:
-    schedule = Schedule("linear", 1000)
-    return DiffusionModel(ToyUnet(), IMAGE, schedule, "learned_range", "epsilon", (-1.0, 1.0), "a" * 64)
-
-
-def toy_classifier() -> ClassifierModel:
-    return ClassifierModel(ToyClassifier(), IMAGE, ("a", "b", "c"), "b" * 64)
 
 
 def hasten(patch: pytest.MonkeyPatch) -> None:
@@ -95,8 +64,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    folder = tmp_path_factory.mktemp("toy")
-    return open_bundle(export_bundle(toy_unet(), toy_classifier(), folder, made_up(IMAGE, 2)).unet)
+    return toy_bundle(tmp_path_factory.mktemp("toy"))
 
 
 @pytest.fixture(scope="module")

@@ -36,9 +36,8 @@ from densepure_rt.runtime.open_device import open_device
 from densepure_rt.runtime.schedule import Schedule, make_chain
 from densepure_rt.smoothing.settings import PAPER, Settings
 from densepure_rt.smoothing.voting import Ballot
-from tests.export.compare.test_bench import IMAGE, toy, toy_classifier, toy_unet
+from tests.support.toys import IMAGE, toy_bundle, toy_classifier, toy_unet
 
-__all__ = ["toy"]  # a fixture
 TINY = Settings(sigma=0.5, steps=2, votes=3, n0=2, n=5, method="fixed")
 
 
@@ -65,6 +64,11 @@ class Watched(nn.Module):
     @classmethod
     def clock(cls) -> float:
         return cls.now
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return toy_bundle(tmp_path_factory.mktemp("toy"))
 
 
 def watched(unet_seconds: float = 0.0, label_seconds: float = 0.0) -> tuple[DiffusionModel, ClassifierModel]:

@@ -25,7 +25,7 @@ from densepure_rt.runtime.bundle import (
     sidecar_path,
     to_json,
 )
-from tests.support.triton import SCHEMA, config_of
+from tests.support.triton_config import SCHEMA, config_of
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Model repositories, read with Triton's own schema, which comes with tritonclient."""
+"""Triton's own schema of a model's configuration, and what is read by it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Results of older tools, and what `densepure-rt import` makes of them."""
+"""Results of other programs, made to measure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RADII = (0.0, 0.5)
 
 
 def label_arrays(folder: Path) -> Path:
-    """A folder of three images by three seeds, which nearly agree."""
+    """What the authors' code leaves of three images: an array of labels for each of three seeds."""
     folder.mkdir()
     rng = np.random.default_rng(1)
     for idx in (0, 20, 40):
