@@ -123,10 +123,7 @@ class Agreement:
 
 
 def agree(
-    smoothed: SmoothedClassifier,
-    models: Models,
-    images: Iterable[LabelledImage],
-    settings: Settings,
+    smoothed: SmoothedClassifier, models: Models, images: Iterable[LabelledImage], settings: Settings
 ) -> Agreement:
     """Compare on settings.n samples of each image, all votes of each cast.
 

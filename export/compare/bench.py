@@ -398,12 +398,7 @@ def without_network(unet: DiffusionModel, bundle: Bundle, folder: Path) -> Bundl
 
 
 def staged(
-    unet: DiffusionModel,
-    engine: EngineRun,
-    worker: Worker,
-    pixels: NDArray[np.uint8],
-    rounds: int,
-    clock: Clock,
+    unet: DiffusionModel, engine: EngineRun, worker: Worker, pixels: NDArray[np.uint8], rounds: int, clock: Clock
 ) -> tuple[Stage, ...]:
     """The stages of one vote of one step, by a single caller: on a CPU in seconds of its core.
 

@@ -446,7 +446,7 @@ def run_ours(
         unet_calls=items["step"] / len(images),
         classifier_calls=items["classify"] / len(images),
         seconds=seconds / len(images),
-        certified=certified_at(settings.sigma, images, certificates, reach=settings.sigma),  # `our_settings` saw to it
+        certified=certified_at(settings.sigma, images, certificates, settings.sigma),  # which `deciding_sigma` saw to
     )
     return OurRun(
         procedure=taken,

@@ -449,11 +449,7 @@ def data_ref(path: Path) -> FileRef | None:
 
 
 def _compared_labels(
-    models: Models,
-    smaller: Models,
-    files: tuple[Path, Path],
-    kind: str,
-    images: Images,
+    models: Models, smaller: Models, files: tuple[Path, Path], kind: str, images: Images
 ) -> parity.LabelParity | None:
     """The labels of the files, or for bf16 of the modules that they were made from, against float32 PyTorch."""
     if kind == "fp32" or not (images.labelled and images.samples):
