@@ -3,34 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from densepure_rt.commands.bench_tables import print_benchmark, print_procedures
-from densepure_rt.commands.console import finite, make_folder, needs_pytorch, say, watched, write_report
+from densepure_rt.commands.console import finite, make_folder, needs_pytorch, say, show_report, watched, write_report
 from densepure_rt.commands.groups import with_options
 from densepure_rt.commands.options import EngineFile, Json, ProviderName
+from densepure_rt.commands.parity import ComparisonImages
 from densepure_rt.commands.procedure_chart import draw_procedures
+from densepure_rt.commands.values import none_as
 from densepure_rt.errors import UsageError
 from densepure_rt.export.models.model_options import ModelOptions
 
 if TYPE_CHECKING:
-    pass
+    from _typeshed import DataclassInstance
 
+T = TypeVar("T", bound="DataclassInstance")
 CERTIFIED = 10  # images, by `bench --procedure`, unless told
-STEP, PROCEDURE = "A reverse step", "Whole certifications"
+of_step = partial(typer.Option, rich_help_panel="A reverse step")
+of_procedure = partial(typer.Option, rich_help_panel="Whole certifications")
 
 
 @with_options
 def bench(
     models: ModelOptions,
     engine: EngineFile = None,
-    images: Annotated[
-        Path | None, typer.Option(help="Images of the engine's size; default: the shipped ones, or made up.")
-    ] = None,
+    images: ComparisonImages = None,
     sigma: Annotated[
         float | None,
         typer.Option(
@@ -41,46 +44,25 @@ def bench(
     batch: Annotated[int | None, typer.Option(help="Items a call; default: as certify runs the engine.")] = None,
     threads: Annotated[int | None, typer.Option(help="Cores for each route; default: all.")] = None,
     provider: ProviderName = "cpu",
-    rounds: Annotated[
-        int | None, typer.Option(help="Calls of each route, in turns; default: 20.", rich_help_panel=STEP)
-    ] = None,
+    rounds: Annotated[int | None, of_step(help="Calls of each route, in turns; default: 20.")] = None,
     compiled: Annotated[
         bool | None,
-        typer.Option(
-            "--compile/--no-compile",
-            help="Time torch.compile too, which takes a minute to start; default: yes.",
-            rich_help_panel=STEP,
-        ),
+        of_step("--compile/--no-compile", help="Time torch.compile too, which takes a minute to start; default: yes."),
     ] = None,
     procedure: Annotated[
         bool,
-        typer.Option(
+        of_procedure(
             "--procedure",
             help="Compare whole certifications: the published procedure in PyTorch, run small and priced at n = "
             "100,000, with ours, run for real, which can take minutes an image.",
-            rich_help_panel=PROCEDURE,
         ),
     ] = False,
-    limit: Annotated[
-        int | None,
-        typer.Option("--max", help="How many images; default: 10, or what there is.", rich_help_panel=PROCEDURE),
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Reverse steps (b) of both; default: 10.", rich_help_panel=PROCEDURE)
-    ] = None,
-    votes: Annotated[
-        int | None, typer.Option(help="Votes a noise sample (K) of both; default: 40.", rich_help_panel=PROCEDURE)
-    ] = None,
-    n: Annotated[
-        int | None,
-        typer.Option(help="Samples of an image that ours takes at most; default: 10000.", rich_help_panel=PROCEDURE),
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Public seed of both; default: 0.", rich_help_panel=PROCEDURE)
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for procedure.json and procedure.png.", rich_help_panel=PROCEDURE)
-    ] = None,
+    limit: Annotated[int | None, of_procedure("--max", help="How many images; default: 10, or what there is.")] = None,
+    steps: Annotated[int | None, of_procedure(help="Reverse steps (b) of both; default: 10.")] = None,
+    votes: Annotated[int | None, of_procedure(help="Votes a noise sample (K) of both; default: 40.")] = None,
+    n: Annotated[int | None, of_procedure(help="Samples of an image that ours takes at most; default: 10000.")] = None,
+    seed: Annotated[int | None, of_procedure(help="Public seed of both; default: 0.")] = None,
+    out: Annotated[Path | None, of_procedure(help="Folder for procedure.json and procedure.png.")] = None,
     as_json: Json = False,
 ) -> None:
     """Time an engine against PyTorch in one run: a reverse step by stages, or with --procedure whole certifications.
@@ -90,74 +72,47 @@ def bench(
     """
     from densepure_rt.runtime.open_device import provider_of
 
-    shared = {"sigma": sigma, "batch": batch, "threads": threads, "provider": provider_of(provider)}
-    of_step = {"rounds": rounds, "compile": compiled}
-    of_procedure = {"steps": steps, "votes": votes, "n": n, "seed": seed}
+    device = provider_of(provider)
+    step_options = {"rounds": rounds, "compile": compiled}
+    procedure_options = {"max": limit, "steps": steps, "votes": votes, "n": n, "seed": seed, "out": out}
     if procedure:
-        refuse_given(of_step, "a single step, which --procedure does not time: leave them out")
-        bench_procedure(models, engine, images, limit, given(shared | of_procedure), out, as_json)
+        refuse_given(step_options, "a single step, which --procedure does not time: leave them out")
     else:
-        refuse_given({"max": limit, **of_procedure, "out": out}, "--procedure: add it, or leave them out")
-        bench_step(models, engine, images, given(shared | of_step), as_json)
-
-
-def given(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that were typed; what is not is left to the defaults of what they are for."""
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def refuse_given(options: dict[str, Any], owner: str) -> None:
-    """Raise UsageError for options that were typed where they mean nothing."""
-    if typed := [("--no-" if value is False else "--") + name for name, value in given(options).items()]:
-        raise UsageError(f"{', '.join(typed)}: only for {owner}")
-
-
-def bench_step(
-    models: ModelOptions, engine: Path | None, images: Path | None, options: dict[str, Any], as_json: bool
-) -> None:
-    """Time a reverse step. options: of `densepure_rt.export.compare.bench.bench`."""
+        refuse_given(procedure_options, "--procedure: add it, or leave them out")
     with needs_pytorch("bench"):
-        from densepure_rt.export.compare.bench import bench as measure
-        from densepure_rt.export.models.sources import comparison_images, open_models
+        from densepure_rt.export.compare import bench as step
+        from densepure_rt.export.compare import procedure as whole
+        from densepure_rt.export.compare.engine_run import EngineRun, flat
+        from densepure_rt.export.models.sources import LABEL_IMAGES, comparison_images, open_models
     import numpy as np
 
     from densepure_rt.runtime.bundle import open_bundle, shipped_engine
 
-    unet, classifier = open_models(models)
-    pixels = np.stack([image.pixels for image in comparison_images(unet, classifier, images, None, say)])
-    found = measure(unet, classifier, open_bundle(engine or shipped_engine()), pixels, say=say, **options)
-    if as_json:
-        print(json.dumps(dataclasses.asdict(found)))
-    else:
-        print_benchmark(found)
-
-
-def bench_procedure(
-    models: ModelOptions,
-    engine: Path | None,
-    images: Path | None,
-    limit: int | None,
-    options: dict[str, Any],
-    out: Path | None,
-    as_json: bool,
-) -> None:
-    """Compare whole certifications. options: of `densepure_rt.export.compare.procedure.compare`."""
-    with needs_pytorch("bench"):
-        from densepure_rt.export.compare.procedure import compare
-        from densepure_rt.export.models.sources import comparison_images, open_models
-    from densepure_rt.runtime.bundle import open_bundle, shipped_engine
-
     if out is not None:
         make_folder(out)  # first: what follows may take long
-    unet, classifier = open_models(models)
-    chosen = comparison_images(unet, classifier, images, limit, say, CERTIFIED)
-    found = compare(
-        unet, classifier, open_bundle(engine or shipped_engine()), chosen, say=say, watch=watched, **options
-    )
-    report = finite(dataclasses.asdict(found))
-    if as_json:
-        print(json.dumps(report))
-    else:
-        print_procedures(found)
+    opened = open_models(models)
+    chosen = comparison_images(opened, images, limit, say, CERTIFIED if procedure else LABEL_IMAGES)
+    run = EngineRun(open_bundle(engine or shipped_engine()), batch, threads, device)
+    if not procedure:
+        pixels = np.stack([image.pixels for image in chosen])
+        work = told(step.DEFAULT, sigma=sigma, rounds=rounds, compile=compiled)
+        timed = step.bench(opened, run, pixels, work, say)
+        show_report(flat(timed), as_json, lambda: print_benchmark(timed))
+        return
+    settings, seed = told(whole.OURS, sigma=sigma, steps=steps, votes=votes, n=n), none_as(whole.SEED, seed)
+    found = whole.compare(opened, run, chosen, settings, seed=seed, say=say, watch=watched)
+    report = finite(flat(found))
+    show_report(report, as_json, lambda: print_procedures(found))
     if out is not None:
         write_report(out, "procedure", report, lambda path: draw_procedures(found, path))
+
+
+def told(defaults: T, **options: float | None) -> T:
+    """`defaults` with the options that were typed in their place."""
+    return dataclasses.replace(defaults, **{name: value for name, value in options.items() if value is not None})
+
+
+def refuse_given(options: Mapping[str, float | Path | None], owner: str) -> None:
+    """Raise UsageError for options that were typed where they mean nothing."""
+    if typed := [("--no-" if value is False else "--") + name for name, value in options.items() if value is not None]:
+        raise UsageError(f"{', '.join(typed)}: only for {owner}")

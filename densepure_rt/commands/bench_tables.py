@@ -14,7 +14,8 @@ from densepure_rt.rounding import exact, floored_share, raised
 
 if TYPE_CHECKING:
     from densepure_rt.export.compare.bench import Benchmark
-    from densepure_rt.export.compare.machine import Clock, Load
+    from densepure_rt.export.compare.engine_run import Subject
+    from densepure_rt.export.compare.machine import Clock, Load, Machine
     from densepure_rt.export.compare.procedure import Procedure, ProcedureBenchmark
 
 OTHER_LOAD = 0.5  # cores that other programs may use before the timings are doubted
@@ -28,15 +29,12 @@ DOUBT: Mapping[Clock, str] = {
 
 def print_benchmark(found: Benchmark, console: Console = stdout) -> None:
     """The result for a person: what was run on what, the routes, the stages; a warning where timings are doubtful."""
-    versions = ", ".join(f"{name} {version}" for name, version in found.versions.items())
     before, after = ("unknown" if load is None else f"{load:.1f}" for load in found.load.average)
     gflop = ", ".join(f"{name} {'unknown' if work is None else f'{work:.3g}'}" for name, work in found.gflop.items())
     facts = {
-        "engine": f"{found.engine}, {found.precision}, sha256 {found.engine_sha256[:16]}",
-        "device": ", ".join(f"{name} {value}" for name, value in found.device.items()),
-        "machine": f"{found.gpu or found.processor}, {found.cores} cores; {versions}",
+        **ran_on(found.subject, found.machine),
         "load": f"{before} before, {after} after",
-        "work": f"{found.calls} x {found.batch} images {list(found.image)} a call, sigma {found.sigma:g}",
+        "work": f"{found.calls} x {found.batch} images {list(found.subject.image)} a call, sigma {found.sigma:g}",
         "GFLOP": f"{gflop} an image, two a multiply-add",
         "peak": ", ".join(f"{gflops:.0f} GFLOP/s {name}" for name, gflops in found.peak.items()) + ", float32",
         "agreement": f"{raised(found.relative_l2, figures=2)} relative L2 between the engine's states and PyTorch's",
@@ -50,7 +48,16 @@ def print_benchmark(found: Benchmark, console: Console = stdout) -> None:
     for when, state in zip(("before", "after"), found.load.gpu, strict=True):
         if state:
             console.print(f"GPU {when}: " + ", ".join(f"{name} {value or 'unknown'}" for name, value in state.items()))
-    warn_of_others(found.load, found.cores, found.clock)
+    warn_of_others(found.load, found.machine.cores, found.clock)
+
+
+def ran_on(subject: Subject, machine: Machine) -> dict[str, str]:
+    versions = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
+    return {
+        "engine": f"{subject.engine}, {subject.precision}, sha256 {subject.engine_sha256[:16]}",
+        "device": ", ".join(f"{name} {value}" for name, value in subject.device.items()),
+        "machine": f"{machine.gpu or machine.processor}, {machine.cores} cores; {versions}",
+    }
 
 
 def warn_of_others(load: Load, cores: int, clock: Clock) -> None:
@@ -103,16 +110,13 @@ def stage_table(found: Benchmark) -> Table:
 
 def print_procedures(found: ProcedureBenchmark, console: Console = stdout) -> None:
     """The result for a person: what was run on what, what it took, and what makes the difference."""
-    versions = ", ".join(f"{name} {version}" for name, version in found.versions.items())
     small, published, ours = found.small.settings, found.published.settings, found.ours.settings
     calls, fill = found.call_seconds, ", ".join(f"{kind} {100 * full:.0f} %" for kind, full in found.fill.items())
     loads = (" to ".join("unknown" if load is None else f"{load:.1f}" for load in each.average) for each in found.load)
     facts = {
-        "engine": f"{found.engine}, {found.precision}, sha256 {found.engine_sha256[:16]}",
-        "device": ", ".join(f"{name} {value}" for name, value in found.device.items()),
-        "machine": f"{found.gpu or found.processor}, {found.cores} cores; {versions}",
+        **ran_on(found.subject, found.machine),
         "load": "{} beside the published procedure, {} beside ours".format(*loads),
-        "images": f"{found.images} of {list(found.image)}, seed {found.seed}; certified: at the radius "
+        "images": f"{found.images} of {list(found.subject.image)}, seed {found.seed}; certified: at the radius "
         f"{exact(found.sigma)}",
         "published": f"n0 {published.n0:,}, n {published.n:,}, K {published.votes}, b {published.steps}; "
         f"run small: n0 {small.n0:,}, n {small.n:,}, K {small.votes}, b {small.steps}",
@@ -130,7 +134,7 @@ def print_procedures(found: ProcedureBenchmark, console: Console = stdout) -> No
         f"less time an image:"
     )
     rows(console, ((f" {bar.name}", bar.text) for bar in bars(found)))
-    warn_of_others(max(found.load, key=lambda load: load.others or 0.0), found.cores, found.clock)
+    warn_of_others(max(found.load, key=lambda load: load.others or 0.0), found.machine.cores, found.clock)
 
 
 def cost_table(found: ProcedureBenchmark) -> Table:

@@ -160,6 +160,14 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def show_report(report: dict[str, Any], as_json: bool, show: Callable[[], None]) -> None:
+    """Print a report as JSON for programs, or what `show` prints for a person."""
+    if as_json:
+        print(json.dumps(report))
+    else:
+        show()
+
+
 def make_folder(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,16 +18,19 @@ from densepure_rt.commands.options import Json
 from densepure_rt.commands.parity import PARITY_SAMPLES, SMALLEST
 from densepure_rt.commands.values import number, words
 from densepure_rt.errors import CheckFailed, UsageError
-from densepure_rt.export.models.model_options import ModelOptions
+from densepure_rt.export.models.model_options import ModelOptions, Options
 from densepure_rt.optional import optional
 from densepure_rt.rounding import exact, floored_share, raised
 from densepure_rt.text import plural
 
 if TYPE_CHECKING:
+    from densepure_rt.export.convert.build_options import BuildOptions
     from densepure_rt.export.convert.to_onnx import Exported
-    from densepure_rt.runtime.bundle import Denoising
+    from densepure_rt.runtime.bundle import Denoising, Flavour
 
-CHECKS, PLANS, TRITON = "Checks", "Plans", "Triton"  # the panels of --help
+of_checks, of_plans, of_triton = (
+    partial(typer.Option, rich_help_panel=panel) for panel in ("Checks", "Plans", "Triton")
+)
 
 
 @with_options
@@ -42,10 +47,7 @@ def export(
         ),
     ] = "onnx",
     engine: Annotated[
-        Path | None,
-        typer.Option(
-            help="triton: step engine, ONNX file or plan; default: the one that ships.", rich_help_panel=TRITON
-        ),
+        Path | None, of_triton(help="triton: step engine, ONNX file or plan; default: the one that ships.")
     ] = None,
     precision: Annotated[
         str, typer.Option(help="fp32, fp16, bf16, int8, int8-cpu or fp8; several with commas, a bundle each.")
@@ -62,67 +64,35 @@ def export(
     ] = False,
     images: Annotated[
         Path | None,
-        typer.Option(
-            help="Images to compare on; default: the shipped ones if they are the model's, else made up.",
-            rich_help_panel=CHECKS,
-        ),
+        of_checks(help="Images to compare on; default: the shipped ones if they are the model's, else made up."),
     ] = None,
     calibration_images: Annotated[
-        Path | None,
-        typer.Option(help="Training images, which int8 and fp8 are calibrated on.", rich_help_panel=CHECKS),
+        Path | None, of_checks(help="Training images, which int8 and fp8 are calibrated on.")
     ] = None,
     parity_images: Annotated[
-        int | None,
-        typer.Option(help="Images whose labels are compared with float32; default: 20.", rich_help_panel=CHECKS),
+        int | None, of_checks(help="Images whose labels are compared with float32; default: 20.")
     ] = None,
-    parity_samples: Annotated[
-        int, typer.Option(help="Noisy copies of each of them.", rich_help_panel=CHECKS)
-    ] = PARITY_SAMPLES,
+    parity_samples: Annotated[int, of_checks(help="Noisy copies of each of them.")] = PARITY_SAMPLES,
     strict: Annotated[
-        bool,
-        typer.Option(
-            "--strict",
-            help="Publish nothing where the UNet denoises better otherwise than as declared.",
-            rich_help_panel=CHECKS,
-        ),
+        bool, of_checks("--strict", help="Publish nothing where the UNet denoises better otherwise than as declared.")
     ] = False,
     batch: Annotated[
         str | None,
-        typer.Option(
-            help="Batch sizes with commas, a fixed profile each; default: 64. triton: that of every call.",
-            rich_help_panel=PLANS,
-        ),
+        of_plans(help="Batch sizes with commas, a fixed profile each; default: 64. triton: that of every call."),
     ] = None,
     compute_capability: Annotated[
-        str | None,
-        typer.Option(help="tensorrt-rtx: the GPUs to build for; default: 8.6,8.9,12.0.", rich_help_panel=PLANS),
+        str | None, of_plans(help="tensorrt-rtx: the GPUs to build for; default: 8.6,8.9,12.0.")
     ] = None,
-    workspace: Annotated[
-        int | None, typer.Option(help="MiB of GPU memory that a layer may use.", rich_help_panel=PLANS)
-    ] = None,
-    builder_level: Annotated[
-        int | None, typer.Option(help="0 builds fast, 5 builds the fastest plan.", rich_help_panel=PLANS)
-    ] = None,
-    tf32: Annotated[
-        bool, typer.Option("--tf32", help="Allow TensorFloat-32 in float32 products.", rich_help_panel=PLANS)
-    ] = False,
-    timing_cache: Annotated[
-        Path | None, typer.Option(help="tensorrt: keep kernel timings in this file.", rich_help_panel=PLANS)
-    ] = None,
+    workspace: Annotated[int | None, of_plans(help="MiB of GPU memory that a layer may use.")] = None,
+    builder_level: Annotated[int | None, of_plans(help="0 builds fast, 5 builds the fastest plan.")] = None,
+    tf32: Annotated[bool, of_plans("--tf32", help="Allow TensorFloat-32 in float32 products.")] = False,
+    timing_cache: Annotated[Path | None, of_plans(help="tensorrt: keep kernel timings in this file.")] = None,
     timing_cache_strict: Annotated[
-        bool,
-        typer.Option(
-            "--timing-cache-strict", help="tensorrt: fail where the cache lacks a timing.", rich_help_panel=PLANS
-        ),
+        bool, of_plans("--timing-cache-strict", help="tensorrt: fail where the cache lacks a timing.")
     ] = False,
-    hw_compat: Annotated[
-        str | None, typer.Option(help="tensorrt: ampere-plus or same-compute-capability.", rich_help_panel=PLANS)
-    ] = None,
+    hw_compat: Annotated[str | None, of_plans(help="tensorrt: ampere-plus or same-compute-capability.")] = None,
     version_compatible: Annotated[
-        bool,
-        typer.Option(
-            "--version-compatible", help="tensorrt: run on later versions of the same major.", rich_help_panel=PLANS
-        ),
+        bool, of_plans("--version-compatible", help="tensorrt: run on later versions of the same major.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -131,141 +101,164 @@ def export(
     Without options it is the model that ships. ONNX engines need densepure-rt\\[export], plans densepure-rt\\[tensorrt]
     or densepure-rt\\[tensorrt-rtx], and a model repository of Triton none of them.
     """
+    from densepure_rt.export.convert.build_options import BuildOptions
     from densepure_rt.runtime.bundle import PLAN_SUFFIXES
 
-    targets = words(target, "--target", ("onnx", *sorted(PLAN_SUFFIXES), "triton"))
-    kinds = [kind.strip() for kind in precision.split(",")]
-    report: dict[str, Any] = {}
-    checks = {
-        "--keep-fp32": keep_fp32,
-        "--images": images,
-        "--calibration-images": calibration_images,
-        "--parity-images": parity_images,
-        "--parity-samples": parity_samples != PARITY_SAMPLES,
-        "--strict": strict,
-    }
-    unused = [*map(in_options, models.given().values()), *(name for name, value in checks.items() if value)]
-    if "triton" in targets:
-        of_plans = {
-            "--precision": kinds != ["fp32"],
-            "--compute-capability": compute_capability,
-            "--workspace": workspace,
-            "--builder-level": builder_level,
-            "--tf32": tf32,
-            "--timing-cache": timing_cache,
-            "--timing-cache-strict": timing_cache_strict,
-            "--hw-compat": hw_compat,
-            "--version-compatible": version_compatible,
-        }
-        unused += [f"--target {kind}" for kind in targets if kind != "triton"]
-        unused += [name for name, value in of_plans.items() if value]
-        if unused:
-            raise UsageError(
-                f"{', '.join(unused)}: --target triton packages the bundle of --engine as it is; make it first"
-            )
-        export_triton(engine, out or Path("models"), batch, force, as_json)
-        return
-    if engine is not None:
-        raise UsageError(f"--engine {engine} is what --target triton packages, and {target} was asked for")
-    if "onnx" not in targets and unused:
-        raise UsageError(f"{', '.join(unused)}: these change the ONNX engines; add onnx to --target")
-    out = out or Path("engines")
-    if "onnx" in targets:
-        on = (images, calibration_images, parity_images, parity_samples)
-        report["onnx"] = export_onnx(models, out, force, as_json, kinds, keep_fp32 or (), *on, strict)
-    for flavour in PLAN_SUFFIXES:
-        if flavour in targets:
-            with optional("building plans", "onnx", f"run \"pip install 'densepure-rt[{flavour}]'\""):
-                from densepure_rt.export.convert.to_tensorrt import BuildOptions, build_plans, source_bundle
-            options = BuildOptions(
-                batches=tuple(number(word, "--batch") for word in (batch or "64").split(",")),
-                compute_capabilities=tuple(compute_capability.split(",")) if compute_capability else (),
-                workspace=workspace,
-                level=builder_level,
-                tf32=tf32,
-                timing_cache=timing_cache,
-                timing_cache_strict=timing_cache_strict,
-                hardware=hw_compat,
-                version_compatible=version_compatible,
-            )
-            report[flavour] = []
-            for kind in kinds:
-                bundle = source_bundle(out, kind)
-                plans = build_plans(bundle, out, flavour, options, force, say)
-                report[flavour] += [str(plan) for plan in plans]
-                if not as_json:
-                    stdout.print(f"wrote {plans[0]} and {plans[1]}, each with its sidecar")
+    request = Request(
+        models,
+        targets=words(target, "--target", ("onnx", *sorted(PLAN_SUFFIXES), "triton")),
+        precisions=[kind.strip() for kind in precision.split(",")],
+        out=out,
+        force=force,
+        engine=engine,
+        batch=batch,
+        quiet=as_json,
+        checks=CheckOptions(tuple(keep_fp32 or ()), images, calibration_images, parity_images, parity_samples, strict),
+        plans=BuildOptions(
+            tuple(compute_capability.split(",")) if compute_capability else (),
+            *(workspace, builder_level, tf32, timing_cache, timing_cache_strict, hw_compat, version_compatible),
+        ),
+    )
+    report = exported(request)
     if as_json:
         print(json.dumps(report, default=str))
 
 
-def export_triton(engine: Path | None, out: Path, batch: str | None, force: bool, as_json: bool) -> None:
-    """Package a bundle as a model repository of Triton."""
+@dataclass(frozen=True)
+class CheckOptions(Options):
+    """What changes ONNX engines, and what they are checked on."""
+
+    keep_fp32: tuple[str, ...] = ()
+    images: Path | None = None
+    calibration_images: Path | None = None
+    parity_images: int | None = None
+    parity_samples: int = PARITY_SAMPLES
+    strict: bool = False
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `export` was asked for. batch: as typed, for plans several. quiet: print nothing of what is made."""
+
+    models: ModelOptions
+    targets: Sequence[str]
+    precisions: Sequence[str]
+    out: Path | None
+    force: bool
+    quiet: bool
+    engine: Path | None
+    batch: str | None
+    checks: CheckOptions
+    plans: BuildOptions
+
+    def refuse_unused(self) -> None:
+        """Raise UsageError for options that mean nothing for what is to be made."""
+        unused = list(map(in_options, [*self.models.given().values(), *self.checks.given().values()]))
+        if "triton" in self.targets:
+            unused += [f"--target {kind}" for kind in self.targets if kind != "triton"]
+            unused += ["--precision"] if self.precisions != ["fp32"] else []
+            unused += map(in_options, self.plans.given().values())
+            if unused:
+                raise UsageError(
+                    f"{', '.join(unused)}: --target triton packages the bundle of --engine as it is; make it first"
+                )
+        elif self.engine is not None:
+            raise UsageError(
+                f"--engine {self.engine} is what --target triton packages, and {','.join(self.targets)} was asked for"
+            )
+        elif "onnx" not in self.targets and unused:
+            raise UsageError(f"{', '.join(unused)}: these change the ONNX engines; add onnx to --target")
+
+
+def exported(request: Request) -> dict[str, Any]:
+    """Make what was asked for; what was made, by target."""
+    from densepure_rt.runtime.bundle import PLAN_SUFFIXES
+
+    request.refuse_unused()
+    if "triton" in request.targets:
+        return {"triton": export_triton(request, request.out or Path("models"))}
+    out = request.out or Path("engines")
+    report: dict[str, Any] = {"onnx": export_onnx(request, out)} if "onnx" in request.targets else {}
+    return report | {
+        flavour: export_plans(request, flavour, out) for flavour in PLAN_SUFFIXES if flavour in request.targets
+    }
+
+
+def export_plans(request: Request, flavour: Flavour, out: Path) -> list[str]:
+    """Build plans of each precision from the bundles in `out`, else of those that ship; the files that were written."""
+    with optional("building plans", "onnx", f"run \"pip install 'densepure-rt[{flavour}]'\""):
+        from densepure_rt.export.convert.to_tensorrt import build_plans, source_bundle
+    options, written = request.plans, list[str]()
+    if request.batch is not None:
+        batches = tuple(number(word, "--batch") for word in request.batch.split(","))
+        options = dataclasses.replace(options, batches=batches)
+    for kind in request.precisions:
+        plans = build_plans(source_bundle(out, kind), out, flavour, options, request.force, say)
+        written += map(str, plans)
+        if not request.quiet:
+            stdout.print(f"wrote {plans[0]} and {plans[1]}, each with its sidecar")
+    return written
+
+
+def export_triton(request: Request, out: Path) -> list[str]:
+    """Package a bundle as a model repository of Triton; the folders that were written."""
     from densepure_rt.export.convert.to_triton import CONFIG, OLD_CONFIG, export_repository
     from densepure_rt.runtime.bundle import open_bundle, shipped_engine
 
+    batch = request.batch
     if batch is not None and "," in batch:
         raise UsageError(f"--batch {batch}: one batch with triton, that of every call of the engines")
-    bundle = open_bundle(engine or shipped_engine())
-    folders = export_repository(bundle, out, None if batch is None else number(batch, "--batch"), force)
+    bundle = open_bundle(request.engine or shipped_engine())
+    folders = export_repository(bundle, out, None if batch is None else number(batch, "--batch"), request.force)
     if kept := [folder / OLD_CONFIG for folder in folders if (folder / OLD_CONFIG).exists()]:
         stderr.print(
             f"the {CONFIG} that was there is another one, and kept in {' and '.join(map(str, kept))}: set again what "
             f"you had edited in it, but not the hashes"
         )
-    if as_json:
-        print(json.dumps({"triton": [str(folder) for folder in folders]}))
-        return
-    stdout.print(f"wrote {', '.join(folder.name for folder in folders)} to {out}, a model repository of Triton")
-    stdout.print(
-        f"sigma, votes, alpha and the key file are in {out}/predict/config.pbtxt and {out}/certify/config.pbtxt"
-    )
-    stdout.print("densepure-rt must be installed in the Python of the server: see docs/deploy.md")
+    if not request.quiet:
+        stdout.print(f"wrote {', '.join(folder.name for folder in folders)} to {out}, a model repository of Triton")
+        stdout.print(
+            f"sigma, votes, alpha and the key file are in {out}/predict/config.pbtxt and {out}/certify/config.pbtxt"
+        )
+        stdout.print("densepure-rt must be installed in the Python of the server: see docs/deploy.md")
+    return [str(folder) for folder in folders]
 
 
-def export_onnx(
-    models: ModelOptions,
-    out: Path,
-    force: bool,
-    quiet: bool,
-    precisions: Sequence[str],
-    keep: Sequence[str],
-    images: Path | None,
-    calibration: Path | None,
-    parity_images: int | None,
-    parity_samples: int,
-    strict: bool,
-) -> dict[str, Any]:
+def export_onnx(request: Request, out: Path) -> dict[str, Any]:
     """Export each precision; what was found, by precision.
 
-    strict: raise CheckFailed before anything is exported where the denoising check doubts a declaration; else warn.
+    Raises CheckFailed before anything is exported where the denoising check doubts a declaration and --strict was
+    asked for; else it warns.
     """
     with needs_pytorch("export"):
         from densepure_rt.export.compare.denoising import judge
         from densepure_rt.export.convert.precision import OPSETS, QUANTIZED
         from densepure_rt.export.convert.to_onnx import export_bundle
         from densepure_rt.export.models.sources import check_images, open_models
-    words(",".join(precisions), "--precision", tuple(OPSETS))
-    unet, classifier = open_models(models)
-    checks = check_images(unet, classifier, images, calibration, parity_images, parity_samples, say)
-    for kind in precisions:
+    asked = request.checks
+    words(",".join(request.precisions), "--precision", tuple(OPSETS))
+    models = open_models(request.models)
+    checks = check_images(
+        models, asked.images, asked.calibration_images, asked.parity_images, asked.parity_samples, say
+    )
+    for kind in request.precisions:
         if kind in QUANTIZED and checks.calibration is None:  # before any is exported
             raise UsageError(
                 f"--precision {kind} is calibrated on training images: give them with --calibration-images"
             )
-    if unet.prediction != "none":
+    if models.unet.prediction != "none":
         say("denoising noisy images")
-    denoising = judge(unet, checks.parity if checks.denoising is None else checks.denoising, checks.made_up)
+    denoising = judge(models.unet, checks.parity if checks.denoising is None else checks.denoising, checks.made_up)
     doubted = doubt(denoising) if denoising is not None and denoising.verdict == "doubted" else None
-    if doubted and strict:
+    if doubted and asked.strict:
         raise CheckFailed(f"{doubted}. Nothing was published; without --strict it is exported all the same")
     report = {}
-    for kind in dict.fromkeys(precisions):
-        done = export_bundle(unet, classifier, out, checks, force, say, kind, keep, denoising)
+    for kind in dict.fromkeys(request.precisions):
+        done = export_bundle(models, out, checks, request.force, say, kind, asked.keep_fp32, denoising)
         report[kind] = dataclasses.asdict(done)
-        if not quiet:
+        if not request.quiet:
             print_exported(done)
-    if denoising is not None and not quiet:
+    if denoising is not None and not request.quiet:
         print_denoising(denoising)
     if doubted:
         stderr.print(f"warning: {doubted}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +14,7 @@ from densepure_rt.commands.console import (
     make_folder,
     needs_pytorch,
     say,
+    show_report,
     stderr,
     stdout,
     track,
@@ -29,6 +29,9 @@ from densepure_rt.rounding import floored, raised
 if TYPE_CHECKING:
     from densepure_rt.export.compare.agreement import Agreement
 
+ComparisonImages = Annotated[
+    Path | None, typer.Option(help="Images of the engine's size; default: the shipped ones, or made up.")
+]
 COMPARED = 5  # images, by `parity`, unless told
 PARITY_SAMPLES = 20
 SMALLEST = 1e-12  # error that a ratio is taken to
@@ -38,9 +41,7 @@ SMALLEST = 1e-12  # error that a ratio is taken to
 def parity(
     models: ModelOptions,
     engine: EngineFile = None,
-    images: Annotated[
-        Path | None, typer.Option(help="Images of the engine's size; default: the shipped ones, or made up.")
-    ] = None,
+    images: ComparisonImages = None,
     limit: Annotated[int | None, typer.Option("--max", help="How many images; default: 5, or what there is.")] = None,
     sigma: Annotated[float, typer.Option(help="Standard deviation of the smoothing noise, in [0, 1] units.")] = 0.5,
     steps: Annotated[int, typer.Option(help="Reverse steps (b).")] = 2,
@@ -68,17 +69,14 @@ def parity(
     settings = Settings(sigma, steps, votes, n=n, alpha=alpha)
     if out is not None:
         make_folder(out)  # first: what follows may take long
-    unet, classifier = open_models(models)
-    chosen = comparison_images(unet, classifier, images, limit, say, COMPARED)
+    opened = open_models(models)
+    chosen = comparison_images(opened, images, limit, say, COMPARED)
     with load(engine, batch=batch, threads=threads, provider=provider, trust=trust) as smoothed:
-        found = agree(smoothed, unet, classifier, track(chosen, len(chosen)), settings)
+        found = agree(smoothed, opened, track(chosen, len(chosen)), settings)
     failed = failures(found)
     report = finite({name: value for name, value in dataclasses.asdict(found).items() if name != "shown"})
     report["failures"] = failed
-    if as_json:
-        print(json.dumps(report))
-    else:
-        print_agreement(found)
+    show_report(report, as_json, lambda: print_agreement(found))
     if out is not None:
         write_report(out, "parity", report, lambda path: draw(found, path))
     for line in failed:

@@ -89,10 +89,10 @@ def draw_procedures(found: ProcedureBenchmark, path: Path) -> None:
     axes.grid(axis="x", color="#e5e7eb")
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    settings = found.ours.settings
+    settings, machine = found.ours.settings, found.machine
     axes.set_xlabel(
         f"{CLOCKS[found.clock]} of an image (log scale), {plural(found.threads, 'thread')}, "
-        f"{found.gpu or found.processor}; {found.precision} engine, {plural(found.images, 'image')}",
+        f"{machine.gpu or machine.processor}; {found.subject.precision} engine, {plural(found.images, 'image')}",
         color="#374151",
     )
     figure.suptitle(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,14 +19,14 @@ from densepure_rt.errors import UsageError
 from densepure_rt.export.convert.parity import ALPHA, LABELS, RELATIVE_L2, SECRET
 from densepure_rt.export.models import reference
 from densepure_rt.export.models.classifiers import ClassifierModel
-from densepure_rt.export.models.sources import refuse_other_models
+from densepure_rt.export.models.sources import Models, refuse_other_models
 from densepure_rt.export.models.unets import DiffusionModel
 from densepure_rt.images.datasets import LabelledImage
 from densepure_rt.optional import optional
 from densepure_rt.rounding import exact, floored, raised, typed
 from densepure_rt.runtime.device import Device, Floats
 from densepure_rt.runtime.noise import Key, first_state, image_key, smoothing_law, smoothing_noise, vote_noise
-from densepure_rt.runtime.reverse import decide, walk
+from densepure_rt.runtime.reverse import decide, walk, walk_graph
 from densepure_rt.runtime.schedule import Chain, Coefficients
 from densepure_rt.smoothing.bounds import clopper_pearson_lower, l2_radius
 from densepure_rt.smoothing.classifier import SmoothedClassifier
@@ -123,11 +123,7 @@ class Agreement:
 
 
 def agree(
-    smoothed: SmoothedClassifier,
-    unet: DiffusionModel,
-    classifier: ClassifierModel,
-    images: Iterable[LabelledImage],
-    settings: Settings,
+    smoothed: SmoothedClassifier, models: Models, images: Iterable[LabelledImage], settings: Settings
 ) -> Agreement:
     """Compare on settings.n samples of each image, all votes of each cast.
 
@@ -135,7 +131,8 @@ def agree(
     """
     if settings.n < 2:
         raise UsageError(f"`n` {settings.n}: the first samples select the class, so two are the least")
-    refuse_other_models(unet, classifier, smoothed.bundle)
+    refuse_other_models(*models, smoothed.bundle)
+    unet, classifier = models
     chain, device, precision = smoothed.chain(settings), smoothed.device, smoothed.bundle.unet.precision
     n, votes = settings.n, settings.effective.votes
     pairs = list(itertools.product(range(n), range(votes)))
@@ -235,18 +232,18 @@ def torch_chain(
 ) -> list[State]:
     """What `engine_chain` gives, by PyTorch from the image on. The first step is taken once for each sample."""
     law = smoothing_law(chain.sigma)
-    different, place = np.unique(sample, return_inverse=True)
+    different, first, place = np.unique(sample, return_index=True, return_inverse=True)
     levels = np.stack([pixels + smoothing_noise(law, key, int(s), pixels.shape) for s in different])
-    mean = first_state(levels, chain.scale)
-    states = [(mean[place], np.zeros_like(mean)[place])]
-    for step in range(len(chain)):
-        if step == 0:
-            mean, std = (part[place] for part in torch_step(unet, chain, step, mean))
-        else:
-            x = states[-1][0] + states[-1][1] * draws(key, sample, vote, step, pixels.shape)
-            mean, std = torch_step(unet, chain, step, x)
-        states.append((mean, std))
-    return states
+    mean, steps = first_state(levels, chain.scale)[place], itertools.count()
+
+    def run(feed: Mapping[str, Floats]) -> tuple[Floats, Floats, Floats]:
+        x, step = feed["mean"] + feed["std"] * feed["noise"], next(steps)
+        mean, std = torch_step(unet, chain, step, x if step else x[first])
+        mean, std = (mean, std) if step else (mean[place], std[place])
+        return mean, std, np.asarray(np.isfinite(mean).all(axis=(1, 2, 3)), np.float32)
+
+    walked = walk_graph(run, chain, mean, lambda step: draws(key, sample, vote, step, pixels.shape))
+    return [(mean, np.zeros_like(mean)), *((mean, std) for _, (mean, std, _) in walked)]
 
 
 @torch.inference_mode()

@@ -11,7 +11,6 @@ This module is long because it is one measurement: every route and its clock sta
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -21,7 +20,8 @@ import tempfile
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,11 +34,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from densepure_rt.errors import EnvironmentFault, UsageError
+from densepure_rt.errors import UsageError
+from densepure_rt.export.compare.engine_run import EngineRun, Subject
 from densepure_rt.export.compare.machine import (
     STOPWATCHES,
     Clock,
     Load,
+    Machine,
     OtherLoad,
     Stopwatch,
     by_the_core,
@@ -49,23 +51,21 @@ from densepure_rt.export.compare.machine import (
 )
 from densepure_rt.export.convert.step_graph import StepGraph
 from densepure_rt.export.convert.to_onnx import step_onnx
-from densepure_rt.export.models.classifiers import ClassifierModel
 from densepure_rt.export.models.programs import first_line
-from densepure_rt.export.models.sources import refuse_other_models
+from densepure_rt.export.models.sources import Models, refuse_other_models
 from densepure_rt.export.models.unets import DiffusionModel
 from densepure_rt.runtime.bundle import Bundle, FileRef
-from densepure_rt.runtime.device import MAX_BATCH, MAX_THREADS, STEP_INPUTS, STEP_OUTPUTS, Batch, Device, Kind, Provider
-from densepure_rt.runtime.machine import available_cores, installed_versions, processor
+from densepure_rt.runtime.device import STEP_INPUTS, STEP_OUTPUTS, Batch, Device, Kind
 from densepure_rt.runtime.noise import Key
 from densepure_rt.runtime.open_device import open_device
 from densepure_rt.runtime.reverse import decide, walk
-from densepure_rt.runtime.schedule import Chain, make_chain
+from densepure_rt.runtime.schedule import Chain
 from densepure_rt.smoothing.voting import Ballot
 
 ROUNDS = 20
 WARM_UP = 2  # calls of each that are not counted
 PAUSE = 0.01  # seconds before each call, in which the threads of the one before stop spinning
-SIGMA, STEPS, VOTES = 0.5, 2, 5  # of the work: the defaults of `densepure-rt certify`
+STEPS, VOTES = 2, 5  # of the work, as sigma is: the defaults of `densepure-rt certify`
 KEY: Key = (0, 0)  # public: nothing is certified with it
 GPU_CALLS = 8  # batches in one timed call: enough for the next to be issued while one runs
 STEADY, MOST_CALLS = 0.02, 1000  # seconds that a timing of a stage lasts, for which it calls it more than once
@@ -76,6 +76,18 @@ NETWORK = "eager, UNet alone"
 Timing = Callable[[], float]  # does its work and says how many seconds it took
 Seconds = NDArray[np.float64]  # [rounds]
 Feed = Sequence[Tensor]  # of a step graph
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """What is timed of a step: after noise `sigma`, round by round, `compile`: by torch.compile too."""
+
+    sigma: float = 0.5
+    rounds: int = ROUNDS
+    compile: bool = True
+
+
+DEFAULT = StepWork()
 
 
 @dataclass(frozen=True)
@@ -120,16 +132,8 @@ class Benchmark:
     PyTorch's.
     """
 
-    engine: str
-    engine_sha256: str
-    classifier_sha256: str
-    precision: str
-    image: tuple[int, int, int]
-    device: Mapping[str, str | int | bool]
-    processor: str
-    cores: int
-    gpu: str | None
-    versions: Mapping[str, str]
+    subject: Subject
+    machine: Machine
     batch: int
     calls: int
     threads: int
@@ -145,52 +149,41 @@ class Benchmark:
 
 
 def bench(
-    unet: DiffusionModel,
-    classifier: ClassifierModel,
-    bundle: Bundle,
+    models: Models,
+    engine: EngineRun,
     pixels: NDArray[np.uint8],
-    *,
-    batch: int | None = None,
-    rounds: int = ROUNDS,
-    threads: int | None = None,
-    compile: bool = True,
-    provider: Provider = "cpu",
+    work: StepWork = DEFAULT,
     say: Callable[[str], None] = lambda line: None,
-    sigma: float = SIGMA,
 ) -> Benchmark:
-    """Time the bundle's engines against the PyTorch models that they were exported from.
+    """Time the engines against the PyTorch models that they were exported from.
 
-    pixels: uint8 [n, C, H, W], what is noised and denoised. batch: None for what `certify` would take. threads: None
-    for all cores. With a plan, or another provider than "cpu", PyTorch runs on the GPU too: not run on a GPU yet.
+    pixels: uint8 [n, C, H, W], what is noised and denoised.
 
-    Raises UsageError when the bundle is of other models, EnvironmentFault when its engines or PyTorch cannot run here.
+    Raises UsageError when the engines are of other models, EnvironmentFault when they or PyTorch cannot run here.
     """
-    threads = available_cores() if threads is None else threads
-    refuse_impossible(batch, threads, rounds)
-    refuse_other_models(unet, classifier, bundle)
-    on_gpu = runs_on_gpu(bundle, provider)
-    clock: Clock = "events" if on_gpu else "core" if threads == 1 else "wall"
-    chain = make_chain(unet.schedule, unet.variance, sigma, STEPS, unet.timestep_rule)
+    unet, classifier = models
+    engine.refuse_impossible()
+    if work.rounds < 1:
+        raise UsageError(f"`rounds` {work.rounds}: one is the least, {ROUNDS} give a median with quartiles")
+    refuse_other_models(*models, engine.bundle)
+    on_gpu = engine.on_gpu()
+    clock: Clock = "events" if on_gpu else "core" if engine.cores == 1 else "wall"
+    chain = unet.chain(work.sigma, STEPS)
     before, average = gpu_state() if on_gpu else {}, load_average()
-    say(f"opening {bundle.unet_path.name}")
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.inference_mode())
-        stack.enter_context(torch_settings(threads))
-        device = open_device(bundle, batch, threads, provider)
-        stack.callback(device.close)
+    with engine.opened(say) as device:
         worker = Worker(device, chain, pixels)
         calls = GPU_CALLS if on_gpu else device.in_flight
         feeds = [[part.to("cuda") for part in feed] if on_gpu else feed for feed in worker.feeds()]
         say("measuring the peak")
         peak = measured_peak(clock)
-        timings, absent, relative_l2 = routes(unet, worker, feeds, calls, compile, clock, say)
-        say(f"timing {rounds} rounds of {', '.join(timings)}")
+        timings, absent, relative_l2 = routes(unet, worker, feeds, calls, work.compile, clock, say)
+        say(f"timing {work.rounds} rounds of {', '.join(timings)}")
         others = OtherLoad()
-        seconds = {name: found / (calls * device.batch) for name, found in interleaved(timings, rounds).items()}
+        seconds = {name: found / (calls * device.batch) for name, found in interleaved(timings, work.rounds).items()}
         other_load, after = others.cores(), gpu_state() if on_gpu else {}
         peak = {name: max(found, peak[name]) for name, found in measured_peak(clock).items()}
         say("timing the stages")
-        stages = staged(unet, bundle, worker, chain, pixels, rounds, provider, clock)
+        stages = staged(unet, engine, worker, pixels, work.rounds, clock)
         gflop = {
             "UNet": giga_operations(unet.network, torch.zeros(1, *unet.image), torch.ones(1)),
             "classifier": None
@@ -198,22 +191,14 @@ def bench(
             else giga_operations(classifier.network, torch.zeros(1, *classifier.image)),
         }
         return Benchmark(
-            engine=str(bundle.unet_path),
-            engine_sha256=bundle.unet.file.sha256,
-            classifier_sha256=bundle.classifier.file.sha256,
-            precision=bundle.unet.precision,
-            image=unet.image,
-            device=dict(device.describe()),
-            processor=processor(),
-            cores=available_cores(),
-            gpu=torch.cuda.get_device_name() if on_gpu else None,
-            versions={"torch": torch.__version__} | installed_versions("onnxruntime", "onnxruntime-gpu", "diffusers"),
+            subject=Subject.of(engine.bundle, device),
+            machine=Machine.this(on_gpu),
             batch=device.batch,
             calls=calls,
-            threads=threads,
-            rounds=rounds,
+            threads=engine.cores,
+            rounds=work.rounds,
             clock=clock,
-            sigma=sigma,
+            sigma=work.sigma,
             routes=(*compared(seconds, gflop["UNet"], max(peak.values())), *absent),
             stages=stages,
             gflop=gflop,
@@ -221,46 +206,6 @@ def bench(
             relative_l2=relative_l2,
             load=Load((average, load_average()), other_load, (before, after)),
         )
-
-
-def runs_on_gpu(bundle: Bundle, provider: Provider) -> bool:
-    """Whether the engine runs on the GPU. Raises EnvironmentFault when it does and PyTorch could not beside it."""
-    on_gpu = bundle.unet.plan is not None or provider != "cpu"
-    if on_gpu and not torch.cuda.is_available():
-        raise EnvironmentFault(
-            f"the engine runs on the GPU, but this PyTorch ({torch.__version__}) cannot use one: install one that was "
-            f"built for CUDA, or compare an .onnx engine with PyTorch on the CPU"
-        )
-    return on_gpu
-
-
-def refuse_impossible(batch: int | None, threads: int, rounds: int = ROUNDS) -> None:
-    if batch is not None and not 1 <= batch <= MAX_BATCH:
-        raise UsageError(f"`batch` {batch}: between 1 and {MAX_BATCH}")
-    if not 1 <= threads <= MAX_THREADS:
-        raise UsageError(f"`threads` {threads}: between 1 and {MAX_THREADS}")
-    if rounds < 1:
-        raise UsageError(f"`rounds` {rounds}: one is the least, {ROUNDS} give a median with quartiles")
-
-
-@contextlib.contextmanager
-def torch_settings(threads: int) -> Iterator[None]:
-    """PyTorch on so many threads; on a GPU without TensorFloat-32 and with cuDNN's fastest kernels. Then as before."""
-    places = [
-        (torch.backends.cuda.matmul, "allow_tf32", False),
-        (torch.backends.cudnn, "allow_tf32", False),
-        (torch.backends.cudnn, "benchmark", True),
-    ]
-    before = torch.get_num_threads(), [getattr(place, name) for place, name, _ in places]
-    torch.set_num_threads(threads)
-    for place, name, value in places:
-        setattr(place, name, value)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before[0])
-        for (place, name, _), value in zip(places, before[1], strict=True):
-            setattr(place, name, value)
 
 
 class Worker:
@@ -453,14 +398,7 @@ def without_network(unet: DiffusionModel, bundle: Bundle, folder: Path) -> Bundl
 
 
 def staged(
-    unet: DiffusionModel,
-    bundle: Bundle,
-    worker: Worker,
-    chain: Chain,
-    pixels: NDArray[np.uint8],
-    rounds: int,
-    provider: Provider,
-    clock: Clock,
+    unet: DiffusionModel, engine: EngineRun, worker: Worker, pixels: NDArray[np.uint8], rounds: int, clock: Clock
 ) -> tuple[Stage, ...]:
     """The stages of one vote of one step, by a single caller: on a CPU in seconds of its core.
 
@@ -469,17 +407,16 @@ def staged(
     and the slots are counted to the UNet. "slots and padding" is gather, pad, scatter and the hand-over to the caller;
     "loop" is what puts work items into batches.
     """
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         around, update = None, None
-        if bundle.unet.plan is None:
+        if engine.bundle.unet.plan is None:
             from densepure_rt.runtime.onnx_device import Network  # with plans ONNX Runtime need not be here
 
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            empty = without_network(unet, bundle, folder)
-            device = open_device(empty, worker.device.batch, 1, provider)
-            stack.callback(device.close)
-            around = Worker(device, chain, pixels)
-            graph = Network(empty.unet_path, empty.unet, STEP_INPUTS, STEP_OUTPUTS, provider)
+            empty = without_network(unet, engine.bundle, folder)
+            device = stack.enter_context(closing(open_device(empty, worker.device.batch, 1, engine.provider)))
+            around = Worker(device, worker.chain, pixels)
+            graph = Network(empty.unet_path, empty.unet, STEP_INPUTS, STEP_OUTPUTS, engine.provider)
             feed = {name: part.numpy() for name, part in zip(STEP_INPUTS, around.feeds()[0], strict=True)}
             update = partial(graph, feed)
         return stages_of(worker, around, update, rounds, by_the_core if clock != "events" else by_the_wall)

@@ -28,7 +28,7 @@ from densepure_rt.export.models.sources import LARGE_IMAGE
 from densepure_rt.export.models.unets import BELOW_ONE, DiffusionModel
 from densepure_rt.runtime.bundle import Denoising, Prediction, Verdict
 from densepure_rt.runtime.noise import first_state
-from densepure_rt.runtime.schedule import Coefficients, Schedule, ScheduleName, make_chain
+from densepure_rt.runtime.schedule import Coefficients, Schedule, ScheduleName
 
 IMAGES, FEW = 8, 2  # images, and of a network whose calls take long
 PREDICTIONS: tuple[Prediction, ...] = ("epsilon", "v", "x0")
@@ -127,7 +127,7 @@ def denoised_errors(model: DiffusionModel, pixels: Pixels, sigmas: Iterable[floa
     found: dict[Prediction, dict[float, float]] = {prediction: {} for prediction in predictions(model)}
     for sigma in sigmas:
         try:
-            chain = make_chain(model.schedule, model.variance, sigma, 1, model.timestep_rule)
+            chain = model.chain(sigma, 1)
         except UsageError:
             continue
         x, t = torch.from_numpy(noisy_states(pixels, sigma, chain.scale)), torch.full((len(pixels),), float(chain.t[0]))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,15 +19,21 @@ from densepure_rt.export.models.classifiers import ClassifierModel
 from densepure_rt.export.models.unets import DiffusionModel
 from densepure_rt.runs.falsifier import within
 from densepure_rt.runtime.noise import PIXEL_LEVELS
-from densepure_rt.runtime.schedule import Chain, Coefficients, make_chain
+from densepure_rt.runtime.schedule import Chain, Coefficients
 from densepure_rt.smoothing.settings import Settings
 
-ASCENTS = 10  # gradients to a proposal
-DRAWS = 16  # noisy copies to a gradient
-STRIDE = 2.5 / ASCENTS  # of the radius, to an ascent (Madry et al. 2018: 2.5 eps / steps)
+STRIDE = 0.25  # of the radius, to an ascent (Madry et al. 2018: 2.5 eps / steps, of 10 ascents)
 
 # The reference without its inference mode, in which nothing has a gradient.
 reverse_step = inspect.unwrap(reference.reverse_step)
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What a proposal may cost. ascents: gradients to a proposal; draws: noisy copies to a gradient."""
+
+    ascents: int = 10
+    draws: int = 16
 
 
 def eot_pgd(
@@ -37,25 +44,22 @@ def eot_pgd(
     radius: float,
     settings: Settings,
     seed: int,
-    ascents: int = ASCENTS,
-    draws: int = DRAWS,
+    effort: Effort = Effort(),
 ) -> Iterator[NDArray[np.uint8]]:
     """Endless proposals, uint8 [C, H, W] inside the open l2 ball of `radius` ([0, 1] pixel units) around `pixels`.
 
-    Each is where `ascents` steps lead from a new random start that raise -log E p(label), the expectation over the
+    Each is where the ascents lead from a new random start that raise -log E p(label), the expectation over the
     smoothing and one vote's noise (EOT, Athalye et al. 2018; the loss of SmoothAdv, Salman et al. 2019). The
-    classifier and its network are taken to be on the CPU, in float32. A chain of b steps is held `draws` times.
+    classifier and its network are taken to be on the CPU, in float32. A chain of b steps is held once for each draw.
     """
-    chain = make_chain(
-        unet.schedule, unet.variance, settings.sigma, settings.steps, settings.timestep_rule or unet.timestep_rule
-    )
+    chain = unet.chain(settings.sigma, settings.steps, settings.timestep_rule)
     noise, reach = torch.Generator().manual_seed(seed), PIXEL_LEVELS * radius
     image = torch.from_numpy(pixels.astype(np.float32))
     while True:
         moved = on_ball(image, torch.randn(image.shape, generator=noise) * reach, reach)
-        for _ in range(ascents):
+        for _ in range(effort.ascents):
             moved.requires_grad_()
-            loss = disagreement(unet, classifier, chain, image + moved, label, draws, noise)
+            loss = disagreement(unet, classifier, chain, image + moved, label, effort.draws, noise)
             (gradient,) = torch.autograd.grad(loss, moved)
             moved = on_ball(image, moved.detach() + STRIDE * reach * gradient / (gradient.norm() + 1e-30), reach)
         proposal = within(pixels, moved.numpy().astype(np.float64), radius)

@@ -13,6 +13,8 @@ from typing import Literal
 
 import torch
 
+from densepure_rt.runtime.machine import available_cores, installed_versions, processor
+
 PEAK_REPEATS = 3  # before the rounds and again after them
 PEAK_SIDE, PEAK_SIDE_GPU = 2048, 8192  # of the matrix product
 PEAK_CHANNELS, PEAK_SIZE, PEAK_IMAGES, PEAK_IMAGES_GPU = 256, 32, 8, 256  # of the convolution
@@ -28,6 +30,21 @@ GPU_FIELDS = {
 # "wall" for several cores; "core", CPU time, for one; "events", of CUDA for PyTorch, with the wall for the engine.
 Clock = Literal["wall", "core", "events"]
 Stopwatch = Callable[[Callable[[], object]], float]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a benchmark ran on. gpu: None where it ran on the CPU."""
+
+    processor: str
+    cores: int
+    gpu: str | None
+    versions: Mapping[str, str]
+
+    @classmethod
+    def this(cls, on_gpu: bool) -> Machine:
+        versions = {"torch": torch.__version__} | installed_versions("onnxruntime", "onnxruntime-gpu", "diffusers")
+        return cls(processor(), available_cores(), torch.cuda.get_device_name() if on_gpu else None, versions)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, cast
 
@@ -33,21 +33,19 @@ from numpy.typing import NDArray
 from torch import Generator, Tensor
 
 from densepure_rt.errors import UsageError
-from densepure_rt.export.compare.bench import refuse_impossible, runs_on_gpu, torch_settings
-from densepure_rt.export.compare.machine import Clock, Load, OtherLoad, gpu_state, load_average
+from densepure_rt.export.compare.engine_run import EngineRun, Subject
+from densepure_rt.export.compare.machine import Clock, Load, Machine, OtherLoad, gpu_state, load_average
 from densepure_rt.export.models.classifiers import ClassifierModel
 from densepure_rt.export.models.reference import reverse_step
-from densepure_rt.export.models.sources import refuse_other_models
+from densepure_rt.export.models.sources import Models, refuse_other_models
 from densepure_rt.export.models.unets import DiffusionModel
 from densepure_rt.images.datasets import LabelledImage
 from densepure_rt.keys import seeded_secret
 from densepure_rt.rounding import exact
 from densepure_rt.runtime.bundle import Bundle
-from densepure_rt.runtime.device import Device, Kind, Provider
-from densepure_rt.runtime.machine import available_cores, installed_versions, processor
+from densepure_rt.runtime.device import Device, Kind
 from densepure_rt.runtime.metered_device import MeteredDevice
-from densepure_rt.runtime.open_device import open_device
-from densepure_rt.runtime.schedule import Chain, Coefficients, make_chain
+from densepure_rt.runtime.schedule import Chain, Coefficients
 from densepure_rt.smoothing.certificate import Certificate, certified_accuracy
 from densepure_rt.smoothing.classifier import SmoothedClassifier
 from densepure_rt.smoothing.fixed import FixedRule
@@ -55,7 +53,8 @@ from densepure_rt.smoothing.samplers import OnDevice
 from densepure_rt.smoothing.settings import PAPER, Settings
 
 SIGMA = 0.25  # the smallest of Xiao et al. 2023
-CAP = 10_000  # samples of an image that ours takes at most
+SEED = 0
+OURS = dataclasses.replace(PAPER, sigma=SIGMA, n=10_000, method="sequential")
 # 64 samples are two full batches, and enough to certify the radius sigma when they all agree; of the default model that
 # is 2.4 s an image on one core (`densepure-rt bench --procedure --threads 1`).
 SMALL = Settings(sigma=SIGMA, steps=2, votes=3, n0=8, n=56, method="fixed")
@@ -157,76 +156,54 @@ class ProcedureBenchmark:
     images: int
     sigma: float
     seed: int
-    engine: str
-    engine_sha256: str
-    classifier_sha256: str
-    precision: str
-    image: tuple[int, int, int]
-    device: Mapping[str, str | int | bool]
+    subject: Subject
     batch: int
     threads: int
     clock: Clock
-    processor: str
-    cores: int
-    gpu: str | None
-    versions: Mapping[str, str]
+    machine: Machine
     load: tuple[Load, Load]
 
 
 def compare(
-    unet: DiffusionModel,
-    classifier: ClassifierModel,
-    bundle: Bundle,
+    models: Models,
+    engine: EngineRun,
     images: Sequence[LabelledImage],
+    settings: Settings = OURS,
     *,
-    sigma: float = SIGMA,
-    steps: int = PAPER.steps,
-    votes: int = PAPER.votes,
-    n: int = CAP,
     small: Settings = SMALL,
-    seed: int = 0,
-    batch: int | None = None,
-    threads: int | None = None,
-    provider: Provider = "cpu",
+    seed: int = SEED,
     say: Callable[[str], None] = lambda line: None,
     watch: Watch = unwatched,
 ) -> ProcedureBenchmark:
     """Certify the images by the published procedure, small, then by ours, and price the published one at its own size.
 
-    sigma: of the smoothing noise, and the radius that is asked about, in [0, 1] pixel units. steps, votes: of ours and
-    of the priced one. n: the most samples of an image that ours takes. seed: of both, public. batch: of both; None for
-    what `certify` would take. threads: None for all cores. With a plan, or another provider than "cpu", PyTorch runs on
-    the GPU too: not run on a GPU yet.
+    settings: ours, of which sigma is the radius that is asked about; sigma, steps and votes are those of the priced one
+    too. seed: of both, public.
 
-    Raises UsageError when that is impossible or the bundle is of other models, EnvironmentFault when the engines or
-    PyTorch cannot run here.
+    Raises UsageError when that is impossible or the engines are of other models, EnvironmentFault when they or PyTorch
+    cannot run here.
     """
-    threads = available_cores() if threads is None else threads
-    refuse_impossible(batch, threads)
-    if unet.prediction == "none" or steps < 1:
+    engine.refuse_impossible()
+    if models.unet.prediction == "none" or settings.steps < 1:
         raise UsageError(
             "`procedure` compares how often the UNet is called: it needs a diffusion network and `steps` 1 or more"
         )
-    refuse_other_models(unet, classifier, bundle)
+    refuse_other_models(*models, engine.bundle)
+    sigma, steps, votes = settings.sigma, settings.steps, settings.votes
     small = dataclasses.replace(small, sigma=sigma)
     published = dataclasses.replace(PAPER, sigma=sigma, steps=steps, votes=votes)
-    settings = our_settings(unet, sigma, steps, votes, n)
-    on_gpu = runs_on_gpu(bundle, provider)
-    clock: Clock = "core" if threads == 1 and not on_gpu else "wall"
+    settings = deciding_sigma(models.unet, settings)
+    on_gpu = engine.on_gpu()
+    clock: Clock = "core" if engine.cores == 1 and not on_gpu else "wall"
     now = reading(clock, on_gpu)
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode())
-        stack.enter_context(torch_settings(threads))
-        say(f"opening {bundle.unet_path.name}")
-        device = open_device(bundle, batch, threads, provider)
-        stack.callback(device.close)
+    with engine.opened(say) as device:
         say(f"the published procedure in PyTorch, small: {size_of(small)}")
-        models = (on_the_gpu(unet), on_the_gpu(classifier)) if on_gpu else (unet, classifier)
+        there = Models(on_the_gpu(models.unet), on_the_gpu(models.classifier)) if on_gpu else models
         (run, calls), load = with_load(
-            on_gpu, lambda: run_published(*models, images, small, device.batch, seed, now, watch)
+            on_gpu, lambda: run_published(there, images, small, device.batch, seed, now, watch)
         )
-        say(f"ours on the engine: n {n:,} at most, K {votes}, b {steps}")
-        ours, our_load = with_load(on_gpu, lambda: run_ours(bundle, device, images, settings, seed, now, watch))
+        say(f"ours on the engine: n {settings.n:,} at most, K {votes}, b {steps}")
+        ours, our_load = with_load(on_gpu, lambda: run_ours(engine.bundle, device, images, settings, seed, now, watch))
         priced = calls.priced(published)
         return ProcedureBenchmark(
             unet_call_ratio=priced.unet_calls / ours.procedure.unet_calls,
@@ -243,19 +220,11 @@ def compare(
             images=len(images),
             sigma=sigma,
             seed=seed,
-            engine=str(bundle.unet_path),
-            engine_sha256=bundle.unet.file.sha256,
-            classifier_sha256=bundle.classifier.file.sha256,
-            precision=bundle.unet.precision,
-            image=unet.image,
-            device=dict(device.describe()),
+            subject=Subject.of(engine.bundle, device),
             batch=device.batch,
-            threads=threads,
+            threads=engine.cores,
             clock=clock,
-            processor=processor(),
-            cores=available_cores(),
-            gpu=torch.cuda.get_device_name() if on_gpu else None,
-            versions={"torch": torch.__version__} | installed_versions("onnxruntime", "onnxruntime-gpu", "diffusers"),
+            machine=Machine.this(on_gpu),
             load=(load, our_load),
         )
 
@@ -277,27 +246,20 @@ def size_of(settings: Settings) -> str:
     return f"n0 {settings.n0:,}, n {settings.n:,}, K {settings.votes}, b {settings.steps}"
 
 
-def chain_of(unet: DiffusionModel, sigma: float, steps: int) -> Chain:
-    return make_chain(unet.schedule, unet.variance, sigma, steps, unet.timestep_rule)
-
-
-def our_settings(unet: DiffusionModel, sigma: float, steps: int, votes: int, n: int) -> Settings:
-    """Of ours, deciding the one radius sigma. Raises UsageError when n agreeing samples do not certify it."""
-
-    def asking(samples: int) -> Settings:
-        return Settings(sigma=sigma, steps=steps, votes=votes, n=samples, method="sequential", radii=(sigma,))
+def deciding_sigma(unet: DiffusionModel, settings: Settings) -> Settings:
+    """Ours, deciding the one radius sigma. Raises UsageError when n agreeing samples do not certify it."""
+    settings = dataclasses.replace(settings, radii=(settings.sigma,))
 
     def enough(samples: int) -> bool:
-        rule = asking(samples).rule(math.prod(unet.image), labelled=False)
-        return (rule.reach() or 0.0) >= sigma
+        rule = dataclasses.replace(settings, n=samples).rule(math.prod(unet.image), labelled=False)
+        return (rule.reach() or 0.0) >= settings.sigma
 
-    chain_of(unet, sigma, steps)  # refuses a sigma that no table should be made for
-    settings = asking(n)
-    if not enough(n):
-        least = next(samples for samples in itertools.count(n + 1) if enough(samples))
+    unet.chain(settings.sigma, settings.steps)  # refuses a sigma that no table should be made for
+    if not enough(settings.n):
+        least = next(samples for samples in itertools.count(settings.n + 1) if enough(samples))
         raise UsageError(
-            f"`n` {n}: that many samples cannot certify the radius {exact(sigma)}, even when all agree: ask for "
-            f"`n` {least} at least"
+            f"`n` {settings.n}: that many samples cannot certify the radius {exact(settings.sigma)}, even when all "
+            f"agree: ask for `n` {least} at least"
         )
     return settings
 
@@ -357,14 +319,12 @@ class PublishedProcedure:
     published, run 0 with seed 0 draws both from equal streams.
     """
 
-    def __init__(
-        self, unet: DiffusionModel, classifier: ClassifierModel, settings: Settings, batch: int, seed: int, now: Now
-    ) -> None:
-        self.unet, self.classifier, self.settings, self.batch = unet, classifier, settings, batch
-        self.chain = chain_of(unet, settings.sigma, settings.steps)
+    def __init__(self, models: Models, settings: Settings, batch: int, seed: int, now: Now) -> None:
+        (self.unet, self.classifier), self.settings, self.batch = models, settings, batch
+        self.chain = self.unet.chain(settings.sigma, settings.steps)
         self.rule = FixedRule(n0=settings.n0, n=settings.n, alpha=settings.alpha, sigma=settings.sigma)
         self.meter = Meter(now)
-        self.where = next((weights.device for weights in unet.network.parameters()), torch.device("cpu"))
+        self.where = next((weights.device for weights in self.unet.network.parameters()), torch.device("cpu"))
         self.runs = [(self.seeded(seed), self.seeded(run)) for run in range(settings.votes)]
 
     def seeded(self, seed: int) -> Generator:
@@ -417,8 +377,7 @@ def plurality(runs: Sequence[Sequence[int]]) -> Labels:
 
 
 def run_published(
-    unet: DiffusionModel,
-    classifier: ClassifierModel,
+    models: Models,
     images: Sequence[LabelledImage],
     settings: Settings,
     batch: int,
@@ -428,8 +387,8 @@ def run_published(
 ) -> tuple[Procedure, CallSeconds]:
     """The published procedure on all images, whole, and what its calls took of that."""
     once = dataclasses.replace(settings, votes=1)
-    PublishedProcedure(unet, classifier, once, batch, seed, now).certify(images[0])  # warms PyTorch up
-    procedure = PublishedProcedure(unet, classifier, settings, batch, seed, now)
+    PublishedProcedure(models, once, batch, seed, now).certify(images[0])  # warms PyTorch up
+    procedure = PublishedProcedure(models, settings, batch, seed, now)
     started = now()
     certificates = [procedure.certify(image) for image in watch(images, len(images))]
     seconds, calls = now() - started, procedure.meter.images
@@ -487,7 +446,7 @@ def run_ours(
         unet_calls=items["step"] / len(images),
         classifier_calls=items["classify"] / len(images),
         seconds=seconds / len(images),
-        certified=certified_at(settings.sigma, images, certificates, reach=settings.sigma),  # `our_settings` saw to it
+        certified=certified_at(settings.sigma, images, certificates, settings.sigma),  # which `deciding_sigma` saw to
     )
     return OurRun(
         procedure=taken,

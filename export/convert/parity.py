@@ -14,20 +14,21 @@ import onnx
 import onnxruntime
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from densepure_rt import files
 from densepure_rt.errors import CheckFailed
 from densepure_rt.export.convert.precision import SIGMAS, STEPS
 from densepure_rt.export.models import reference
 from densepure_rt.export.models.classifiers import ClassifierModel
+from densepure_rt.export.models.sources import Models
 from densepure_rt.export.models.unets import DiffusionModel
+from densepure_rt.images.datasets import LabelledImage
 from densepure_rt.rounding import exact, floored, raised, typed
 from densepure_rt.runtime.device import CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, STEP_INPUTS, STEP_OUTPUTS, Floats
 from densepure_rt.runtime.noise import first_state, image_key, smoothing_law, smoothing_noise, vote_noise
 from densepure_rt.runtime.onnx_device import open_session, run_session
 from densepure_rt.runtime.reverse import step_feed, walk_graph
-from densepure_rt.runtime.schedule import Chain, Coefficients, make_chain
+from densepure_rt.runtime.schedule import Chain, Coefficients
 from densepure_rt.smoothing.bounds import clopper_pearson_lower
 from densepure_rt.smoothing.certificate import certified_accuracy
 from densepure_rt.smoothing.fixed import FixedRule
@@ -143,7 +144,7 @@ def step_differences(
 
     for sigma in SIGMAS:
         for steps in counts:
-            chain = make_chain(model.schedule, model.variance, sigma, steps, model.timestep_rule)
+            chain = model.chain(sigma, steps)
             walked = walk_graph(run, chain, noisy_states(pixels, sigma, chain.scale), draw)
             for step, (feed, (mean, std, finite)) in enumerate(walked):
                 x, t, coef = feed["mean"] + feed["std"] * feed["noise"], chain.t[step], chain.coef[step]
@@ -178,7 +179,7 @@ def first_inputs(
     model: DiffusionModel, pixels: NDArray[np.uint8], sigma: float = 0.5
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what a network is given first on a chain of one step from images [n, C, H, W] under noise sigma."""
-    chain = make_chain(model.schedule, model.variance, sigma, 1, model.timestep_rule)
+    chain = model.chain(sigma, 1)
     x = torch.from_numpy(noisy_states(pixels, sigma, chain.scale))
     return network_inputs(model, x, float(chain.t[0]), Coefficients(*chain.coef[0].tolist()))
 
@@ -249,14 +250,14 @@ def file_labels(unet: Path, classifier: Path, precision: str) -> Labeller:
     return labels
 
 
-def torch_labels(unet: DiffusionModel, classifier: nn.Module) -> Labeller:
-    """What a diffusion network and a classifier label in PyTorch."""
+def torch_labels(models: Models) -> Labeller:
+    """What the two models label in PyTorch."""
 
     @torch.inference_mode()
     def labels(mean: Floats, chain: Chain) -> NDArray[np.int64]:
         step, t = Coefficients(*chain.coef[0].tolist()), torch.full((len(mean),), float(chain.t[0]))
-        denoised, _ = reference.reverse_step(unet, torch.from_numpy(mean), t, step)
-        found: NDArray[np.int64] = classifier(denoised).argmax(1).numpy()
+        denoised, _ = reference.reverse_step(models.unet, torch.from_numpy(mean), t, step)
+        found: NDArray[np.int64] = models.classifier.network(denoised).argmax(1).numpy()
         return found
 
     return labels
@@ -275,19 +276,17 @@ def noisy_labels(label: Labeller, chain: Chain, images: Sequence[NDArray[np.uint
 
 
 def compare_labels(
-    first: Labeller,
-    second: Labeller,
+    engines: tuple[Labeller, Labeller],
     by: str,
-    model: DiffusionModel,
-    images: Sequence[NDArray[np.uint8]],
-    truth: Sequence[int | None],
-    classes: int,
+    models: Models,
+    images: Sequence[LabelledImage],
     samples: int,
     sigma: float = 0.5,
 ) -> LabelParity:
-    """Both engines on the same noise. images: uint8 [C, H, W] each, with the labels `truth`. samples: of each image."""
-    chain = make_chain(model.schedule, model.variance, sigma, 1, model.timestep_rule)
-    labels = [noisy_labels(label, chain, images, samples) for label in (first, second)]
+    """Both engines on the same noise. by: what gave the second one's labels. samples: of each image."""
+    chain = models.unet.chain(sigma, 1)
+    labels = [noisy_labels(label, chain, [image.pixels for image in images], samples) for label in engines]
+    truth, classes = [image.label for image in images], len(models.classifier.class_names)
     wrong, total = int((labels[0] != labels[1]).sum()), labels[0].size
     selecting = max(1, samples // 10)
     rule = FixedRule(n0=selecting, n=max(1, samples - selecting), alpha=ALPHA, sigma=sigma)

@@ -34,7 +34,7 @@ from densepure_rt.runtime.device import CLASSIFY_INPUTS, STEP_INPUTS, STEP_OUTPU
 from densepure_rt.runtime.noise import first_state, image_key, smoothing_law, smoothing_noise, vote_noise
 from densepure_rt.runtime.onnx_device import open_session, run_session
 from densepure_rt.runtime.reverse import RunStep, walk_graph
-from densepure_rt.runtime.schedule import Chain, make_chain
+from densepure_rt.runtime.schedule import Chain
 
 OPSETS = {"fp32": 20, "fp16": 20, "bf16": 22, "int8": 20, "int8-cpu": 20, "fp8": 22}  # 20: TensorRT 10.3 (JetPack 6)
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -270,11 +270,7 @@ def calibration_feeds(step: bytes, model: DiffusionModel, pixels: np.ndarray[Any
     walked to its end; the classifier is fed where they end. Noise is keyed for the purpose "calibrate".
     """
     session = open_session(step, "the float32 step graph", STEP_INPUTS, STEP_OUTPUTS)
-    chains = [
-        make_chain(model.schedule, model.variance, sigma, steps, model.timestep_rule)
-        for sigma in SIGMAS
-        for steps in STEPS
-    ]
+    chains = [model.chain(sigma, steps) for sigma in SIGMAS for steps in STEPS]
     feeds = Feeds([], [])
     for place, chain in enumerate(chains):
         if len(images := pixels[place :: len(chains)]):

@@ -32,7 +32,7 @@ from densepure_rt.export.models.classifiers import ClassifierModel, Preprocessed
 from densepure_rt.export.models.onnx_classifiers import OnnxNetwork, merged_onnx
 from densepure_rt.export.models.onnx_graph import SCOPES, checked, nodes_within, refuse_for_tensorrt, types_of
 from densepure_rt.export.models.programs import first_line
-from densepure_rt.export.models.sources import LARGE_IMAGE, Images
+from densepure_rt.export.models.sources import LARGE_IMAGE, Images, Models
 from densepure_rt.export.models.unets import DiffusionModel
 from densepure_rt.runtime.bundle import (
     DATA_KEY,
@@ -173,13 +173,12 @@ def classifier_onnx(model: ClassifierModel, opset: int = OPSETS["fp32"], path: P
     return checked(merged_onnx(onnx.load_model_from_string(preprocess), model.graph, name, prepare(pixels).detach()))
 
 
-def lowered(
-    unet: DiffusionModel, classifier: ClassifierModel, kind: str, keep: Sequence[str]
-) -> tuple[DiffusionModel, ClassifierModel]:
+def lowered(models: Models, kind: str, keep: Sequence[str]) -> Models:
     """The two models in the type of `kind`, as they are for any other precision.
 
     Raises UsageError for a pattern of `keep` that matches no module of either.
     """
+    unet, classifier = models
     parts = unet.network, classifier.network
     for pattern in keep:
         if not any(precision.matching(part, [pattern]) for part in parts):
@@ -187,7 +186,7 @@ def lowered(
                 f"`keep` {pattern} matches no module: their names are like {precision.names_like(parts[0])}"
             )
     if kind not in DTYPES:
-        return unet, classifier
+        return models
     if classifier.onnx is not None:
         raise UsageError(
             f"`kind` {kind}: {classifier.onnx} is an ONNX file, whose precision is its own: give the classifier "
@@ -197,12 +196,11 @@ def lowered(
         precision.cast(part, DTYPES[kind], [pattern for pattern in keep if precision.matching(part, [pattern])])
         for part in parts
     )
-    return dataclasses.replace(unet, network=first), dataclasses.replace(classifier, network=second)
+    return Models(dataclasses.replace(unet, network=first), dataclasses.replace(classifier, network=second))
 
 
 def contents(
-    unet: DiffusionModel,
-    classifier: ClassifierModel,
+    models: Models,
     kind: str,
     keep: Sequence[str],
     images: Images,
@@ -212,6 +210,7 @@ def contents(
 
     paths: where they are to lie; large weights are written beside them.
     """
+    unet, classifier = models
     if kind not in QUANTIZED:
         return step_onnx(unet, OPSETS[kind], paths[0]), classifier_onnx(classifier, OPSETS[kind], paths[1])
     if images.calibration is None:
@@ -237,11 +236,12 @@ def refuse_bad_weights(module: nn.Module, what: str) -> None:
             raise CheckFailed(f"the {what}'s weights hold NaN or Inf, first in {name}: export from a sound checkpoint")
 
 
-def check_sources(unet: DiffusionModel, classifier: ClassifierModel, pixels: NDArray[np.uint8]) -> None:
+def check_sources(models: Models, pixels: NDArray[np.uint8]) -> None:
     """Raise CheckFailed where a network is at fault itself, before an export of it is blamed; see `source_check`.
 
     pixels: uint8 [n, C, H, W]; one image alone is mirrored to be two.
     """
+    unet, classifier = models
     pixels = np.concatenate((pixels, pixels[..., ::-1])) if len(pixels) == 1 else pixels
     if unet.prediction != "none":
         x, t = parity.first_inputs(unet, pixels)
@@ -257,8 +257,9 @@ def check_sources(unet: DiffusionModel, classifier: ClassifierModel, pixels: NDA
     source_check.check_source(source_check.torch_source("the classifier in PyTorch", call, network), seen)
 
 
-def compared_with(unet: DiffusionModel, classifier: ClassifierModel) -> tuple[str, str]:
+def compared_with(models: Models) -> tuple[str, str]:
     """Name what the files of a bundle are compared with: both, and the classifier's alone."""
+    unet, classifier = models
     of_classifier = "PyTorch" if classifier.onnx is None else classifier.onnx.name
     of_unet = "PyTorch" if unet.prediction != "none" else of_classifier
     return " and ".join(dict.fromkeys((of_unet, of_classifier))), of_classifier
@@ -307,8 +308,7 @@ def naming_overflow(
 
 
 def export_bundle(
-    unet: DiffusionModel,
-    classifier: ClassifierModel,
+    models: Models,
     out: Path,
     images: Images | NDArray[np.uint8],
     force: bool = False,
@@ -326,7 +326,7 @@ def export_bundle(
     Raises CheckFailed on a mismatch or damaged weights, UsageError when `out` holds a bundle of another model or what
     is asked cannot be combined, EnvironmentFault when `out` cannot be written.
     """
-    images = images if isinstance(images, Images) else Images(images)
+    images, (unet, classifier) = images if isinstance(images, Images) else Images(images), models
     if kind not in OPSETS:
         raise UsageError(f"`kind` {kind} is not known: {', '.join(OPSETS)}")
     if keep and kind == "fp32":
@@ -334,10 +334,10 @@ def export_bundle(
     for module, what in ((unet.network, "UNet"), (classifier.network, "classifier")):
         refuse_bad_weights(module.eval(), what)
     pixels, counts = comparable(images.parity, kind, weight_bytes(unet.network))
-    against, of_classifier = compared_with(unet, classifier)
+    against, of_classifier = compared_with(models)
     for note in (*unet.notes, *classifier.notes):
         say(note)
-    check_sources(unet, classifier, pixels)
+    check_sources(models, pixels)
     unet_file, classifier_file = file_names(kind)
     if not force:
         refuse_replacement(out, {unet_file: unet.weights_sha256, classifier_file: classifier.weights_sha256})
@@ -345,12 +345,12 @@ def export_bundle(
     if kind not in QUANTIZED:
         versions.pop("onnxruntime", None)  # it had no part in the file
     versions = {"densepure-rt": __version__} | versions
-    smaller = lowered(unet, classifier, kind, keep)
+    smaller = lowered(models, kind, keep)
     with Publication(out) as publication:
         say(f"exporting {unet_file} and {classifier_file}")
         files = publication.folder / unet_file, publication.folder / classifier_file
         with publication.writing():  # large weights
-            step, classify = contents(*smaller, kind, keep, images, files)
+            step, classify = contents(smaller, kind, keep, images, files)
         exempt = (*TIME_EMBEDDING, *keep) if kind in DTYPES else (*keep, PREPROCESSING)
         for name, content in ((unet_file, step), (classifier_file, classify)):
             if name == unet_file or classifier.onnx is None:  # an ONNX file's precision is its own
@@ -362,15 +362,15 @@ def export_bundle(
         )
         say(f"comparing numbers with {against}")
         fed = parity.first_inputs(unet, pixels), (torch.from_numpy(first_state(pixels.astype(np.int32), 1.0)),)
-        with naming_overflow(unet.network, smaller[0].network, kind, fed[0]):
+        with naming_overflow(unet.network, smaller.unet.network, kind, fed[0]):
             steps = list(parity.step_differences(files[0], unet, pixels, kind, counts))
             worst_step = parity.check(steps, kind)
-        with naming_overflow(classifier.network, smaller[1].network, kind, fed[1]):
+        with naming_overflow(classifier.network, smaller.classifier.network, kind, fed[1]):
             logits = list(parity.classifier_differences(files[1], classifier, pixels, kind))
             worst_logits = parity.check(logits, kind, of_classifier)
         if kind != "fp32":
             say(f"comparing labels with {against}")
-        labels = _compared_labels((unet, classifier), smaller, files, kind, images)
+        labels = _compared_labels(models, smaller, files, kind, images)
         by, compared = parity.evaluator(kind), (labels.total, labels.disagreements) if labels else (0, 0)
         publication.add(
             ClassifierSidecar(
@@ -449,28 +449,15 @@ def data_ref(path: Path) -> FileRef | None:
 
 
 def _compared_labels(
-    float32: tuple[DiffusionModel, ClassifierModel],
-    smaller: tuple[DiffusionModel, ClassifierModel],
-    files: tuple[Path, Path],
-    kind: str,
-    images: Images,
+    models: Models, smaller: Models, files: tuple[Path, Path], kind: str, images: Images
 ) -> parity.LabelParity | None:
     """The labels of the files, or for bf16 of the modules that they were made from, against float32 PyTorch."""
     if kind == "fp32" or not (images.labelled and images.samples):
         return None
     if kind == "bf16":
-        second, by = parity.torch_labels(smaller[0], smaller[1].network), "PyTorch in bfloat16, not the files"
+        second, by = parity.torch_labels(smaller), "PyTorch in bfloat16, not the files"
     else:
         second, by = parity.file_labels(*files, kind), parity.evaluator(kind)
-    found = parity.compare_labels(
-        parity.torch_labels(float32[0], float32[1].network),
-        second,
-        by,
-        float32[0],
-        [image.pixels for image in images.labelled],
-        [image.label for image in images.labelled],
-        len(float32[1].class_names),
-        images.samples,
-    )
+    found = parity.compare_labels((parity.torch_labels(models), second), by, models, images.labelled, images.samples)
     parity.check_labels(found, kind)
     return found

@@ -18,6 +18,7 @@ import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -419,43 +420,21 @@ class Published:
 
 # Settings: the READMEs of improved-diffusion @1bc7bbb and guided-diffusion @22e0df8. Counts: the public code on the
 # meta device; tests/export/models/test_openai_unet.py counts ours.
-PUBLISHED = (
-    Published(
-        name="cifar10_uncond_50M_500K.pt",
-        architecture=Architecture(
-            in_channels=3,
-            model_channels=128,
-            widths=(128, 256, 256, 256),
-            blocks=3,
-            attention=(False, True, True, False),
-            resampling="conv",
-            scale_shift=True,
-            learned_variance=True,
-        ),
-        tensors=446,
-        parameters=52_546_438,
-        heads=Heads(number=4),
-        schedule=openai_schedule("cosine", 4000),
-        image_size=32,
-    ),
-    Published(
-        name="256x256_diffusion_uncond.pt",
-        architecture=Architecture(
-            in_channels=3,
-            model_channels=256,
-            widths=(256, 256, 512, 512, 1024, 1024),
-            blocks=2,
-            attention=(False, False, False, True, True, True),
-            resampling="resblock",
-            scale_shift=True,
-            learned_variance=True,
-        ),
-        tensors=566,
-        parameters=552_814_086,
-        heads=Heads(channels=64),
-        schedule=openai_schedule("linear", 1000),
-        image_size=256,
-    ),
+_of_colours = partial(Architecture, in_channels=3, scale_shift=True, learned_variance=True)
+_CIFAR10 = _of_colours(
+    model_channels=128, widths=(128, 256, 256, 256), blocks=3, attention=(False, True, True, False), resampling="conv"
+)
+_IMAGENET_256 = _of_colours(
+    model_channels=256,
+    widths=(256, 256, 512, 512, 1024, 1024),
+    blocks=2,
+    attention=(False, False, False, True, True, True),
+    resampling="resblock",
+)
+_COSINE, _LINEAR = openai_schedule("cosine", 4000), openai_schedule("linear", 1000)
+PUBLISHED = (  # counts are those of tensors and of parameters
+    Published("cifar10_uncond_50M_500K.pt", _CIFAR10, 446, 52_546_438, Heads(number=4), _COSINE, 32),
+    Published("256x256_diffusion_uncond.pt", _IMAGENET_256, 566, 552_814_086, Heads(channels=64), _LINEAR, 256),
 )
 
 

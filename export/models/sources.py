@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +37,14 @@ CLIP = (-1.0, 1.0)  # of pixels; what every published sampler does unless told o
 Image = tuple[int, int, int]
 
 
-def open_models(options: ModelOptions) -> tuple[DiffusionModel, ClassifierModel]:
+class Models(NamedTuple):
+    """The two models that an export, a comparison or a benchmark is about."""
+
+    unet: DiffusionModel
+    classifier: ClassifierModel
+
+
+def open_models(options: ModelOptions) -> Models:
     """The models that the options name. Raises UsageError, CheckFailed or EnvironmentFault; each says what to do."""
     if options.weights is not None and (options.unet or options.classifier):
         raise UsageError("`weights` is for the model that ships: leave it out beside `unet` and `classifier`")
@@ -51,7 +58,7 @@ def open_models(options: ModelOptions) -> tuple[DiffusionModel, ClassifierModel]
                 f"the UNet works on images {list(unet.image)}, and the classifier that ships takes "
                 f"{list(classifier.image)}: name one with `classifier`"
             )
-        return unet, classifier
+        return Models(unet, classifier)
     classifier = open_classifier(
         options.classifier,
         unet.image,
@@ -69,7 +76,7 @@ def open_models(options: ModelOptions) -> tuple[DiffusionModel, ClassifierModel]
             options.crop,
         ),
     )
-    return unet, classifier
+    return Models(unet, classifier)
 
 
 def zoo_file(folder: Path | None, name: str) -> Path:
@@ -328,8 +335,7 @@ def refuse_other_models(unet: DiffusionModel, classifier: ClassifierModel, bundl
 
 
 def check_images(
-    unet: DiffusionModel,
-    classifier: ClassifierModel,
+    models: Models,
     images: Path | None,
     calibration: Path | None,
     label_images: int | None,
@@ -343,14 +349,14 @@ def check_images(
     """
     if label_samples < 2:
         raise UsageError(f"`label_samples` {label_samples}: two samples of each image are the least")
-    labelled = comparison_images(unet, classifier, images, label_images, say)
+    labelled = comparison_images(models, images, label_images, say)
     parity = np.stack([image.pixels for image in labelled[:PARITY_IMAGES]])
-    real = images is not None or unet.image == SHIPPED_SHAPE
+    real = images is not None or models.unet.image == SHIPPED_SHAPE
     return Images(
         parity=parity,
-        labelled=labelled if math.prod(unet.image) <= LARGE_IMAGE else (),
+        labelled=labelled if math.prod(models.unet.image) <= LARGE_IMAGE else (),
         samples=label_samples,
-        calibration=calibration_pixels(unet, classifier, calibration),
+        calibration=calibration_pixels(models, calibration),
         denoising=parity if images is not None or not real else pixels_of(shipped_images(parity.shape[0])),
         made_up=not real,
     )
@@ -363,8 +369,7 @@ def shipped_images(count: int) -> ImageSet:
 
 
 def comparison_images(
-    unet: DiffusionModel,
-    classifier: ClassifierModel,
+    models: Models,
     images: Path | None,
     count: int | None,
     say: Callable[[str], None] = lambda line: None,
@@ -376,11 +381,11 @@ def comparison_images(
     """
     if count is not None and count < 1:
         raise UsageError(f"{count} images are too few to compare on: ask for one or more")
-    if images is None and not is_shipped(unet, classifier):
+    if images is None and not is_shipped(models):
         say("no `images`: comparing on pictures that are made up")
-        pictures = made_up(unet.image, count or usual)
+        pictures = made_up(models.unet.image, count or usual)
         return [LabelledImage(i, picture, None) for i, picture in enumerate(pictures)]
-    found = open_images(images, unet.image, classifier.class_names)
+    found = open_images(images, models.unet.image, models.classifier.class_names)
     wanted = count or min(usual, len(found))
     if wanted > len(found):
         raise UsageError(f"{wanted} images are asked for, and {found.name} holds {len(found)}")
@@ -388,21 +393,19 @@ def comparison_images(
     return list(dataclasses.replace(found, positions=spread))
 
 
-def is_shipped(unet: DiffusionModel, classifier: ClassifierModel) -> bool:
+def is_shipped(models: Models) -> bool:
     """Whether the shipped images are of these models' size and classes."""
-    return unet.image == SHIPPED_SHAPE and classifier.class_names == CLASS_NAMES
+    return models.unet.image == SHIPPED_SHAPE and models.classifier.class_names == CLASS_NAMES
 
 
-def calibration_pixels(
-    unet: DiffusionModel, classifier: ClassifierModel, path: Path | None
-) -> NDArray[np.uint8] | None:
+def calibration_pixels(models: Models, path: Path | None) -> NDArray[np.uint8] | None:
     """Images [n, C, H, W] that no certificate is about; None where none were given."""
     if path is not None:
-        return pixels_of(open_images(path, unet.image, classifier.class_names))
-    if not is_shipped(unet, classifier):
+        return pixels_of(open_images(path, models.unet.image, models.classifier.class_names))
+    if not is_shipped(models):
         return None
     with resources.as_file(resources.files("densepure_rt") / "data" / CALIBRATION) as shipped:
-        return pixels_of(open_images(shipped, unet.image, classifier.class_names))
+        return pixels_of(open_images(shipped, models.unet.image, models.classifier.class_names))
 
 
 def pixels_of(images: ImageSet) -> NDArray[np.uint8]:

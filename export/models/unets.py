@@ -24,7 +24,7 @@ from densepure_rt.export.models.programs import first_line
 from densepure_rt.export.models.weight_files import WeightFile, variant_note, weight_file
 from densepure_rt.export.zoo.models import ZOO, load_weights, new_unet
 from densepure_rt.runtime.bundle import MAX_STEPS, Prediction, sha256_of
-from densepure_rt.runtime.schedule import Schedule, ScheduleName, TimestepRule, Variance
+from densepure_rt.runtime.schedule import Chain, Schedule, ScheduleName, TimestepRule, Variance, make_chain
 from densepure_rt.runtime.transport import transfer_fault
 from densepure_rt.text import all_printable
 
@@ -72,6 +72,10 @@ class DiffusionModel:
     @property
     def learned_variance(self) -> bool:
         return self.variance in LEARNED
+
+    def chain(self, sigma: float, steps: int, rule: TimestepRule | None = None) -> Chain:
+        """Make the chain of so many steps from smoothing noise `sigma`. rule: None for the network's own."""
+        return make_chain(self.schedule, self.variance, sigma, steps, rule or self.timestep_rule)
 
 
 class DiffusersNetwork(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from densepure_rt.runtime.bundle import shipped_engine
+from densepure_rt.runtime.bundle import Sidecar, shipped_engine, sidecar_path, to_json
 
 ENGINES = shipped_engine().parent
 
@@ -16,3 +16,8 @@ def engines_copied(folder: Path) -> Path:
     for file in ENGINES.glob("*.onnx*"):
         shutil.copy(file, folder)
     return folder / "unet.onnx"
+
+
+def write_sidecars(folder: Path, *sidecars: Sidecar) -> None:
+    for sidecar in sidecars:
+        sidecar_path(folder / sidecar.file.name).write_text(to_json(sidecar))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from densepure_rt.export.convert.to_onnx import export_bundle
 from densepure_rt.export.models.classifiers import ClassifierModel
-from densepure_rt.export.models.sources import made_up
+from densepure_rt.export.models.sources import Models, made_up
 from densepure_rt.export.models.unets import DiffusionModel
 from densepure_rt.runtime.bundle import Bundle, open_bundle
 from densepure_rt.runtime.schedule import Schedule
@@ -47,5 +47,9 @@ def toy_classifier() -> ClassifierModel:
     return ClassifierModel(ToyClassifier(), IMAGE, ("a", "b", "c"), "b" * 64)
 
 
+def toy_models() -> Models:
+    return Models(toy_unet(), toy_classifier())
+
+
 def toy_bundle(folder: Path) -> Bundle:
-    return open_bundle(export_bundle(toy_unet(), toy_classifier(), folder, made_up(IMAGE, 2)).unet)
+    return open_bundle(export_bundle(toy_models(), folder, made_up(IMAGE, 2)).unet)

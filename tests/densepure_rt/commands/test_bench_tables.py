@@ -1,26 +1,18 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 
 import pytest
-from rich.console import Console
 
 from densepure_rt.commands.bench_tables import print_benchmark
 from densepure_rt.export.compare.bench import Benchmark, Route, Spread, Stage
 from densepure_rt.export.compare.machine import Load
+from tests.support import benchmarks as support
+from tests.support.benchmarks import MACHINE, SUBJECT
 
 FOUND = Benchmark(
-    engine="engines/unet.onnx",
-    engine_sha256="0123456789abcdef" * 4,
-    classifier_sha256="f" * 64,
-    precision="fp32",
-    image=(1, 28, 28),
-    device={"provider": "onnxruntime CPU", "batch": 32},
-    processor="Some Processor 9000",
-    cores=4,
-    gpu=None,
-    versions={"torch": "2.13.0"},
+    subject=SUBJECT,
+    machine=MACHINE,
     batch=32,
     calls=1,
     threads=1,
@@ -44,10 +36,7 @@ FOUND = Benchmark(
 
 
 def printed(found: Benchmark) -> str:
-    console = Console(file=io.StringIO(), width=80, highlight=False, markup=False, soft_wrap=True)
-    print_benchmark(found, console)
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
+    return support.printed(print_benchmark, found)
 
 
 def cells(text: str, name: str) -> list[str]:
@@ -117,7 +106,11 @@ def test_with_several_threads_the_warning_gives_the_way_out(capsys: pytest.Captu
 
 def test_the_state_of_a_gpu_is_shown_where_there_is_one() -> None:
     state: dict[str, str | None] = {"sm_clock_mhz": "1980", "power_w": None}
-    text = printed(dataclasses.replace(FOUND, gpu="Some GPU", load=Load((None, None), None, ({}, state))))
+    text = printed(
+        dataclasses.replace(
+            FOUND, machine=dataclasses.replace(MACHINE, gpu="Some GPU"), load=Load((None, None), None, ({}, state))
+        )
+    )
     assert "Some GPU, 4 cores" in text
     assert "GPU after: sm_clock_mhz 1980, power_w unknown" in text
     assert "GPU before" not in text

@@ -1,18 +1,18 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from rich.console import Console
 
 from densepure_rt.commands.bench_tables import print_procedures
 from densepure_rt.commands.procedure_chart import NAMES, bars, draw_procedures
 from densepure_rt.export.compare.machine import Load
 from densepure_rt.export.compare.procedure import SMALL, CallSeconds, Procedure, ProcedureBenchmark, factors_of
 from densepure_rt.smoothing.settings import PAPER, Settings
+from tests.support import benchmarks as support
+from tests.support.benchmarks import MACHINE, SUBJECT
 
 CALLS = CallSeconds(unet=0.003, classifier=0.0005)
 OURS = Procedure(
@@ -42,30 +42,17 @@ def found_with(ours: Procedure = OURS, others: float = 0.2) -> ProcedureBenchmar
         images=10,
         sigma=0.25,
         seed=0,
-        engine="engines/unet.onnx",
-        engine_sha256="0123456789abcdef" * 4,
-        classifier_sha256="f" * 64,
-        precision="fp32",
-        image=(1, 28, 28),
-        device={"provider": "onnxruntime CPU", "batch": 32},
+        subject=SUBJECT,
         batch=32,
         threads=2,
         clock="wall",
-        processor="Some Processor 9000",
-        cores=4,
-        gpu=None,
-        versions={"torch": "2.13.0"},
+        machine=MACHINE,
         load=(Load((0.1, None), others=0.1), Load((0.3, 0.4), others=others)),
     )
 
 
 def printed(found: ProcedureBenchmark) -> str:
-    console = Console(
-        file=io.TextIOWrapper(io.BytesIO(), "utf-8"), width=80, highlight=False, markup=False, soft_wrap=True
-    )
-    print_procedures(found, console)
-    console.file.seek(0)
-    return console.file.read()
+    return support.printed(print_procedures, found)
 
 
 def cells(text: str, name: str) -> list[str]:

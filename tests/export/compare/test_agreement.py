@@ -38,7 +38,7 @@ from densepure_rt.export.compare.agreement import (
 from densepure_rt.export.convert.parity import SECRET
 from densepure_rt.export.convert.to_onnx import export_bundle
 from densepure_rt.export.models.classifiers import ClassifierModel
-from densepure_rt.export.models.sources import made_up
+from densepure_rt.export.models.sources import Models, made_up
 from densepure_rt.export.models.unets import DiffusionModel
 from densepure_rt.images.datasets import LabelledImage
 from densepure_rt.runtime.bundle import Bundle, open_bundle
@@ -126,7 +126,7 @@ Exporter = Callable[[DiffusionModel, ClassifierModel], Bundle]
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exporter:
     def export(unet: DiffusionModel, classifier: ClassifierModel) -> Bundle:
         folder = tmp_path_factory.mktemp("engines")
-        return open_bundle(export_bundle(unet, classifier, folder, made_up(unet.image, 2)).unet)
+        return open_bundle(export_bundle(Models(unet, classifier), folder, made_up(unet.image, 2)).unet)
 
     return export
 
@@ -158,7 +158,7 @@ def pictures(image: Shape = GREY, count: int = 3) -> list[LabelledImage]:
 
 def compared(bundle: Bundle, budget: Settings = BUDGET, count: int = 3) -> Agreement:
     with at_work(bundle) as smoothed:
-        return agree(smoothed, toy_unet(), toy_classifier(), pictures(count=count), budget)
+        return agree(smoothed, Models(toy_unet(), toy_classifier()), pictures(count=count), budget)
 
 
 @pytest.fixture(scope="module")
@@ -254,7 +254,7 @@ def test_what_is_found_does_not_depend_on_batch_and_threads(
     sound: Bundle, found: Agreement, batch: int, threads: int
 ) -> None:
     with at_work(sound, batch, threads) as smoothed:
-        again = agree(smoothed, toy_unet(), toy_classifier(), pictures(), BUDGET)
+        again = agree(smoothed, Models(toy_unet(), toy_classifier()), pictures(), BUDGET)
     assert (again.labels, again.votes, again.certificates) == (found.labels, found.votes, found.certificates)
     for one, other in zip(again.steps, found.steps, strict=True):
         assert one.relative_l2 == pytest.approx(other.relative_l2, rel=0.5)  # PyTorch rounds by batch
@@ -347,7 +347,7 @@ def test_labels_that_are_not_finite_differ_from_every_label(exported: Exporter) 
     white = LabelledImage(0, np.full(GREY, 255, np.uint8), None)
     grey = LabelledImage(1, np.full(GREY, 128, np.uint8), None)
     with at_work(bundle) as smoothed:
-        wrong = agree(smoothed, unet, toy_classifier(), [white, grey], budget)
+        wrong = agree(smoothed, Models(unet, toy_classifier()), [white, grey], budget)
     assert (wrong.labels.differ, wrong.labels.total) == (4, 2 * 4)
     assert (wrong.votes.differ, wrong.votes.total) == (4, 8)
     assert [row.votes_differ for row in wrong.certificates] == [4, 0]
@@ -503,14 +503,14 @@ def test_engines_of_other_weights_are_refused(sound: Bundle) -> None:
     unet, classifier = toy_unet(), toy_classifier()
     with at_work(sound) as smoothed:
         with pytest.raises(UsageError, match=r"unet\.onnx was exported from weights a{16}.*c{16}.*`unet`"):
-            agree(smoothed, dataclasses.replace(unet, weights_sha256="c" * 64), classifier, pictures(), BUDGET)
+            agree(smoothed, Models(dataclasses.replace(unet, weights_sha256="c" * 64), classifier), pictures(), BUDGET)
         with pytest.raises(UsageError, match=r"classifier\.onnx was exported from weights b{16}.*`classifier`"):
-            agree(smoothed, unet, dataclasses.replace(classifier, weights_sha256="d" * 64), pictures(), BUDGET)
+            agree(smoothed, Models(unet, dataclasses.replace(classifier, weights_sha256="d" * 64)), pictures(), BUDGET)
 
 
 def test_one_sample_is_refused(sound: Bundle) -> None:
     with at_work(sound) as smoothed, pytest.raises(UsageError, match=r"`n` 1: .*two are the least"):
-        agree(smoothed, toy_unet(), toy_classifier(), pictures(), dataclasses.replace(BUDGET, n=1))
+        agree(smoothed, Models(toy_unet(), toy_classifier()), pictures(), dataclasses.replace(BUDGET, n=1))
 
 
 # the picture
@@ -535,7 +535,7 @@ def test_the_picture_can_be_read(found: Agreement, tmp_path: Path) -> None:
 def test_colour_images_and_chains_of_a_step_or_none_are_drawn(colour: Bundle, steps: int, tmp_path: Path) -> None:
     with at_work(colour) as smoothed:
         budget = dataclasses.replace(BUDGET, steps=steps, n=2)
-        found = agree(smoothed, toy_unet(COLOUR), toy_classifier(COLOUR), pictures(COLOUR, 6), budget)
+        found = agree(smoothed, Models(toy_unet(COLOUR), toy_classifier(COLOUR)), pictures(COLOUR, 6), budget)
     assert len(found.steps) == steps
     assert len(found.shown) == 4
     assert found.labels.total == 6 * 2

@@ -25,6 +25,7 @@ from densepure_rt.export.compare.bench import (
     NETWORK,
     Benchmark,
     Seconds,
+    StepWork,
     Worker,
     bench,
     compared,
@@ -34,19 +35,19 @@ from densepure_rt.export.compare.bench import (
     spread,
     stages_of,
     steady,
-    torch_settings,
     without_network,
 )
+from densepure_rt.export.compare.engine_run import EngineRun, flat, torch_settings
 from densepure_rt.export.models import reference
 from densepure_rt.export.models.classifiers import zoo_classifier
-from densepure_rt.export.models.sources import made_up
+from densepure_rt.export.models.sources import Models, made_up
 from densepure_rt.export.models.unets import zoo_unet
 from densepure_rt.runtime.bundle import Bundle, open_bundle, shipped_engine
 from densepure_rt.runtime.device import STEP_INPUTS, Batch
 from densepure_rt.runtime.noise import Key, first_state, smoothing_law, smoothing_noise
 from densepure_rt.runtime.onnx_device import Network, OnnxDevice
-from densepure_rt.runtime.schedule import Coefficients, make_chain
-from tests.support.toys import IMAGE, toy_bundle, toy_classifier, toy_unet
+from densepure_rt.runtime.schedule import Coefficients
+from tests.support.toys import IMAGE, toy_bundle, toy_classifier, toy_models, toy_unet
 
 STAGES = ["smoothing noise", "vote noise", "UNet", "update", "slots and padding", "classifier", "vote", "loop"]
 
@@ -77,19 +78,19 @@ def found(toy: Bundle) -> Benchmark:
     """The toy on two threads."""
     with pytest.MonkeyPatch.context() as patch:
         hasten(patch)
-        return bench(toy_unet(), toy_classifier(), toy, made_up(IMAGE, 16), batch=3, rounds=3, threads=2, compile=False)
+        return bench(toy_models(), EngineRun(toy, 3, 2), made_up(IMAGE, 16), StepWork(rounds=3, compile=False))
 
 
 @pytest.fixture
 def worker(toy: Bundle) -> Iterator[Worker]:
     unet = toy_unet()
     with closing(OnnxDevice(toy, batch=4, threads=2)) as device, torch.inference_mode():
-        yield Worker(device, make_chain(unet.schedule, unet.variance, 0.5, 2), made_up(IMAGE, 16))
+        yield Worker(device, unet.chain(0.5, 2), made_up(IMAGE, 16))
 
 
 def sound(found: Benchmark) -> None:
     """What every result must be, whatever the machine."""
-    assert json.loads(json.dumps(dataclasses.asdict(found)))["engine_sha256"] == found.engine_sha256
+    assert json.loads(json.dumps(flat(found)))["engine_sha256"] == found.subject.engine_sha256
     assert found.relative_l2 < 1e-5
     assert sum(stage.share for stage in found.stages) == pytest.approx(1)
     for route in found.routes:
@@ -224,7 +225,7 @@ def test_steps_leave_their_sources_as_they_are(worker: Worker) -> None:
 def test_the_engine_without_a_network_is_the_update_alone(toy: Bundle, tmp_path: Path) -> None:
     unet = toy_unet()
     empty = without_network(unet, toy, tmp_path)
-    chain = make_chain(unet.schedule, unet.variance, 0.5, 2)
+    chain = unet.chain(0.5, 2)
     mean, std, noise = np.random.default_rng(0).standard_normal((3, 1, *IMAGE), np.float32)
     feed = dict(zip(STEP_INPUTS, (mean, std, noise, chain.t[:1], chain.coef[:1]), strict=True))
     found = Network(empty.unet_path, empty.unet, STEP_INPUTS, ("mean_next", "std_next", "finite"), "cpu")(feed)
@@ -284,7 +285,7 @@ class Clockwork:
 def test_stages_get_the_time_that_is_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MOST_CALLS", 1)
     unet = toy_unet()
-    chain = make_chain(unet.schedule, unet.variance, 0.5, 2)
+    chain = unet.chain(0.5, 2)
     whole, around = (Worker(Clockwork(step), chain, made_up(IMAGE, 16)) for step in (10.0, 2.0))
     found = stages_of(whole, around, Clockwork.update, 3, Clockwork.stopwatch)
     assert [stage.name for stage in found] == STAGES
@@ -322,7 +323,10 @@ def test_torch_is_left_as_it_was_also_after_an_error() -> None:
 
 def test_the_shipped_engines_are_timed(default: Bundle) -> None:
     found = bench(
-        zoo_unet(), zoo_classifier(), default, made_up((1, 28, 28), 4), batch=2, rounds=2, threads=1, compile=False
+        Models(zoo_unet(), zoo_classifier()),
+        EngineRun(default, 2, 1),
+        made_up((1, 28, 28), 4),
+        StepWork(rounds=2, compile=False),
     )
     sound(found)
     assert found.clock == "core"
@@ -344,7 +348,7 @@ def test_a_missing_compiler_is_reported_and_nothing_crashes(worker: Worker, foun
 
 @pytest.mark.slow
 def test_the_compiled_step_is_timed(toy: Bundle) -> None:
-    found = bench(toy_unet(), toy_classifier(), toy, made_up(IMAGE, 16), batch=2, rounds=2, threads=1)
+    found = bench(toy_models(), EngineRun(toy, 2, 1), made_up(IMAGE, 16), StepWork(rounds=2))
     sound(found)
     assert found.routes[-1].name == COMPILED
     assert found.routes[-1].absent is None
@@ -354,14 +358,14 @@ def test_an_engine_of_another_model_is_refused(toy: Bundle) -> None:
     unet, classifier = toy_unet(), toy_classifier()
     other = dataclasses.replace(unet, weights_sha256="c" * 64)
     with pytest.raises(UsageError, match=r"unet\.onnx was exported from weights a{16}\.{3}.*c{16}.*give `unet`"):
-        bench(other, classifier, toy, made_up(IMAGE, 16))
+        bench(Models(other, classifier), EngineRun(toy), made_up(IMAGE, 16))
     other_classifier = dataclasses.replace(classifier, weights_sha256="d" * 64)
     with pytest.raises(UsageError, match=r"classifier\.onnx was exported from weights b{16}.*give `classifier`"):
-        bench(unet, other_classifier, toy, made_up(IMAGE, 16))
+        bench(Models(unet, other_classifier), EngineRun(toy), made_up(IMAGE, 16))
     with pytest.raises(
         UsageError, match=r"exported with image \(1, 6, 6\), .* given with \(1, 8, 8\): repeat the options"
     ):
-        bench(dataclasses.replace(unet, image=(1, 8, 8)), classifier, toy, made_up(IMAGE, 16))
+        bench(Models(dataclasses.replace(unet, image=(1, 8, 8)), classifier), EngineRun(toy), made_up(IMAGE, 16))
 
 
 @pytest.mark.parametrize(
@@ -370,10 +374,10 @@ def test_an_engine_of_another_model_is_refused(toy: Bundle) -> None:
 )
 def test_impossible_numbers_are_refused(toy: Bundle, batch: int, rounds: int, threads: int, option: str) -> None:
     with pytest.raises(UsageError, match=option):
-        bench(toy_unet(), toy_classifier(), toy, made_up(IMAGE, 16), batch=batch, rounds=rounds, threads=threads)
+        bench(toy_models(), EngineRun(toy, batch, threads), made_up(IMAGE, 16), StepWork(rounds=rounds))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this PyTorch can use a GPU")
 def test_an_engine_on_the_gpu_is_not_compared_with_pytorch_on_the_cpu(toy: Bundle) -> None:
     with pytest.raises(EnvironmentFault, match="cannot use one"):
-        bench(toy_unet(), toy_classifier(), toy, made_up(IMAGE, 16), provider="cuda")
+        bench(toy_models(), EngineRun(toy, provider="cuda"), made_up(IMAGE, 16))

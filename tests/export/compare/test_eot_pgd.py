@@ -3,16 +3,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from densepure_rt.export.compare.eot_pgd import disagreement, eot_pgd, on_ball, reverse_step
+from densepure_rt.export.compare.eot_pgd import Effort, disagreement, eot_pgd, on_ball, reverse_step
 from densepure_rt.export.models.classifiers import ClassifierModel, zoo_classifier
-from densepure_rt.export.models.unets import DiffusionModel, no_unet, zoo_unet
+from densepure_rt.export.models.sources import Models
+from densepure_rt.export.models.unets import no_unet, zoo_unet
 from densepure_rt.images.datasets import LabelledImage, open_images
 from densepure_rt.keys import seeded_secret
 from densepure_rt.runs import falsifier
@@ -23,7 +23,7 @@ from densepure_rt.smoothing.settings import Settings
 
 SHAPE = (1, 28, 28)
 ONE_STEP = Settings(sigma=0.25, steps=1, votes=1)
-CHEAP: dict[str, Any] = {"seed": 1, "ascents": 4, "draws": 4}
+CHEAP = Effort(ascents=4, draws=4)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,8 +42,8 @@ def image() -> LabelledImage:
 
 
 @pytest.fixture(scope="module")
-def models() -> tuple[DiffusionModel, ClassifierModel]:
-    return zoo_unet(), zoo_classifier()
+def models() -> Models:
+    return Models(zoo_unet(), zoo_classifier())
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +53,10 @@ def shipped() -> Iterator[SmoothedClassifier]:
 
 
 def test_proposals_lie_in_the_ball_and_cost_the_engine_more_votes_than_random_ones(
-    image: LabelledImage, models: tuple[DiffusionModel, ClassifierModel], shipped: SmoothedClassifier
+    image: LabelledImage, models: Models, shipped: SmoothedClassifier
 ) -> None:
     radius, rng = 1.5, np.random.default_rng(0)
-    found = list(itertools.islice(eot_pgd(*models, image.pixels, 5, radius, ONE_STEP, **CHEAP), 2))
+    found = list(itertools.islice(eot_pgd(*models, image.pixels, 5, radius, ONE_STEP, 1, CHEAP), 2))
     for proposal in found:
         moved = [int(a) - int(b) for a, b in zip(proposal.flat, image.pixels.flat, strict=True)]
         assert 0 < sum(step * step for step in moved) < (255 * Fraction(radius)) ** 2
@@ -69,20 +69,18 @@ def test_proposals_lie_in_the_ball_and_cost_the_engine_more_votes_than_random_on
 
 
 def test_a_proposal_breaks_a_forged_certificate_of_the_shipped_engine(
-    image: LabelledImage, models: tuple[DiffusionModel, ClassifierModel], shipped: SmoothedClassifier
+    image: LabelledImage, models: Models, shipped: SmoothedClassifier
 ) -> None:
     forged = Certificate(5, 3.0, n0=0, n=1000, n_a=1000, alpha=0.001, p_lower=0.999)
-    proposals = eot_pgd(*models, image.pixels, 5, 3.0, ONE_STEP, **CHEAP)
+    proposals = eot_pgd(*models, image.pixels, 5, 3.0, ONE_STEP, 1, CHEAP)
     found, _ = falsifier.falsify(shipped, image, forged, ONE_STEP, 200, proposals)
     assert (found.broken, found.attack) == (True, "proposals")
     assert found.label not in (5, None)
 
 
-def test_a_chain_with_draws_between_its_steps_has_a_gradient(
-    image: LabelledImage, models: tuple[DiffusionModel, ClassifierModel]
-) -> None:
+def test_a_chain_with_draws_between_its_steps_has_a_gradient(image: LabelledImage, models: Models) -> None:
     two = Settings(sigma=0.5, steps=2, votes=3)
-    (proposal,) = itertools.islice(eot_pgd(*models, image.pixels, 5, 0.5, two, seed=2, ascents=1, draws=2), 1)
+    (proposal,) = itertools.islice(eot_pgd(*models, image.pixels, 5, 0.5, two, 2, Effort(1, 2)), 1)
     assert falsifier.inside(image.pixels, proposal, 0.5)
 
 
@@ -98,9 +96,9 @@ class Linear(nn.Module):
         return torch.stack([total, -total], dim=1)
 
 
-def linear(slope: float) -> tuple[DiffusionModel, ClassifierModel]:
+def linear(slope: float) -> Models:
     shape = (1, 6, 6)
-    return no_unet(shape), ClassifierModel(Linear(slope), shape, ("up", "down"), "0" * 64)
+    return Models(no_unet(shape), ClassifierModel(Linear(slope), shape, ("up", "down"), "0" * 64))
 
 
 def test_on_a_plane_it_goes_straight_to_it() -> None:
@@ -123,7 +121,7 @@ def test_the_loss_is_minus_the_log_of_the_mean_probability() -> None:
     assert float(found) == pytest.approx(-float(torch.sigmoid(2 * total).mean().log()), rel=1e-4)
 
 
-def test_the_step_is_that_of_the_reference_but_for_its_gradient(models: tuple[DiffusionModel, ClassifierModel]) -> None:
+def test_the_step_is_that_of_the_reference_but_for_its_gradient(models: Models) -> None:
     unet, _ = models
     chain = make_chain(unet.schedule, unet.variance, 0.5, 1)
     x = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0), requires_grad=True)
@@ -141,4 +139,4 @@ def test_displacements_end_in_the_range_and_in_the_ball() -> None:
 
 def test_a_ball_without_another_image_has_no_proposal() -> None:
     pixels = np.full((1, 6, 6), 130, np.uint8)
-    assert list(eot_pgd(*linear(0.02), pixels, 0, 0.003, Settings(steps=0, votes=1), **CHEAP)) == []
+    assert list(eot_pgd(*linear(0.02), pixels, 0, 0.003, Settings(steps=0, votes=1), 1, CHEAP)) == []

@@ -6,14 +6,16 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from densepure_rt.errors import EnvironmentFault, UsageError
+from densepure_rt.export.compare.engine_run import EngineRun, flat
 from densepure_rt.export.compare.procedure import (
+    OURS,
     SMALL,
     CallSeconds,
     Procedure,
@@ -28,7 +30,7 @@ from densepure_rt.export.compare.procedure import (
     run_published,
 )
 from densepure_rt.export.models.classifiers import ClassifierModel
-from densepure_rt.export.models.sources import made_up
+from densepure_rt.export.models.sources import Models, made_up
 from densepure_rt.export.models.unets import DiffusionModel, no_unet
 from densepure_rt.images.datasets import LabelledImage
 from densepure_rt.runtime.bundle import Bundle
@@ -36,9 +38,14 @@ from densepure_rt.runtime.open_device import open_device
 from densepure_rt.runtime.schedule import Schedule, make_chain
 from densepure_rt.smoothing.settings import PAPER, Settings
 from densepure_rt.smoothing.voting import Ballot
-from tests.support.toys import IMAGE, toy_bundle, toy_classifier, toy_unet
+from tests.support.toys import IMAGE, toy_bundle, toy_classifier, toy_models, toy_unet
 
 TINY = Settings(sigma=0.5, steps=2, votes=3, n0=2, n=5, method="fixed")
+
+
+def asked(**changes: Any) -> Settings:
+    """Ours at the toy's sigma."""
+    return dataclasses.replace(OURS, **({"sigma": 0.5} | changes))
 
 
 def pictures(count: int, label: int | None = None) -> list[LabelledImage]:
@@ -71,9 +78,9 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return toy_bundle(tmp_path_factory.mktemp("toy"))
 
 
-def watched(unet_seconds: float = 0.0, label_seconds: float = 0.0) -> tuple[DiffusionModel, ClassifierModel]:
-    unet, classifier = toy_unet(), toy_classifier()
-    return (
+def watched(unet_seconds: float = 0.0, label_seconds: float = 0.0) -> Models:
+    unet, classifier = toy_models()
+    return Models(
         dataclasses.replace(unet, network=Watched(unet.network, unet_seconds)),
         dataclasses.replace(classifier, network=Watched(classifier.network, label_seconds)),
     )
@@ -88,7 +95,7 @@ def given(model: DiffusionModel | ClassifierModel) -> list[Tensor]:
 
 def test_every_sample_goes_through_k_whole_runs_of_b_steps() -> None:
     unet, classifier = watched()
-    procedure = PublishedProcedure(unet, classifier, TINY, 4, 0, Watched.clock)
+    procedure = PublishedProcedure(Models(unet, classifier), TINY, 4, 0, Watched.clock)
     with torch.inference_mode():
         procedure.certify(pictures(1)[0])
     assert [len(x) for x in given(unet)] == [4, 4, 3, 3] * 3  # 7 samples in batches of 4, two steps each, three runs
@@ -98,7 +105,7 @@ def test_every_sample_goes_through_k_whole_runs_of_b_steps() -> None:
 
 def test_the_runs_have_the_smoothing_noise_in_common_and_nothing_else() -> None:
     unet, classifier = watched()
-    procedure = PublishedProcedure(unet, classifier, TINY, 7, 0, Watched.clock)
+    procedure = PublishedProcedure(Models(unet, classifier), TINY, 7, 0, Watched.clock)
     image = pictures(1)[0]
     with torch.inference_mode():
         procedure.certify(image)
@@ -116,7 +123,7 @@ def test_the_seed_decides_the_smoothing_noise() -> None:
     for seed in (0, 0, 1):
         unet, classifier = watched()
         with torch.inference_mode():
-            PublishedProcedure(unet, classifier, TINY, 7, seed, Watched.clock).certify(pictures(1)[0])
+            PublishedProcedure(Models(unet, classifier), TINY, 7, seed, Watched.clock).certify(pictures(1)[0])
         firsts.append(given(unet)[0])
     assert torch.equal(firsts[0], firsts[1])
     assert not torch.equal(firsts[0], firsts[2])
@@ -162,7 +169,7 @@ def test_a_run_ends_at_what_a_network_that_is_told_sigma_denoises_to() -> None:
     )
     _, classifier = watched()
     with torch.inference_mode():
-        PublishedProcedure(unet, classifier, dataclasses.replace(TINY, steps=3), 7, 0, Watched.clock).certify(
+        PublishedProcedure(Models(unet, classifier), dataclasses.replace(TINY, steps=3), 7, 0, Watched.clock).certify(
             pictures(1)[0]
         )
     assert len(given(classifier)) == 3
@@ -171,7 +178,7 @@ def test_a_run_ends_at_what_a_network_that_is_told_sigma_denoises_to() -> None:
 
 
 def test_the_first_n0_samples_select_and_the_others_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    procedure = PublishedProcedure(toy_unet(), toy_classifier(), TINY, 7, 0, Watched.clock)
+    procedure = PublishedProcedure(toy_models(), TINY, 7, 0, Watched.clock)
     monkeypatch.setattr(procedure, "run_labels", lambda pixels, noise, reverse: [2, 2, 1, 2, 1, 0, 2])
     found = procedure.certify(pictures(1)[0])
     assert (found.n0, found.n, found.n_a) == (2, 5, 2)  # of class 2
@@ -181,7 +188,7 @@ def test_pricing_at_the_small_size_gives_what_the_small_run_took() -> None:
     """By a clock on which nothing but calls takes time."""
     unet, classifier = watched(unet_seconds=0.5, label_seconds=0.125)
     with torch.inference_mode():
-        taken, calls = run_published(unet, classifier, pictures(3), TINY, 4, 0, Watched.clock)
+        taken, calls = run_published(Models(unet, classifier), pictures(3), TINY, 4, 0, Watched.clock)
     assert calls == CallSeconds(0.5, 0.125)
     assert calls.priced(TINY) == taken  # seconds too, and nothing is said of unlabelled images
     assert taken.seconds == 7 * 3 * (2 * 0.5 + 0.125)
@@ -204,10 +211,10 @@ def test_the_small_run_can_certify_the_radius_it_is_asked_about() -> None:
     classifier = dataclasses.replace(toy_classifier(), network=One())
     images = [*pictures(3, label=1), *pictures(1, label=0)]
     with torch.inference_mode():
-        taken, _ = run_published(toy_unet(), classifier, images, SMALL, 32, 0)
+        taken, _ = run_published(Models(toy_unet(), classifier), images, SMALL, 32, 0)
         assert taken.certified == 0.75
         few = dataclasses.replace(SMALL, n=30)  # 0.001^(1/30) = 0.79, below Phi(1)
-        assert run_published(toy_unet(), classifier, images, few, 32, 0)[0].certified is None
+        assert run_published(Models(toy_unet(), classifier), images, few, 32, 0)[0].certified is None
 
 
 # ours
@@ -263,17 +270,11 @@ def found(toy: Bundle) -> ProcedureBenchmark:
         return work
 
     result = compare(
-        toy_unet(),
-        toy_classifier(),
-        toy,
+        toy_models(),
+        EngineRun(toy, 4, 2),
         pictures(2, label=0),
-        sigma=0.5,
-        steps=3,
-        votes=4,
-        n=64,
+        asked(steps=3, votes=4, n=64),
         small=TINY,
-        batch=4,
-        threads=2,
         say=said.append,
         watch=watch,
     )
@@ -296,13 +297,13 @@ def test_both_are_compared_in_one_run(found: ProcedureBenchmark) -> None:
     assert 0 < found.predicted_seconds <= found.small.seconds
     assert found.small.certified is None  # five samples do not reach the radius
     assert found.ours.certified is not None
-    assert (found.batch, found.threads, found.clock, found.gpu) == (4, 2, "wall", None)
+    assert (found.batch, found.threads, found.clock, found.machine.gpu) == (4, 2, "wall", None)
     assert found.small.settings.sigma == found.published.settings.sigma == found.ours.settings.sigma == 0.5
     assert found.ours.settings.radii == (0.5,)
 
 
 def test_the_report_is_json(found: ProcedureBenchmark) -> None:
-    report = json.loads(json.dumps(dataclasses.asdict(found)))
+    report = json.loads(json.dumps(flat(found)))
     assert set(report["factors"]) == {"statistics", "shared_step", "ballots", "engine"}
     for procedure in ("small", "published", "ours"):
         assert {"settings", "samples", "unet_calls", "classifier_calls", "seconds", "certified"} == set(
@@ -312,19 +313,8 @@ def test_the_report_is_json(found: ProcedureBenchmark) -> None:
 
 
 def test_one_thread_is_timed_in_seconds_of_its_core(toy: Bundle) -> None:
-    result = compare(
-        toy_unet(),
-        toy_classifier(),
-        toy,
-        pictures(1),
-        sigma=0.5,
-        steps=1,
-        votes=2,
-        n=64,
-        small=TINY,
-        batch=4,
-        threads=1,
-    )
+    settings = asked(steps=1, votes=2, n=64)
+    result = compare(toy_models(), EngineRun(toy, 4, 1), pictures(1), settings, small=TINY)
     assert result.clock == "core"
     assert result.factors.ballots == pytest.approx(1)  # one step: one vote is all votes
     assert result.factors.shared_step == 2
@@ -332,50 +322,51 @@ def test_one_thread_is_timed_in_seconds_of_its_core(toy: Bundle) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("settings", "run", "said"),
     [
-        ({"steps": 0}, "needs a diffusion network and `steps` 1 or more"),
-        ({"steps": 5000}, "steps do not fit"),
-        ({"votes": 0}, "`votes` is a count"),
-        ({"n": 0}, "at least 1"),
-        ({"n": 20}, r"`n` 20: .* the radius 0.5, .* ask for `n` \d+ at least"),
-        ({"sigma": 0.0}, "`sigma` is the standard deviation"),
-        ({"batch": 0}, "`batch` 0"),
-        ({"threads": 0}, "`threads` 0"),
+        ({"steps": 0}, {}, "needs a diffusion network and `steps` 1 or more"),
+        ({"steps": 5000}, {}, "steps do not fit"),
+        ({"votes": 0}, {}, "`votes` is a count"),
+        ({"n": 0}, {}, "at least 1"),
+        ({"n": 20}, {}, r"`n` 20: .* the radius 0.5, .* ask for `n` \d+ at least"),
+        ({"sigma": 0.0}, {}, "`sigma` is the standard deviation"),
+        ({}, {"batch": 0}, "`batch` 0"),
+        ({}, {"threads": 0}, "`threads` 0"),
     ],
     ids=str,
 )
-def test_what_cannot_be_compared_is_refused(toy: Bundle, options: dict[str, float], said: str) -> None:
+def test_what_cannot_be_compared_is_refused(
+    toy: Bundle, settings: dict[str, float], run: dict[str, Any], said: str
+) -> None:
     with pytest.raises(UsageError, match=said):
-        compare(toy_unet(), toy_classifier(), toy, pictures(1), **({"sigma": 0.5} | options))  # type: ignore[arg-type]
+        compare(toy_models(), EngineRun(toy, **run), pictures(1), asked(**settings))
 
 
 def test_n_that_is_asked_for_instead_is_enough(toy: Bundle) -> None:
     with pytest.raises(UsageError) as refused:
-        compare(toy_unet(), toy_classifier(), toy, pictures(1), sigma=0.5, n=20)
+        compare(toy_models(), EngineRun(toy), pictures(1), asked(n=20))
     least = int(str(refused.value).split("`n` ")[-1].split()[0])
     assert 40 < least < 64
-    result = compare(
-        toy_unet(), toy_classifier(), toy, pictures(1), sigma=0.5, steps=2, votes=2, n=least, small=TINY, batch=4
-    )
+    settings = asked(steps=2, votes=2, n=least)
+    result = compare(toy_models(), EngineRun(toy, 4), pictures(1), settings, small=TINY)
     assert result.ours.samples > 0
 
 
 def test_a_bundle_without_a_diffusion_network_is_refused(toy: Bundle) -> None:
     with pytest.raises(UsageError, match="`procedure` compares how often the UNet is called"):
-        compare(no_unet(IMAGE), toy_classifier(), toy, pictures(1), sigma=0.5)
+        compare(Models(no_unet(IMAGE), toy_classifier()), EngineRun(toy), pictures(1), asked())
 
 
 def test_an_engine_of_another_model_is_refused(toy: Bundle) -> None:
     other = dataclasses.replace(toy_unet(), weights_sha256="c" * 64)
     with pytest.raises(UsageError, match="was exported from weights"):
-        compare(other, toy_classifier(), toy, pictures(1), sigma=0.5)
+        compare(Models(other, toy_classifier()), EngineRun(toy), pictures(1), asked())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this PyTorch can use a GPU")
 def test_an_engine_on_the_gpu_is_not_compared_with_pytorch_on_the_cpu(toy: Bundle) -> None:
     with pytest.raises(EnvironmentFault, match="cannot use one"):
-        compare(toy_unet(), toy_classifier(), toy, pictures(1), sigma=0.5, provider="cuda")
+        compare(toy_models(), EngineRun(toy, provider="cuda"), pictures(1), asked())
 
 
 def test_torch_takes_no_read_only_pixels_by_reference() -> None:
@@ -383,5 +374,5 @@ def test_torch_takes_no_read_only_pixels_by_reference() -> None:
     image = pictures(1)[0]
     image.pixels.setflags(write=False)
     with torch.inference_mode():
-        found = PublishedProcedure(toy_unet(), toy_classifier(), TINY, 7, 0, Watched.clock).certify(image)
+        found = PublishedProcedure(toy_models(), TINY, 7, 0, Watched.clock).certify(image)
     assert found.n == TINY.n

@@ -22,7 +22,7 @@ from densepure_rt.export.convert.precision import Feeds, cast, check_types, quan
 from densepure_rt.export.convert.to_onnx import Exported, classifier_onnx, export_bundle, step_onnx
 from densepure_rt.export.models.classifiers import ClassifierModel
 from densepure_rt.export.models.onnx_graph import PRODUCT_OPS, nodes_within, refuse_for_tensorrt, types_of
-from densepure_rt.export.models.sources import Images
+from densepure_rt.export.models.sources import Images, Models
 from densepure_rt.export.models.unets import DiffusionModel
 from densepure_rt.images.datasets import LabelledImage
 from densepure_rt.runtime.bundle import open_bundle
@@ -565,13 +565,10 @@ def test_label_parity_counts_every_disagreement_and_bounds_it(flips: int, seed: 
     places = np.random.default_rng(seed).permutation(60) < flips
     parts = iter(places.reshape(3, 20))
     found = parity.compare_labels(
-        constant(1),
-        lambda mean, chain: 1 + next(parts),
+        (constant(1), lambda mean, chain: 1 + next(parts)),
         "a stand-in",
-        diffusion(),
-        list(np.zeros((3, *IMAGE), np.uint8)),
-        [1, 1, 1],
-        3,
+        Models(diffusion(), classifier()),
+        [LabelledImage(i, np.zeros(IMAGE, np.uint8), 1) for i in range(3)],
         samples=20,
     )
     assert (found.disagreements, found.total) == (flips, 60)
@@ -582,10 +579,9 @@ def test_label_parity_counts_every_disagreement_and_bounds_it(flips: int, seed: 
 
 
 def test_label_parity_certifies_both_engines_from_the_same_samples() -> None:
-    images = list(np.arange(4, dtype=np.uint8).reshape(4, 1, 1, 1) * np.ones(IMAGE, np.uint8))
-    found = parity.compare_labels(
-        constant(1), constant(2), "a stand-in", diffusion(), images, [1, 1, 2, 0], 3, samples=50
-    )
+    images = [LabelledImage(i, np.full(IMAGE, i, np.uint8), label) for i, label in enumerate([1, 1, 2, 0])]
+    models = Models(diffusion(), classifier())
+    found = parity.compare_labels((constant(1), constant(2)), "a stand-in", models, images, samples=50)
     assert [row[0] for row in found.accuracy] == [0.5, 0.25]
     assert found.accuracy[0][-1] is None  # 45 samples reach no radius of 0.75 at sigma 0.5
 
@@ -611,7 +607,7 @@ def images(toy: Toy) -> Images:
 def bundles(toy: Toy, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
     out = tmp_path_factory.mktemp("bundles")
     return {
-        kind: export_bundle(diffusion(), classifier(), out, images(toy), kind=kind)
+        kind: export_bundle(Models(diffusion(), classifier()), out, images(toy), kind=kind)
         for kind in ("fp16", "bf16", "int8", "fp8")
     }
 
@@ -660,11 +656,11 @@ def test_bundle_s_labels_are_those_that_the_device_decides(toy: Toy, bundles: di
 
 def test_precision_that_is_not_known_is_refused(toy: Toy, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="`kind` int4 is not known: fp32, fp16"):
-        export_bundle(diffusion(), classifier(), tmp_path / "out", toy.pixels, kind="int4")
+        export_bundle(Models(diffusion(), classifier()), tmp_path / "out", toy.pixels, kind="int4")
     with pytest.raises(UsageError, match="`keep` does nothing with `kind` fp32"):
-        export_bundle(diffusion(), classifier(), tmp_path / "out", toy.pixels, keep=["conv_in"])
+        export_bundle(Models(diffusion(), classifier()), tmp_path / "out", toy.pixels, keep=["conv_in"])
     with pytest.raises(UsageError, match="`keep` nope matches no module"):
-        export_bundle(diffusion(), classifier(), tmp_path / "out", toy.pixels, kind="fp16", keep=["nope"])
+        export_bundle(Models(diffusion(), classifier()), tmp_path / "out", toy.pixels, kind="fp16", keep=["nope"])
     with pytest.raises(UsageError, match="`kind` int8 is calibrated on training images"):
-        export_bundle(diffusion(), classifier(), tmp_path / "out", toy.pixels, kind="int8")
+        export_bundle(Models(diffusion(), classifier()), tmp_path / "out", toy.pixels, kind="int8")
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

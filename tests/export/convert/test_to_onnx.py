@@ -21,12 +21,13 @@ from torch import Tensor, nn
 import densepure_rt
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.export.convert import to_onnx
+from densepure_rt.export.convert.build_options import BuildOptions
 from densepure_rt.export.convert.parity import file_labels, noisy_labels, torch_labels
 from densepure_rt.export.convert.step_graph import StepGraph
 from densepure_rt.export.convert.to_onnx import Exported, classifier_onnx, export_bundle, step_onnx
-from densepure_rt.export.convert.to_tensorrt import BuildOptions, build_plans
+from densepure_rt.export.convert.to_tensorrt import build_plans
 from densepure_rt.export.models.classifiers import ClassifierModel, zoo_classifier
-from densepure_rt.export.models.sources import Images
+from densepure_rt.export.models.sources import Images, Models
 from densepure_rt.export.models.unets import DiffusionModel, no_unet, zoo_unet
 from densepure_rt.export.zoo.models import ZOO
 from densepure_rt.images.datasets import LabelledImage, open_images
@@ -109,7 +110,7 @@ def pixels() -> NDArray[np.uint8]:
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory: pytest.TempPathFactory, pixels: NDArray[np.uint8]) -> Exported:
-    return export_bundle(unet(), classifier(), tmp_path_factory.mktemp("toy") / "new" / "engines", pixels)
+    return export_bundle(Models(unet(), classifier()), tmp_path_factory.mktemp("toy") / "new" / "engines", pixels)
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +245,7 @@ def test_the_same_model_is_exported_again_in_place(toy: Exported, pixels: NDArra
     before = contents(toy.unet.parent)
     out = put_back(tmp_path / "engines", before)
     said: list[str] = []
-    export_bundle(unet(), classifier(), out, pixels, say=said.append)
+    export_bundle(Models(unet(), classifier()), out, pixels, say=said.append)
     assert contents(out) == before  # the exporter is deterministic
     assert len(said) >= 3
 
@@ -260,7 +261,7 @@ def test_damaged_weights_are_refused_and_nothing_is_written(
     with torch.no_grad():
         parameter[-1] = value
     with pytest.raises(CheckFailed) as caught:
-        export_bundle(model, labels, tmp_path / "engines", pixels)
+        export_bundle(Models(model, labels), tmp_path / "engines", pixels)
     assert part in str(caught.value)
     assert name in str(caught.value)
     assert list(tmp_path.iterdir()) == []
@@ -273,13 +274,13 @@ def test_step_mismatch_publishes_nothing_over_what_was_there(
     before = contents(toy.unet.parent)
     out = put_back(tmp_path / "engines", before)
     with pytest.raises(CheckFailed, match=r"not what PyTorch computes: .*step at t = \d+"):
-        export_bundle(unet(gain=1.001), classifier(), out, pixels)
+        export_bundle(Models(unet(gain=1.001), classifier()), out, pixels)
     assert contents(out) == before
 
 
 def test_classifier_mismatch_publishes_nothing_in_a_new_folder(pixels: NDArray[np.uint8], tmp_path: Path) -> None:
     with pytest.raises(CheckFailed, match="not what PyTorch computes: logits"):
-        export_bundle(unet(), classifier(gain=1.001), tmp_path / "engines", pixels)
+        export_bundle(Models(unet(), classifier(gain=1.001)), tmp_path / "engines", pixels)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
@@ -292,10 +293,10 @@ def test_bundle_of_another_model_is_not_replaced_unless_forced(
     model = unet(weights="c" * 64) if other == "unet" else unet()
     labels = classifier(weights="d" * 64) if other == "classifier" else classifier()
     with pytest.raises(UsageError, match=rf"{other}\.onnx is a bundle of another model .*`force`"):
-        export_bundle(model, labels, out, pixels)
+        export_bundle(Models(model, labels), out, pixels)
     assert contents(out) == before
     if other == "unet":
-        export_bundle(model, labels, out, pixels, force=True)
+        export_bundle(Models(model, labels), out, pixels, force=True)
         assert sorted(contents(out)) == FILES
         assert open_bundle(out / "unet.onnx").unet.weights_sha256 == "c" * 64
 
@@ -303,7 +304,7 @@ def test_bundle_of_another_model_is_not_replaced_unless_forced(
 def test_bundle_that_cannot_be_read_is_not_replaced(pixels: NDArray[np.uint8], tmp_path: Path) -> None:
     (tmp_path / "unet.onnx.json").write_text("somebody's notes")
     with pytest.raises(UsageError, match="another model"):
-        export_bundle(unet(), classifier(), tmp_path, pixels)
+        export_bundle(Models(unet(), classifier()), tmp_path, pixels)
     assert contents(tmp_path) == {"unet.onnx.json": b"somebody's notes"}
 
 
@@ -313,7 +314,7 @@ def test_file_where_the_folder_should_be_is_a_fault_of_the_environment(
 ) -> None:
     (tmp_path / "taken").write_text("a file")
     with pytest.raises(EnvironmentFault, match=r"cannot write .*taken.*`out`"):
-        export_bundle(unet(), classifier(), tmp_path / "taken" / below, pixels)
+        export_bundle(Models(unet(), classifier()), tmp_path / "taken" / below, pixels)
     assert contents(tmp_path) == {"taken": b"a file"}
 
 
@@ -356,7 +357,7 @@ def test_folder_that_cannot_be_written_is_a_fault_of_the_environment(pixels: NDA
     try:
         for out in (tmp_path, tmp_path / "engines"):
             with pytest.raises(EnvironmentFault, match="cannot write"):
-                export_bundle(unet(), classifier(), out, pixels)
+                export_bundle(Models(unet(), classifier()), out, pixels)
         assert list(tmp_path.iterdir()) == []
     finally:
         tmp_path.chmod(0o700)
@@ -371,7 +372,9 @@ def photographs() -> NDArray[np.uint8]:
 @pytest.fixture(scope="module")
 def again(tmp_path_factory: pytest.TempPathFactory, photographs: NDArray[np.uint8]) -> Path:
     """The default model, exported once more from the weights that ship."""
-    return export_bundle(zoo_unet(), zoo_classifier(), tmp_path_factory.mktemp("zoo"), photographs[:2]).unet.parent
+    return export_bundle(
+        Models(zoo_unet(), zoo_classifier()), tmp_path_factory.mktemp("zoo"), photographs[:2]
+    ).unet.parent
 
 
 def walk(folder: Path, pixels: NDArray[np.uint8]) -> Iterator[Floats]:
@@ -466,7 +469,7 @@ def large(out: Path, pixels: NDArray[np.uint8], kind: str = "fp32", model: Diffu
     """A bundle of graphs whose weights are taken to be too large for them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(to_onnx, "LARGE", 0)
-        return export_bundle(model or unet(), classifier(), out, pixels, kind=kind)
+        return export_bundle(Models(model or unet(), classifier()), out, pixels, kind=kind)
 
 
 @pytest.fixture(scope="module")
@@ -516,7 +519,7 @@ def test_genuine_weights_under_another_name_do_not_vouch_for_those_that_the_grap
 
 
 def test_weights_of_a_larger_model_go_when_a_smaller_one_replaces_it(copied: Path, pixels: NDArray[np.uint8]) -> None:
-    export_bundle(unet(), classifier(), copied, pixels, force=True)
+    export_bundle(Models(unet(), classifier()), copied, pixels, force=True)
     assert not [path.name for path in copied.iterdir() if path.suffix == ".data"]
 
 
@@ -677,7 +680,7 @@ def test_large_weights_are_not_quantized(
 ) -> None:
     monkeypatch.setattr(to_onnx, "LARGE", 0)
     with pytest.raises(UsageError, match=rf"`kind` {kind}: the weights are .* GiB, .*use fp16"):
-        export_bundle(unet(), classifier(), tmp_path, Images(pixels, calibration=pixels), kind=kind)
+        export_bundle(Models(unet(), classifier()), tmp_path, Images(pixels, calibration=pixels), kind=kind)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -696,14 +699,19 @@ def test_sidecars_say_how_accurate_their_engine_was_found_to_be(toy: Exported) -
 def test_sidecars_count_the_labels_that_a_smaller_precision_changes(pixels: NDArray[np.uint8], tmp_path: Path) -> None:
     """The counts are found again from the files and the modules."""
     labelled = [LabelledImage(i, image, 0) for i, image in enumerate(pixels)]
-    exported = export_bundle(unet(), classifier(), tmp_path, Images(pixels, labelled, 8), kind="fp16")
+    exported = export_bundle(Models(unet(), classifier()), tmp_path, Images(pixels, labelled, 8), kind="fp16")
     assert exported.labels is not None
     chain = make_chain(unet().schedule, "fixed_small", exported.labels.sigma, 1)
     model, labels = unet(), classifier()
     wanted, found = (
         noisy_labels(label, chain, list(pixels), 8)
         for label in (
-            torch_labels(dataclasses.replace(model, network=model.network.eval()), labels.network.eval()),
+            torch_labels(
+                Models(
+                    dataclasses.replace(model, network=model.network.eval()),
+                    dataclasses.replace(labels, network=labels.network.eval()),
+                )
+            ),
             file_labels(exported.unet, exported.classifier, "fp16"),
         )
     )
@@ -721,13 +729,13 @@ def test_networks_in_training_are_exported_and_compared_in_evaluation(
     model, labels = unet(), classifier()
     model.network.train()
     labels.network.train()
-    assert export_bundle(model, labels, tmp_path, pixels[:2], kind="fp16").worst_step.relative_l2 < 3e-3
+    assert export_bundle(Models(model, labels), tmp_path, pixels[:2], kind="fp16").worst_step.relative_l2 < 3e-3
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory, pixels: NDArray[np.uint8]) -> Path:
     """A classifier alone."""
-    return export_bundle(no_unet(IMAGE), classifier(), tmp_path_factory.mktemp("plain"), pixels).unet
+    return export_bundle(Models(no_unet(IMAGE), classifier()), tmp_path_factory.mktemp("plain"), pixels).unet
 
 
 def test_bundle_without_a_unet_is_plain_smoothing_of_its_classifier(plain: Path, pixels: NDArray[np.uint8]) -> None:

@@ -18,11 +18,12 @@ from onnx import TensorProto, helper
 
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.export.convert import to_onnx
+from densepure_rt.export.convert.build_options import BuildOptions
 from densepure_rt.export.convert.to_onnx import contents, lowered
-from densepure_rt.export.convert.to_tensorrt import BuildOptions, build, build_plans, source_bundle
+from densepure_rt.export.convert.to_tensorrt import build, build_plans, source_bundle
 from densepure_rt.export.models.classifiers import zoo_classifier
 from densepure_rt.export.models.onnx_graph import SCOPES, scopes
-from densepure_rt.export.models.sources import CALIBRATION, Images
+from densepure_rt.export.models.sources import CALIBRATION, Images, Models
 from densepure_rt.export.models.unets import zoo_unet
 from densepure_rt.runtime.bundle import (
     Bundle,
@@ -33,9 +34,8 @@ from densepure_rt.runtime.bundle import (
     read_sidecar,
     sha256_of,
     shipped_engine,
-    sidecar_path,
-    to_json,
 )
+from tests.support.bundles import engines_copied, write_sidecars
 
 trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 
@@ -53,9 +53,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
 
 def toy_bundle(folder: Path, node: onnx.NodeProto, extra: tuple[onnx.NodeProto, ...] = ()) -> Bundle:
     """The default bundle with a small classifier of other nodes in place of its own: "mean" to "logits"."""
-    for name in ("unet.onnx", "classifier.onnx"):
-        shutil.copy(SHIPPED.with_name(name), folder / name)
-        shutil.copy(sidecar_path(SHIPPED.with_name(name)), sidecar_path(folder / name))
+    engines_copied(folder)
     graph = helper.make_graph(
         [node, *extra],
         "toy",
@@ -66,11 +64,8 @@ def toy_bundle(folder: Path, node: onnx.NodeProto, extra: tuple[onnx.NodeProto, 
     onnx.save(model, folder / "classifier.onnx")
     ref = FileRef("classifier.onnx", sha256_of(folder / "classifier.onnx"))
     shipped = open_bundle(SHIPPED)
-    for sidecar in (
-        dataclasses.replace(shipped.classifier, file=ref),
-        dataclasses.replace(shipped.unet, classifier=ref),
-    ):
-        sidecar_path(folder / sidecar.file.name).write_text(to_json(sidecar))
+    changed = dataclasses.replace(shipped.classifier, file=ref), dataclasses.replace(shipped.unet, classifier=ref)
+    write_sidecars(folder, *changed)
     return open_bundle(folder / "unet.onnx")
 
 
@@ -273,10 +268,8 @@ def test_the_default_model_is_built_in_every_smaller_precision(
     with np.load(str(files("densepure_rt") / "data" / CALIBRATION)) as archive:
         images = Images(np.empty(0, np.uint8), calibration=archive["x"].transpose(0, 3, 1, 2))
     shipped = open_bundle(SHIPPED)
-    unet, classifier = lowered(zoo_unet(), zoo_classifier(), kind, ())
-    for content, sidecar in zip(
-        contents(unet, classifier, kind, (), images), (shipped.unet, shipped.classifier), strict=True
-    ):
+    models = lowered(Models(zoo_unet(), zoo_classifier()), kind, ())
+    for content, sidecar in zip(contents(models, kind, (), images), (shipped.unet, shipped.classifier), strict=True):
         path = tmp_path / sidecar.file.name
         begun = time.process_time()
         options = BuildOptions(batches=(64,))
@@ -305,7 +298,7 @@ import torch
 from diffusers import UNet2DModel
 from densepure_rt.export.convert.to_onnx import step_onnx
 from densepure_rt.export.models.onnx_graph import SCOPES, scopes
-from densepure_rt.export.convert.to_tensorrt import BuildOptions, build
+from densepure_rt.export.convert.to_tensorrt import build
 from densepure_rt.export.models.unets import DiffusersNetwork, zoo_unet
 torch.manual_seed(0)
 down = ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "DownBlock2D")

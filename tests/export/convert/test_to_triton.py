@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,8 @@ from densepure_rt.runtime.bundle import (
     read_sidecar,
     sha256_of,
     shipped_engine,
-    sidecar_path,
-    to_json,
 )
+from tests.support.bundles import engines_copied, write_sidecars
 from tests.support.triton_config import SCHEMA, config_of
 
 
@@ -51,8 +49,7 @@ def planned(folder: Path, batches: tuple[int, ...] = (8, 64), **changed: Any) ->
 
     classifier = dataclasses.replace(shipped.classifier, **built("classifier.plan", shipped.classifier.file))
     unet = dataclasses.replace(shipped.unet, **built("unet.plan", shipped.unet.file), classifier=classifier.file)
-    for sidecar in (classifier, unet):
-        sidecar_path(folder / sidecar.file.name).write_text(to_json(sidecar))
+    write_sidecars(folder, classifier, unet)
     return open_bundle(folder / "unet.plan")
 
 
@@ -160,9 +157,7 @@ def test_precisions_that_onnx_runtime_computes_wrongly_are_refused(
 
 
 def test_weights_beside_a_graph_come_along_under_their_name(tmp_path: Path, shipped: Bundle) -> None:
-    for name in ("unet.onnx", "classifier.onnx"):
-        shutil.copy(shipped_engine().with_name(name), tmp_path)
-        shutil.copy(sidecar_path(shipped_engine().with_name(name)), tmp_path)
+    engines_copied(tmp_path)
     model = onnx.load(tmp_path / "unet.onnx")
     onnx.save(model, tmp_path / "unet.onnx", save_as_external_data=True, location="unet.onnx.data")
     sidecar = dataclasses.replace(
@@ -170,7 +165,7 @@ def test_weights_beside_a_graph_come_along_under_their_name(tmp_path: Path, ship
         file=FileRef("unet.onnx", sha256_of(tmp_path / "unet.onnx")),
         data=FileRef("unet.onnx.data", sha256_of(tmp_path / "unet.onnx.data")),
     )
-    sidecar_path(tmp_path / "unet.onnx").write_text(to_json(sidecar))
+    write_sidecars(tmp_path, sidecar)
     export_repository(open_bundle(tmp_path / "unet.onnx"), tmp_path / "models")
     folder = tmp_path / "models/unet/1"
     assert sorted(os.listdir(folder)) == ["model.onnx", "model.onnx.json", "unet.onnx.data"]

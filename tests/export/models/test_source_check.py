@@ -19,6 +19,7 @@ from densepure_rt.export.convert.to_onnx import check_sources, export_bundle
 from densepure_rt.export.models import onnx_classifiers
 from densepure_rt.export.models.classifiers import ClassifierModel, declare, open_classifier
 from densepure_rt.export.models.source_check import as_function, check_source, distance, torch_source
+from densepure_rt.export.models.sources import Models
 from densepure_rt.export.models.unets import DiffusionModel, no_unet
 from densepure_rt.runtime.schedule import Schedule
 
@@ -67,7 +68,9 @@ FAULTS: dict[str, tuple[nn.Module, str]] = {
 
 
 def test_sound_network_passes() -> None:
-    check_sources(no_unet(IMAGE), ClassifierModel(Net(nn.Identity()).eval(), IMAGE, tuple("abcde"), "0" * 64), PIXELS)
+    check_sources(
+        Models(no_unet(IMAGE), ClassifierModel(Net(nn.Identity()).eval(), IMAGE, tuple("abcde"), "0" * 64)), PIXELS
+    )
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -75,7 +78,7 @@ def test_fault_of_a_classifier_in_pytorch_is_told_before_its_export(tmp_path: Pa
     middle, said = FAULTS[fault]
     classifier = ClassifierModel(Net(middle), IMAGE, tuple("abcde"), "0" * 64)
     with pytest.raises(CheckFailed, match=f"the classifier in PyTorch .*{said}"):
-        export_bundle(no_unet(IMAGE), classifier, tmp_path / "out", PIXELS)
+        export_bundle(Models(no_unet(IMAGE), classifier), tmp_path / "out", PIXELS)
     assert not (tmp_path / "out").exists()
 
 
@@ -97,13 +100,13 @@ def test_fault_of_a_unet_is_told(fault: str) -> None:
     unet = DiffusionModel(network, IMAGE, Schedule("linear", 1000), "fixed_small", "epsilon", (-1.0, 1.0), "0" * 64)
     classifier = ClassifierModel(Net(nn.Identity()).eval(), IMAGE, tuple("abcde"), "0" * 64)
     with pytest.raises(CheckFailed, match=f"the UNet in PyTorch .*{said}"):
-        check_sources(unet, classifier, PIXELS)
+        check_sources(Models(unet, classifier), PIXELS)
 
 
 def test_one_image_alone_shows_dependence_on_the_batch_too() -> None:
     classifier = ClassifierModel(Net(FAULTS["batch statistics"][0]).eval(), IMAGE, tuple("abcde"), "0" * 64)
     with pytest.raises(CheckFailed, match="in a batch of 2 than alone"):
-        check_sources(no_unet(IMAGE), classifier, PIXELS[:1])
+        check_sources(Models(no_unet(IMAGE), classifier), PIXELS[:1])
 
 
 def test_module_after_the_fault_is_not_blamed() -> None:
@@ -187,7 +190,9 @@ ONNX_FAULTS = {
 def test_fault_of_an_onnx_file_is_told_of_the_file(tmp_path: Path, fault: str) -> None:
     middle, said = ONNX_FAULTS[fault]
     with pytest.raises(CheckFailed, match=said) as caught:
-        export_bundle(no_unet(IMAGE), opened(onnx_file(tmp_path / "toy.onnx", middle)), tmp_path / "out", PIXELS)
+        export_bundle(
+            Models(no_unet(IMAGE), opened(onnx_file(tmp_path / "toy.onnx", middle))), tmp_path / "out", PIXELS
+        )
     assert "PyTorch" not in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -196,13 +201,15 @@ def test_fault_of_an_onnx_file_is_told_of_the_file(tmp_path: Path, fault: str) -
 def test_fixed_batch_does_not_hide_the_fault(tmp_path: Path, fault: str) -> None:
     middle, said = ONNX_FAULTS[fault]
     with pytest.raises(CheckFailed, match=said):
-        export_bundle(no_unet(IMAGE), opened(onnx_file(tmp_path / "toy.onnx", middle, batch=1)), tmp_path, PIXELS)
+        export_bundle(
+            Models(no_unet(IMAGE), opened(onnx_file(tmp_path / "toy.onnx", middle, batch=1))), tmp_path, PIXELS
+        )
 
 
 def test_export_of_an_onnx_file_speaks_of_the_file(tmp_path: Path) -> None:
     said: list[str] = []
     path = onnx_file(tmp_path / "toy.onnx", [helper.make_node("Relu", ["r"], ["m"])])
-    done = export_bundle(no_unet(IMAGE), opened(path), tmp_path / "out", PIXELS, say=said.append)
+    done = export_bundle(Models(no_unet(IMAGE), opened(path)), tmp_path / "out", PIXELS, say=said.append)
     assert done.against == "toy.onnx"
     assert "comparing numbers with toy.onnx" in said
     assert not any("PyTorch" in line for line in said)
@@ -227,7 +234,7 @@ def test_overflow_of_a_small_type_names_the_module_and_the_option(tmp_path: Path
         CheckFailed,
         match=r"overflows in fp16, which ends at 65,504, first in module wide .*`keep` 'wide'.*or export bf16",
     ):
-        export_bundle(no_unet(IMAGE), classifier, tmp_path / "out", PIXELS, kind="fp16")
+        export_bundle(Models(no_unet(IMAGE), classifier), tmp_path / "out", PIXELS, kind="fp16")
 
 
 def test_network_that_gives_zeros_is_exported(tmp_path: Path) -> None:
@@ -236,7 +243,7 @@ def test_network_that_gives_zeros_is_exported(tmp_path: Path) -> None:
     nn.init.zeros_(network.head.weight)
     nn.init.zeros_(network.head.bias)
     done = export_bundle(
-        no_unet(IMAGE), ClassifierModel(network, IMAGE, tuple("abcde"), "0" * 64), tmp_path / "out", PIXELS
+        Models(no_unet(IMAGE), ClassifierModel(network, IMAGE, tuple("abcde"), "0" * 64)), tmp_path / "out", PIXELS
     )
     assert done.worst_logits.relative_l2 == 0
 
@@ -262,7 +269,7 @@ def test_resize_means_the_same_in_a_later_opset(
     model.graph.node[-2].input[0] = "k"  # the mean of a part, which moves with the pixels
     model.graph.node.insert(len(model.graph.node) - 2, next(node for node in corner if node is not None))
     onnx.save(model, path)
-    done = export_bundle(no_unet(IMAGE), opened(path), tmp_path / "out", PIXELS)
+    done = export_bundle(Models(no_unet(IMAGE), opened(path)), tmp_path / "out", PIXELS)
     assert done.worst_logits.relative_l2 < 1e-5
 
 
@@ -276,4 +283,6 @@ def test_conversion_that_changes_numbers_is_told_apart(tmp_path: Path, monkeypat
     ]
     said = r"changes what .*toy\.onnx computes when it brings it from opset 10 to 20 .*node bigger \(Resize\)"
     with pytest.raises(CheckFailed, match=said):
-        export_bundle(no_unet(IMAGE), opened(onnx_file(tmp_path / "toy.onnx", middle, 10)), tmp_path / "out", PIXELS)
+        export_bundle(
+            Models(no_unet(IMAGE), opened(onnx_file(tmp_path / "toy.onnx", middle, 10))), tmp_path / "out", PIXELS
+        )

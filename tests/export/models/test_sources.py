@@ -38,6 +38,7 @@ from densepure_rt.export.models.sources import (
     LAYOUT,
     PARITY_IMAGES,
     TRAINING,
+    Models,
     calibration_pixels,
     check_images,
     clip_of,
@@ -49,7 +50,7 @@ from densepure_rt.export.models.sources import (
     scale_of,
     steps_of,
 )
-from densepure_rt.export.models.unets import DiffusersNetwork, DiffusionModel, NoNetwork, no_unet, zoo_unet
+from densepure_rt.export.models.unets import DiffusersNetwork, NoNetwork, no_unet, zoo_unet
 from densepure_rt.export.zoo.models import CLASS_NAMES, ZOO
 from densepure_rt.images.datasets import SHIPPED_SHAPE, open_images
 from densepure_rt.runtime.bundle import StepSidecar, read_sidecar, sha256_of, shipped_engine
@@ -593,17 +594,14 @@ def test_timestep_scale_is_positive_and_finite(scale: float) -> None:
 
 
 @pytest.fixture(scope="module")
-def shipped() -> tuple[DiffusionModel, ClassifierModel]:
-    return no_unet(SHIPPED_SHAPE), zoo_classifier()
+def shipped() -> Models:
+    return Models(no_unet(SHIPPED_SHAPE), zoo_classifier())
 
 
 @pytest.fixture(scope="module")
-def own() -> tuple[DiffusionModel, ClassifierModel]:
+def own() -> Models:
     names = tuple("abcde")
-    return no_unet((2, 6, 4)), ClassifierModel(nn.Linear(48, 5), (2, 6, 4), names, "a" * 64)
-
-
-Models = tuple[DiffusionModel, ClassifierModel]
+    return Models(no_unet((2, 6, 4)), ClassifierModel(nn.Linear(48, 5), (2, 6, 4), names, "a" * 64))
 
 
 def images_file(folder: Path, count: int) -> Path:
@@ -631,33 +629,33 @@ def test_made_up_pictures_differ_and_are_smooth() -> None:
 
 def test_pictures_are_made_up_where_none_fit_and_it_is_said(own: Models) -> None:
     said: list[str] = []
-    found = comparison_images(*own, None, None, said.append)
+    found = comparison_images(own, None, None, said.append)
     assert (len(found), [image.label for image in found]) == (LABEL_IMAGES, [None] * LABEL_IMAGES)
     assert np.array_equal(np.stack([image.pixels for image in found]), made_up((2, 6, 4), LABEL_IMAGES))
     assert len(said) == 1
     assert "made up" in said[0]
-    assert len(comparison_images(*own, None, 3)) == 3
+    assert len(comparison_images(own, None, 3)) == 3
 
 
 def test_shipped_images_are_compared_on_where_they_are_the_models(shipped: Models) -> None:
     said: list[str] = []
-    found = comparison_images(*shipped, None, None, said.append)
+    found = comparison_images(shipped, None, None, said.append)
     everything = list(open_images(None, SHIPPED_SHAPE, CLASS_NAMES))
     assert [image.idx for image in found] == [image.idx for image in everything[:: len(everything) // LABEL_IMAGES]]
     assert all(image.label is not None for image in found)
     assert said == []
     other = dataclasses.replace(shipped[1], class_names=tuple("0123456789"))
-    assert all(image.label is None for image in comparison_images(shipped[0], other, None, 2))
+    assert all(image.label is None for image in comparison_images(Models(shipped[0], other), None, 2))
 
 
 @given(st.data())
 def test_comparison_images_are_evenly_spread(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """No two neighbours lie further apart than others by more than one, and the last part is not left out."""
     folder = tmp_path_factory.mktemp("images")
-    own = no_unet((2, 6, 4)), ClassifierModel(nn.Linear(48, 5), (2, 6, 4), tuple("abcde"), "a" * 64)
+    own = Models(no_unet((2, 6, 4)), ClassifierModel(nn.Linear(48, 5), (2, 6, 4), tuple("abcde"), "a" * 64))
     total = data.draw(st.integers(1, 60))
     count = data.draw(st.integers(1, total))
-    found = comparison_images(*own, images_file(folder, total), count)
+    found = comparison_images(own, images_file(folder, total), count)
     places = [int(image.pixels[0, 0, 0]) for image in found]
     assert [image.label for image in found] == [place % 5 for place in places]
     assert len(set(places)) == count
@@ -668,37 +666,37 @@ def test_comparison_images_are_evenly_spread(tmp_path_factory: pytest.TempPathFa
 
 
 def test_as_many_images_are_taken_as_there_are(own: Models, tmp_path: Path) -> None:
-    assert len(comparison_images(*own, images_file(tmp_path, 7), None)) == 7
-    assert len(comparison_images(*own, images_file(tmp_path, 30), None)) == LABEL_IMAGES
-    refusal(lambda: comparison_images(*own, images_file(tmp_path, 7), 8), "8 images", "7.npz", "holds 7")
-    refusal(lambda: comparison_images(*own, None, 0), "0 images")
+    assert len(comparison_images(own, images_file(tmp_path, 7), None)) == 7
+    assert len(comparison_images(own, images_file(tmp_path, 30), None)) == LABEL_IMAGES
+    refusal(lambda: comparison_images(own, images_file(tmp_path, 7), 8), "8 images", "7.npz", "holds 7")
+    refusal(lambda: comparison_images(own, None, 0), "0 images")
 
 
 def test_calibration_is_on_training_images_of_the_model_or_none(shipped: Models, own: Models, tmp_path: Path) -> None:
-    pixels = calibration_pixels(*shipped, None)
+    pixels = calibration_pixels(shipped, None)
     assert pixels is not None
     assert pixels.shape[1:] == SHIPPED_SHAPE
     assert pixels.dtype == np.uint8
     tested = {image.pixels.tobytes() for image in open_images(None, SHIPPED_SHAPE, CLASS_NAMES)}
     assert not tested & {image.tobytes() for image in pixels}
-    again = calibration_pixels(*shipped, None)
+    again = calibration_pixels(shipped, None)
     assert again is not None
     assert np.array_equal(again, pixels)
-    assert calibration_pixels(*own, None) is None
-    given = calibration_pixels(*own, images_file(tmp_path, 9))
+    assert calibration_pixels(own, None) is None
+    given = calibration_pixels(own, images_file(tmp_path, 9))
     assert given is not None
     assert (given.shape, given[:, 0, 0, 0].tolist()) == ((9, 2, 6, 4), list(range(9)))
 
 
 def test_labels_are_compared_on_small_images_alone(own: Models) -> None:
-    checks = check_images(*own, None, None, None, 5)
+    checks = check_images(own, None, None, None, 5)
     assert (checks.parity.shape, len(checks.labelled), checks.samples) == ((PARITY_IMAGES, 2, 6, 4), LABEL_IMAGES, 5)
     assert checks.calibration is None
     side = math.isqrt(LARGE_IMAGE) + 1
-    large = no_unet((1, side, side)), dataclasses.replace(own[1], image=(1, side, side))
-    checks = check_images(*large, None, None, 2, 5)
+    large = Models(no_unet((1, side, side)), dataclasses.replace(own.classifier, image=(1, side, side)))
+    checks = check_images(large, None, None, 2, 5)
     assert (checks.parity.shape, len(checks.labelled)) == ((2, 1, side, side), 0)
-    refusal(lambda: check_images(*own, None, None, None, 1), "`label_samples` 1")
+    refusal(lambda: check_images(own, None, None, None, 1), "`label_samples` 1")
 
 
 # Through the command line
