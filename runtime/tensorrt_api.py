@@ -61,6 +61,9 @@ GUARDED = {
     "DISTRIBUTIVE_INDEPENDENCE": "tensorrt-rtx, and tensorrt later than 10.3",
     "TilingOptimizationLevel": "tensorrt-rtx, and tensorrt later than 10.3",
     "tiling_optimization_level": "tensorrt-rtx, and tensorrt later than 10.3",
+    "FAST": "tensorrt-rtx, and tensorrt later than 10.3",
+    "MODERATE": "tensorrt-rtx, and tensorrt later than 10.3",
+    "FULL": "tensorrt-rtx, and tensorrt later than 10.3",
 }
 
 

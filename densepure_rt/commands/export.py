@@ -119,7 +119,31 @@ def export(
     version_compatible: Annotated[
         bool,
         typer.Option(
-            "--version-compatible", help="tensorrt: run on later versions of the same major.", rich_help_panel=PLANS
+            "--version-compatible",
+            help="tensorrt: run on the lean library of this version, beside later ones.",
+            rich_help_panel=PLANS,
+        ),
+    ] = False,
+    max_aux_streams: Annotated[
+        int | None, typer.Option(help="tensorrt: CUDA streams beside the first.", rich_help_panel=PLANS)
+    ] = None,
+    tiling_optimization_level: Annotated[
+        int | None, typer.Option(help="tensorrt: 0 searches no tiling, 3 all.", rich_help_panel=PLANS)
+    ] = None,
+    avg_timing: Annotated[
+        int | None, typer.Option(help="tensorrt: timings that are averaged for a kernel.", rich_help_panel=PLANS)
+    ] = None,
+    use_dla_core: Annotated[
+        int | None, typer.Option(help="tensorrt on a Jetson: the DLA core to run on.", rich_help_panel=PLANS)
+    ] = None,
+    allow_gpu_fallback: Annotated[
+        bool,
+        typer.Option("--allow-gpu-fallback", help="The GPU runs what the DLA cannot.", rich_help_panel=PLANS),
+    ] = False,
+    allow_weight_streaming: Annotated[
+        bool,
+        typer.Option(
+            "--allow-weight-streaming", help="Refused: such plans run in no CUDA graph.", rich_help_panel=PLANS
         ),
     ] = False,
     as_json: Json = False,
@@ -154,6 +178,12 @@ def export(
             "--timing-cache-strict": timing_cache_strict,
             "--hw-compat": hw_compat,
             "--version-compatible": version_compatible,
+            "--max-aux-streams": max_aux_streams is not None,
+            "--tiling-optimization-level": tiling_optimization_level is not None,
+            "--avg-timing": avg_timing is not None,
+            "--use-dla-core": use_dla_core is not None,
+            "--allow-gpu-fallback": allow_gpu_fallback,
+            "--allow-weight-streaming": allow_weight_streaming,
         }
         unused += [f"--target {kind}" for kind in targets if kind != "triton"]
         unused += [name for name, value in of_plans.items() if value]
@@ -174,7 +204,8 @@ def export(
     for flavour in PLAN_SUFFIXES:
         if flavour in targets:
             with optional("building plans", "onnx", f"run \"pip install 'densepure-rt[{flavour}]'\""):
-                from densepure_rt.export.convert.to_tensorrt import BuildOptions, build_plans, source_bundle
+                from densepure_rt.export.convert.build_options import BuildOptions
+                from densepure_rt.export.convert.to_tensorrt import build_plans, source_bundle
             options = BuildOptions(
                 batches=tuple(number(word, "--batch") for word in (batch or "64").split(",")),
                 compute_capabilities=tuple(compute_capability.split(",")) if compute_capability else (),
@@ -185,6 +216,12 @@ def export(
                 timing_cache_strict=timing_cache_strict,
                 hardware=hw_compat,
                 version_compatible=version_compatible,
+                max_aux_streams=max_aux_streams,
+                tiling_optimization_level=tiling_optimization_level,
+                avg_timing=avg_timing,
+                use_dla_core=use_dla_core,
+                allow_gpu_fallback=allow_gpu_fallback,
+                allow_weight_streaming=allow_weight_streaming,
             )
             report[flavour] = []
             for kind in kinds:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+import densepure_rt.export.convert.build_options
 import densepure_rt.export.convert.to_tensorrt
 import densepure_rt.runtime.tensorrt_api
 import densepure_rt.runtime.tensorrt_device
@@ -40,6 +41,7 @@ from tests.runtime.test_tensorrt_device import a_plan, put_bundle
 trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 
 MODULES = (
+    densepure_rt.export.convert.build_options,
     densepure_rt.export.convert.to_tensorrt,
     densepure_rt.runtime.tensorrt_api,
     densepure_rt.runtime.tensorrt_device,

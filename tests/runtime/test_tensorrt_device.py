@@ -143,6 +143,8 @@ def test_a_plan_that_was_really_built_says_by_what_and_how_long_it_is() -> None:
     config.set_compute_capability(trt.ComputeCapability.SM89, 0)
     plan = bytes(builder.build_serialized_network(network, config))
     assert maker(plan) == ("tensorrt-rtx", trt.__version__)
+    if shutil.which("nvidia-smi") is None:  # so nothing of it can be asked, its layers neither
+        assert trt.Runtime(logger).deserialize_cuda_engine(plan) is None
     refuse_damaged_plan("unet.rtx.plan", a_plan(version=trt.__version__), plan)
     with pytest.raises(CheckFailed, match="copy it again"):
         refuse_damaged_plan("unet.rtx.plan", a_plan(version=trt.__version__), plan[:-1])

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 import densepure_rt
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.export.convert import to_onnx
+from densepure_rt.export.convert.build_options import BuildOptions
 from densepure_rt.export.convert.parity import file_labels, noisy_labels, torch_labels
 from densepure_rt.export.convert.step_graph import StepGraph
 from densepure_rt.export.convert.to_onnx import Exported, classifier_onnx, export_bundle, step_onnx
-from densepure_rt.export.convert.to_tensorrt import BuildOptions, build_plans
+from densepure_rt.export.convert.to_tensorrt import build_plans
 from densepure_rt.export.models.classifiers import ClassifierModel, zoo_classifier
 from densepure_rt.export.models.sources import Images
 from densepure_rt.export.models.unets import DiffusionModel, no_unet, zoo_unet
