@@ -14,6 +14,8 @@ import hashlib
 import json
 import math
 import os
+import re
+import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -42,7 +44,12 @@ Flavour = Literal["tensorrt", "tensorrt-rtx"]
 ONNX_SUFFIX = ".onnx"
 PLAN_SUFFIXES: dict[Flavour, str] = {"tensorrt-rtx": ".rtx.plan", "tensorrt": ".plan"}  # the longer first
 DATA_KEY = "densepure_rt.data"  # under which a graph's own metadata says which weights it reads: `data_mark`
-RTX_MAGIC = b"vtrt"  # the first bytes of every plan of tensorrt-rtx 1.7
+# How a plan begins: a tag, the version of the format, the plan's size and, a byte each, the library's version. Source:
+# printPlanVersion of trtexec, samples/common/sampleEngines.cpp of NVIDIA/TensorRT; where the size stands was read off
+# plans of tensorrt-rtx 1.7.
+HEADER = struct.Struct("<4sI8xQ4B")
+TAGS: dict[bytes, Flavour] = {b"ftrt": "tensorrt", b"vtrt": "tensorrt-rtx"}
+KNOWN_FORMAT = 0  # the one version of the format that has been seen
 UNKNOWN = "unknown"  # the version of a plan that has no sidecar
 # Fields of a sidecar that may be absent.
 OPTIONAL = ("plan", "data", "accuracy", "preprocessing", "attention", "denoising")
@@ -69,7 +76,8 @@ class FileRef:
 class Plan:
     """What a TensorRT plan was built from, by what and for which GPUs.
 
-    flavour, version: the library; a plan runs on that flavour and version alone. batches: the batch sizes that it
+    flavour, version: the library; a plan runs on that flavour and version alone, or where it is `version_compatible`
+    on that version's lean library, beside a later one. batches: the batch sizes that it
     takes, one fixed profile each, in this order. compute_capabilities: such as "8.6". gpu: the one that it was built
     on, or None. onnx: what it was built from. types: element types that its convolutions and matrix products multiply,
     with their number. recipe: the options of the build, named as those of `densepure-rt export` with underscores.
@@ -83,6 +91,16 @@ class Plan:
     onnx: FileRef
     types: Mapping[str, int]
     recipe: Mapping[str, str]
+
+    @property
+    def version_compatible(self) -> bool:
+        return self.recipe.get("version_compatible") == "true"
+
+    @property
+    def dla_core(self) -> int | None:
+        """Tell which DLA core of a Jetson runs the layers that it can, None where the GPU runs all."""
+        core = self.recipe.get("use_dla_core", "")
+        return int(core) if core.isdecimal() else None
 
 
 @dataclass(frozen=True)
@@ -217,6 +235,45 @@ def sha256_of(path: Path) -> str:
     return files.sha256_of(path, "model")
 
 
+def release(version: str) -> tuple[int, ...]:
+    """Return the numbers of a version of TensorRT: (10, 14, 1, 48) of "10.14.1.48.post1", none of "unknown"."""
+    found = re.match(r"\d+(\.\d+){0,3}", version)
+    return tuple(map(int, found[0].split("."))) if found else ()
+
+
+def same_release(one: str, other: str) -> bool:
+    """Compare two versions in the numbers that both have: a Jetson's "10.3.0" is "10.3.0.30" without its build."""
+    return all(a == b for a, b in zip(release(one), release(other), strict=False))
+
+
+def maker(content: bytes) -> tuple[Flavour, str] | None:
+    """Read off a plan's first bytes which flavour and version built it; None of what is no plan."""
+    if len(content) < HEADER.size or content[:4] not in TAGS:
+        return None
+    tag, form, _, *version = HEADER.unpack_from(content)
+    return TAGS[tag], ".".join(map(str, version)) if form == KNOWN_FORMAT else UNKNOWN
+
+
+def refuse_damaged_plan(name: str, plan: Plan, content: bytes) -> None:
+    """Raise CheckFailed for bytes that are no plan, not a whole one, or another than `plan` says.
+
+    A hash tells as much, but not of a plan that is trusted without one, and not when a sidecar lies.
+    """
+    found = maker(content)
+    if found is None:
+        raise CheckFailed(f"{name} is no plan of TensorRT, it begins with {content[:4]!r}: build the plan again")
+    flavour, version = found
+    size = HEADER.unpack_from(content)[2]
+    if flavour == "tensorrt-rtx" and version != UNKNOWN and size != len(content):
+        raise CheckFailed(f"{name} has {len(content)} bytes of the {size} that it should: copy it again")
+    known = UNKNOWN not in (version, plan.version)
+    if flavour != plan.flavour or (known and release(version)[:3] != release(plan.version)[:3]):
+        raise CheckFailed(
+            f"{name} was built by {flavour} {version}, its sidecar says {plan.flavour} {plan.version}: build the plan "
+            f"again"
+        )
+
+
 def to_json(sidecar: Sidecar) -> str:
     fields = {"schema_version": SCHEMA_VERSION} | dataclasses.asdict(sidecar)
     for name in OPTIONAL:
@@ -335,9 +392,8 @@ def trusted_sidecar(plan: Path) -> StepSidecar | ClassifierSidecar:
     onnx, flavour = onnx_path(plan)
     sidecar = read_sidecar(onnx)
     with files.opened(plan, "model") as file:
-        if file.read(len(RTX_MAGIC)) == RTX_MAGIC:
-            flavour = "tensorrt-rtx"
-    built = Plan(flavour, UNKNOWN, (), (), None, sidecar.file, {}, {})
+        flavour, version = maker(file.read(HEADER.size)) or (flavour, UNKNOWN)
+    built = Plan(flavour, version, (), (), None, sidecar.file, {}, {})
     ours = dataclasses.replace(sidecar, file=FileRef(plan.name, sha256_of(plan)), plan=built)
     if isinstance(ours, StepSidecar):
         classifier = plan_path(plan.with_name(ours.classifier.name), onnx_path(plan)[1])

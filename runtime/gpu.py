@@ -22,12 +22,14 @@ class Gpu:
         compute_capability: Such as "9.0".
         driver: The newest CUDA that the driver runs, such as "12.6".
         driver_release: The driver's own version, such as "550.54.15"; "unknown" where NVML does not tell.
+        memory: Bytes in all; a Jetson shares them with its CPU.
     """
 
     name: str
     compute_capability: str
     driver: str
     driver_release: str = UNKNOWN
+    memory: int = 0
 
     @property
     def facts(self) -> dict[str, str]:
@@ -49,7 +51,7 @@ def find() -> Gpu:
             f"no NVIDIA GPU here: the driver library {LIBCUDA} is not found ({error}); run on the CPU with an .onnx "
             f'engine, or see "densepure-rt doctor" on the machine that has the GPU'
         ) from error
-    device, version, value = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    device, version, value, memory = ctypes.c_int(), ctypes.c_int(), ctypes.c_int(), ctypes.c_size_t()
     name = ctypes.create_string_buffer(NAME_BYTES)
 
     def ask(function: str, *arguments: object) -> None:
@@ -63,12 +65,13 @@ def find() -> Gpu:
     ask("cuDriverGetVersion", ctypes.byref(version))
     ask("cuDeviceGet", ctypes.byref(device), 0)
     ask("cuDeviceGetName", name, NAME_BYTES, device)
+    ask("cuDeviceTotalMem_v2", ctypes.byref(memory), device)
     capability = []
     for attribute in (MAJOR, MINOR):
         ask("cuDeviceGetAttribute", ctypes.byref(value), attribute, device)
         capability.append(str(value.value))
     driver = f"{version.value // 1000}.{version.value % 1000 // 10}"
-    return Gpu(name.value.decode(errors="replace"), ".".join(capability), driver, driver_release())
+    return Gpu(name.value.decode(errors="replace"), ".".join(capability), driver, driver_release(), memory.value)
 
 
 def driver_release() -> str:

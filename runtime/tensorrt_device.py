@@ -2,7 +2,8 @@
 
 A batch is one copy of its index arrays to the GPU and one CUDA graph: gather, noise, step, scatter; or gather,
 classify, argmax. Batches run one after another on one stream, so they share the engines' buffers; what the host writes
-is staged in pinned memory that is used again only after its batch is done.
+is staged in pinned memory that is used again only after its batch is done. Images go there by a ring of such memory:
+nothing is allocated and nobody waits when one is opened.
 
 Not run on a GPU yet: `make test-gpu` runs its checks and writes a report to send back.
 
@@ -14,20 +15,31 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import itertools
+import logging
+import math
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from densepure_rt import logs
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.runtime import gpu
-from densepure_rt.runtime.bundle import UNKNOWN, Bundle, Plan, Sidecar, rebuild_command, verified_engine
+from densepure_rt.runtime.bundle import (
+    Bundle,
+    Plan,
+    Sidecar,
+    rebuild_command,
+    refuse_damaged_plan,
+    verified_engine,
+)
 from densepure_rt.runtime.device import (
     CLASSIFY_INPUTS,
     CLASSIFY_OUTPUTS,
@@ -41,16 +53,28 @@ from densepure_rt.runtime.device import (
 from densepure_rt.runtime.machine import installed_versions
 from densepure_rt.runtime.noise import Key, RoundedNormal, smoothing_law, vote_law
 from densepure_rt.runtime.probe import probe
-from densepure_rt.runtime.tensorrt_api import first_line, import_flavour, new_logger
+from densepure_rt.runtime.tensorrt_api import (
+    KernelCache,
+    Library,
+    first_line,
+    library_for,
+    new_logger,
+    new_runtimes,
+)
 
 IN_FLIGHT = 2  # one batch runs while the host prepares the next
 THREADS_PER_BLOCK = 256
 ALIGNMENT = 256  # bytes; what TensorRT asks of a tensor's address
 MAX_IMAGES = 4096  # open at a time
+UPLOADS, UPLOAD_BYTES = 16, 1 << 16  # pinned regions for what goes to the GPU, in turn: a MiB, some images of 64 x 64
+# The states of a loop take at most this, nor more than half of the GPU's memory: engines, cuBLAS and others want some.
+MOST_STATE_BYTES = 16 << 30
+STATES_AN_ITEM = 105  # that the loop holds for an item of a batch, by 40 votes; `reverse`, (3 + IN_FLIGHT) * (1 + 20)
+AMPERE = (8, 0)  # what HardwareCompatibilityLevel.AMPERE_PLUS asks for at least
 KERNELS = ("smooth", "gather", "scatter", "gather_means", "argmax")
 PADDING = -1  # a target slot that nothing is written to
 # What `close` lets go of, which frees it: contexts before the runtime, all before the stream.
-HELD = "_step _classify _mean _std _finite _control _labels _table _vote_law _runtime _stream".split()
+HELD = "_step _classify _mean _std _finite _control _labels _table _vote_law _runtimes _stream".split()
 
 # These mirror the structs of kernels.cu; a test compares their sizes with the compiler's.
 ITEM = np.dtype([(name, np.int64) for name in ("image", "sample", "vote", "step", "source", "target")])
@@ -67,8 +91,11 @@ IMAGE = np.dtype(
 )
 
 
-def refuse_misfit(bundle: Bundle, batch: int | None) -> int:
-    """The batch to run at: the one that was asked for, or the largest. Raises UsageError when the plans hold it not."""
+def refuse_misfit(bundle: Bundle, batch: int | None, memory: int = 0) -> int:
+    """The batch to run at: the one that was asked for, or the largest whose states fit the GPU's memory, in bytes.
+
+    memory: 0 where it is not known. Raises UsageError when the plans hold no such batch.
+    """
     held = [set(sidecar.plan.batches) for sidecar in (bundle.unet, bundle.classifier) if sidecar.plan]
     held = [batches for batches in held if batches]  # a plan without a sidecar does not say
     if not held:
@@ -86,26 +113,58 @@ def refuse_misfit(bundle: Bundle, batch: int | None) -> int:
             f"`batch` {batch}: {bundle.unet_path.name} was built for {', '.join(map(str, sorted(common)))}; use one of "
             f"these, or build it again with `batch` {batch}"
         )
-    return max(common) if batch is None else batch
+    if batch is not None:
+        return batch
+    most = most_states(math.prod(bundle.unet.image), memory)
+    return max((size for size in common if size * STATES_AN_ITEM <= most), default=min(common))
 
 
-def refuse_other_machine(engine_name: str, plan: Plan, library: str, here: gpu.Gpu, rebuild: str) -> None:
-    """Raise EnvironmentFault when a plan was built by another version of the library, or for other GPUs."""
-    compatible = plan.recipe.get("version_compatible") == "true" and plan.version.split(".")[0] == library.split(".")[0]
-    if plan.version not in (library, UNKNOWN) and not compatible:
-        raise EnvironmentFault(
-            f'{engine_name} was built by {plan.flavour} {plan.version}, here is {library}: run "{rebuild}"'
-        )
-    # A plan of tensorrt-rtx is documented to run on later GPUs too, as one of tensorrt built for "ampere-plus"; whether
-    # it does, the library says when it is opened.
-    portable = plan.flavour == "tensorrt-rtx" or plan.recipe.get("hw_compat") == "ampere-plus"
-    ours = tuple(map(int, here.compute_capability.split(".")))
-    built = [tuple(map(int, capability.split("."))) for capability in plan.compute_capabilities]
-    if built and not (ours in built or (portable and ours > min(built))):
+def most_states(size: int, memory: int) -> int:
+    """How many states of `size` values a GPU with so much memory, in bytes, may be asked to hold; see `reserve`."""
+    return (min(MOST_STATE_BYTES, memory // 2) if memory else MOST_STATE_BYTES) // state_bytes(size)
+
+
+def state_bytes(size: int) -> int:
+    """Of a slot: mean and std of `size` values, float32, and whether they are finite."""
+    return 8 * size + 1
+
+
+def refuse_other_gpu(engine_name: str, plan: Plan, here: gpu.Gpu, rebuild: str) -> None:
+    """Raise EnvironmentFault when a plan was built for other GPUs.
+
+    A plan of tensorrt-rtx is documented to run on later GPUs too; whether it does, the library says when it is opened.
+    """
+    ours = capability_of(here.compute_capability)
+    built = [capability_of(capability) for capability in plan.compute_capabilities]
+    if plan.recipe.get("hw_compat") == "ampere-plus":
+        fits = ours >= AMPERE
+    else:
+        fits = not built or ours in built or (plan.flavour == "tensorrt-rtx" and ours > min(built))
+    if not fits:
         raise EnvironmentFault(
             f"{engine_name} was built for compute capability {', '.join(plan.compute_capabilities)}, this GPU "
             f'({here.name}) has {here.compute_capability}: run "{rebuild}"'
         )
+
+
+def capability_of(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(".")))
+
+
+def library_of(contents: Sequence[tuple[Path, Sidecar, bytes]]) -> Library:
+    """The one library that runs both plans, which are whole. Raises EnvironmentFault or CheckFailed."""
+    found = []
+    for path, sidecar, content in contents:
+        assert sidecar.plan is not None
+        refuse_damaged_plan(path.name, sidecar.plan, content)
+        found.append(library_for(sidecar.plan, path.name, rebuild_command(path, sidecar)))
+    step, classify = found
+    if step != classify:
+        raise EnvironmentFault(
+            f"{contents[0][0].name} runs on {step}, {contents[1][0].name} on {classify}, and one device runs both: run "
+            f'"{rebuild_command(*contents[1][:2])}"'
+        )
+    return step
 
 
 @dataclass
@@ -124,6 +183,15 @@ class Staging:
 
     control: Any
     labels: Any
+    event: Any
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A region of pinned memory for what goes to the GPU, and the event behind its last copy."""
+
+    buffer: Any
+    content: NDArray[np.uint8]
     event: Any
 
 
@@ -161,16 +229,16 @@ class TensorRTDevice:
             (path, sidecar, verified_engine(path, sidecar))
             for path, sidecar in ((bundle.unet_path, bundle.unet), (bundle.classifier_path, bundle.classifier))
         ]
-        self._trt = import_flavour(plan.flavour)
+        self.library = library_of(contents)
+        self._trt = self.library.bindings
         self.gpu = gpu.find()
         for path, sidecar, _ in contents:
             assert sidecar.plan is not None
-            refuse_other_machine(
-                path.name, sidecar.plan, self._trt.__version__, self.gpu, rebuild_command(path, sidecar)
-            )
-        self.flavour = plan.flavour
+            refuse_other_gpu(path.name, sidecar.plan, self.gpu, rebuild_command(path, sidecar))
+        self.flavour, self._on_dla = plan.flavour, plan.dla_core is not None
         self.image_shape = bundle.unet.image
         self.size = int(np.prod(self.image_shape))
+        self.batch = refuse_misfit(bundle, batch, self.gpu.memory)
         self._cuda = import_cuda(self.gpu)
         self._device = self._cuda.Device(0)
         self._device.set_current()
@@ -178,8 +246,9 @@ class TensorRTDevice:
         self._pinned = self._cuda.LegacyPinnedMemoryResource()  # needs no memory pools: a Jetson has none
         self._kernels = compile_kernels(self._cuda, self._device.arch)
         self._logger = new_logger(self._trt)  # TensorRT's objects do not keep it alive
-        self._runtime = self._trt.Runtime(self._logger)
-        self._runtime.engine_host_code_allowed = False
+        self._runtimes = new_runtimes(self.library, self._logger)  # which allow no host code in a plan
+        self._uploads = deque(self._new_upload() for _ in range(UPLOADS))
+        self._kernel_caches: list[KernelCache] = []
         # One copy fills it: the items, then t and coef, which are the step engine's own inputs.
         self._offsets, self._control_bytes = layout(ITEM.itemsize * self.batch, 4 * self.batch, 24 * self.batch)
         self._control = self._allocate(self._control_bytes)
@@ -198,12 +267,17 @@ class TensorRTDevice:
         self._table = self._allocate(IMAGE.itemsize * MAX_IMAGES)
         self._images: dict[int, OpenImage] = {}
         self._free_images = list(range(MAX_IMAGES))
+        self._spare_pixels: list[Any] = []  # GPU memory of images that were closed
         self._handles, self._tickets = itertools.count(), itertools.count()
         self._idle = [self._new_staging() for _ in range(IN_FLIGHT)]
         self._outstanding: deque[tuple[int, Kind, int, Staging]] = deque()
         self._slots = 0
         self._graphs: dict[Kind, Any] = {}
         self.probed = probe(bundle, self.batch, self._run_engines, any_batch=False)
+        for cache in self._kernel_caches:
+            cache.keep()
+        for message in self._logger.warned():
+            logs.say(f"{self.library}: {message}", logging.WARNING)
 
     # The contract of Device
 
@@ -212,9 +286,11 @@ class TensorRTDevice:
         if not self._free_images:
             raise UsageError(f"{MAX_IMAGES} images are open on the GPU, and there is room for no more")
         law, index = smoothing_law(sigma), self._free_images[-1]
-        on_gpu = self._upload(np.ascontiguousarray(pixels))
+        thresholds = self._law(law)
+        on_gpu = self._spare_pixels.pop() if self._spare_pixels else self._allocate(self.size)
+        self._copy_in(pixels, on_gpu)
         entry = np.zeros((), IMAGE)
-        entry["pixels"], entry["thresholds"] = int(on_gpu.handle), int(self._law(law).handle)
+        entry["pixels"], entry["thresholds"] = int(on_gpu.handle), int(thresholds.handle)
         entry["key"], entry["count"], entry["lowest"], entry["scale"] = key, len(law.thresholds), law.lowest, scale
         self._copy_in(np.frombuffer(entry.tobytes(), np.uint8), self._table, index * IMAGE.itemsize)
         handle = next(self._handles)
@@ -224,7 +300,9 @@ class TensorRTDevice:
     @translating_cuda_errors()
     def close_image(self, handle: int) -> None:
         if image := self._images.pop(handle, None):
-            image.pixels.close(self._stream)
+            self._spare_pixels.append(
+                image.pixels
+            )  # what is on the stream reads it before another image is copied there
             self._free_images.append(image.index)
 
     @translating_cuda_errors()
@@ -233,10 +311,25 @@ class TensorRTDevice:
             raise forked("and its engines are on a GPU")
         self._device.set_current()  # a loop begins here, and its thread may be another than the one that opened this
         if slots > self._slots:
+            self.refuse_too_many(slots)
             self._graphs.clear()  # they hold the old addresses
+            self._slots = 0
+            self._mean = self._std = self._finite = None  # freed before the new ones need the room
             self._mean, self._std = (self._allocate(4 * self.size * slots) for _ in range(2))
             self._finite = self._allocate(slots)
             self._slots = slots
+
+    def refuse_too_many(self, slots: int) -> None:
+        """Raise UsageError when so many states would take too much of the GPU's memory."""
+        most = most_states(self.size, self.gpu.memory)
+        if slots > most:
+            needed, room = (count * state_bytes(self.size) / 2**30 for count in (slots, most))
+            smaller = max(1, self.batch * most // slots)
+            raise UsageError(
+                f"`batch` {self.batch} of images {list(self.image_shape)} takes {slots} states, {needed:.1f} GiB of "
+                f"the GPU's memory, where {room:.1f} GiB is the most: use `batch` {smaller} or less, with plans that "
+                f"were built for it, or fewer `votes`"
+            )
 
     @translating_cuda_errors()
     def submit(self, batch: Batch) -> int:
@@ -274,21 +367,22 @@ class TensorRTDevice:
         return mean, std
 
     def describe(self) -> Mapping[str, str | int | bool]:
-        return {
-            "provider": self.flavour,
-            "tensorrt": self._trt.__version__,
+        facts: dict[str, str | int | bool] = {
+            "provider": self.library.name,
+            "tensorrt": self.library.version,
             **self.gpu.facts,
             "batch": self.batch,
             "independent_of_batch_mates": True,  # or `probe` would have raised
             "independent_of_batch": self.probed.independent_of_batch,
             "fingerprint": self.probed.fingerprint,
-        } | installed_versions("cuda-core", "cuda-bindings")
+        }
+        return facts | installed_versions("cuda-core", "cuda-bindings")
 
     def close(self) -> None:
         if self._stream is None:
             return
         self.drain()
-        for held in (self._graphs, self._images, self._laws, self._idle):
+        for held in (self._graphs, self._images, self._spare_pixels, self._laws, self._idle, self._uploads):
             held.clear()
         for name in HELD:
             setattr(self, name, None)
@@ -296,8 +390,11 @@ class TensorRTDevice:
     # What runs on the GPU
 
     def _launch(self, kind: Kind) -> None:
-        """Run one batch of this kind from the control buffer: a captured graph, or RTX's own capture of its engine."""
-        if self.flavour == "tensorrt-rtx":
+        """Run one batch of this kind from the control buffer: a captured graph, or RTX's own capture of its engine.
+
+        What a DLA runs is not captured: https://github.com/NVIDIA/TensorRT/issues/3524.
+        """
+        if self.flavour == "tensorrt-rtx" or self._on_dla:
             self._issue(kind, self._stream, int(self._stream.handle))
             return
         if kind in self._graphs:
@@ -350,9 +447,7 @@ class TensorRTDevice:
 
     def _execute(self, engine: Engine, stream: int) -> None:
         if not engine.context.execute_async_v3(stream):
-            raise CheckFailed(
-                f"{self.flavour} {self._trt.__version__} failed to run an engine: {self._logger.summary()}"
-            )
+            raise CheckFailed(f"{self.library} failed to run an engine: {self._logger.summary()}")
 
     def _fill(self, staging: Staging, batch: Batch) -> None:
         """Write a batch's index arrays, t and coef into pinned memory; padding repeats the first item."""
@@ -374,10 +469,10 @@ class TensorRTDevice:
         """Both engines on host arrays, for the probe."""
         for name, value in feed.items():
             if name in ("t", "coef"):
-                self._copy_in(np.ascontiguousarray(value), self._control, self._offsets[1 if name == "t" else 2])
+                self._copy_in(value, self._control, self._offsets[1 if name == "t" else 2])
             else:
-                self._copy_in(np.ascontiguousarray(value), self._step.buffers[name])
-        self._copy_in(np.ascontiguousarray(feed["mean"]), self._classify.buffers["mean"])
+                self._copy_in(value, self._step.buffers[name])
+        self._copy_in(feed["mean"], self._classify.buffers["mean"])
         for engine in (self._step, self._classify):
             self._execute(engine, int(self._stream.handle))
         outputs = [(self._step, name) for name in STEP_OUTPUTS] + [(self._classify, name) for name in CLASSIFY_OUTPUTS]
@@ -389,7 +484,7 @@ class TensorRTDevice:
 
     def _load(
         self,
-        path: Any,
+        path: Path,
         sidecar: Sidecar,
         content: bytes,
         inputs: Sequence[str],
@@ -397,23 +492,30 @@ class TensorRTDevice:
         addresses: Mapping[str, int],
     ) -> Engine:
         """Deserialise a plan and bind every tensor to an address, at the profile of this batch."""
-        trt = self._trt
-        engine = self._runtime.deserialize_cuda_engine(content)
+        assert sidecar.plan is not None
+        runtime = self._runtimes[-1]
+        if sidecar.plan.dla_core is not None:
+            runtime.DLA_core = sidecar.plan.dla_core
+        engine = runtime.deserialize_cuda_engine(content)
         if engine is None:
-            built = sidecar.plan.version if sidecar.plan else UNKNOWN
             raise EnvironmentFault(
-                f"{self.flavour} {trt.__version__} refuses {path.name}, built by {built} ({self._logger.summary()}): "
+                f"{self.library} refuses {path.name}, built by {sidecar.plan.version} ({self._logger.summary()}): "
                 f'run "{rebuild_command(path, sidecar)}"'
+            )
+        if engine.streamable_weights_size > 0:
+            raise UsageError(
+                f"{path.name} was built to stream its weights from the CPU, which no captured graph does: build it "
+                f'without that, run "{rebuild_command(path, sidecar)}"'
             )
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         if sorted(names) != sorted([*inputs, *outputs]):
             raise CheckFailed(
                 f"{path.name} has the tensors {', '.join(names)}; expected {', '.join([*inputs, *outputs])}"
             )
-        context = self._new_context(engine)
+        context = self._new_context(engine, path)
         if context is None:
             raise EnvironmentFault(
-                f"{self.flavour} {trt.__version__} has no room to run {path.name} in batches of {self.batch} "
+                f"{self.library} has no room to run {path.name} in batches of {self.batch} "
                 f"({self._logger.summary()}): use a smaller `batch`, or close what else holds the GPU's memory"
             )
         profiles = [
@@ -431,7 +533,7 @@ class TensorRTDevice:
             if not context.set_input_shape(name, shape):
                 raise CheckFailed(f"{path.name}: input {name} refuses shape {list(shape)}: {self._logger.summary()}")
         for name in (*inputs, *outputs):
-            if engine.get_tensor_dtype(name) != trt.DataType.FLOAT:
+            if engine.get_tensor_dtype(name) != self._trt.DataType.FLOAT:
                 raise CheckFailed(f"{path.name}: tensor {name} is not float32: export the bundle again")
             shapes[name] = tuple(context.get_tensor_shape(name))
             if name not in addresses:
@@ -446,12 +548,16 @@ class TensorRTDevice:
             )
         return Engine(engine, context, buffers, shapes)
 
-    def _new_context(self, engine: Any) -> Any:
-        if self.flavour == "tensorrt-rtx":
-            config = engine.create_runtime_config()
-            config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-            return engine.create_execution_context(config)
-        return engine.create_execution_context()
+    def _new_context(self, engine: Any, path: Path) -> Any:
+        if self.flavour != "tensorrt-rtx":
+            return engine.create_execution_context()
+        config = engine.create_runtime_config()
+        config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        # Not lazily: until the kernels of its own are there, others would run, and a run would mix two functions.
+        strategies = self._trt.DynamicShapesKernelSpecializationStrategy
+        config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
+        self._kernel_caches.append(KernelCache(config, path))
+        return engine.create_execution_context(config)
 
     # Memory
 
@@ -462,8 +568,15 @@ class TensorRTDevice:
         control, labels = (
             self._pinned.allocate(size, stream=self._stream) for size in (self._control_bytes, 4 * self.batch)
         )
+        return Staging(control, labels, self._new_event())
+
+    def _new_upload(self) -> Upload:
+        buffer = self._pinned.allocate(UPLOAD_BYTES, stream=self._stream)
+        return Upload(buffer, as_array(buffer, np.uint8), self._new_event())
+
+    def _new_event(self) -> Any:
         options = self._cuda.EventOptions(blocking_sync=True)  # waiting must not spin: an edge device has few cores
-        return Staging(control, labels, self._device.create_event(options))
+        return self._device.create_event(options)
 
     def _law(self, law: RoundedNormal) -> Any:
         if law.std not in self._laws:
@@ -476,14 +589,18 @@ class TensorRTDevice:
         return buffer
 
     def _copy_in(self, values: NDArray[Any], buffer: Any, offset: int = 0) -> None:
-        """Copy an array to the GPU and wait; for what is rare."""
-        staging = self._pinned.allocate(values.nbytes, stream=self._stream)
-        self._stream.sync()
-        as_array(staging, np.uint8)[:] = values.reshape(-1).view(np.uint8)
-        window = self._cuda.Buffer.from_handle(int(buffer.handle) + offset, values.nbytes, owner=buffer)
-        window.copy_from(staging, stream=self._stream)
-        self._stream.sync()
-        staging.close(self._stream)
+        """Copy an array to the GPU, behind what is on the stream; waits only when all regions are on their way."""
+        content = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        window = self._cuda.Buffer.from_handle
+        for start in range(0, content.size, UPLOAD_BYTES):
+            part, upload = content[start : start + UPLOAD_BYTES], self._uploads[0]
+            upload.event.sync()  # of its last copy
+            upload.content[: part.size] = part
+            source = window(int(upload.buffer.handle), part.size, owner=upload.buffer)
+            target = window(int(buffer.handle) + offset + start, part.size, owner=buffer)
+            target.copy_from(source, stream=self._stream)
+            self._stream.record(upload.event)
+            self._uploads.rotate(-1)
 
     def _download(self, buffer: Any, dtype: type[Any]) -> NDArray[Any]:
         staging = self._pinned.allocate(buffer.size, stream=self._stream)

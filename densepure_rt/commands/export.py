@@ -33,9 +33,89 @@ of_checks, of_plans, of_triton = (
 )
 
 
+@dataclass(frozen=True)
+class CheckOptions(Options):
+    """What changes ONNX engines, and what they are checked on."""
+
+    keep_fp32: Annotated[
+        list[str] | None,
+        of_checks("--keep-fp32", help="Keep the modules of these names float32; a shell pattern, repeatable."),
+    ] = None
+    images: Annotated[
+        Path | None,
+        of_checks(help="Images to compare on; default: the shipped ones if they are the model's, else made up."),
+    ] = None
+    calibration_images: Annotated[
+        Path | None, of_checks(help="Training images, which int8 and fp8 are calibrated on.")
+    ] = None
+    parity_images: Annotated[
+        int | None, of_checks(help="Images whose labels are compared with float32; default: 20.")
+    ] = None
+    parity_samples: Annotated[int, of_checks(help="Noisy copies of each of them.")] = PARITY_SAMPLES
+    strict: Annotated[
+        bool, of_checks("--strict", help="Publish nothing where the UNet denoises better otherwise than as declared.")
+    ] = False
+
+
+@dataclass(frozen=True)
+class PlanOptions(Options):
+    """How plans are built."""
+
+    compute_capability: Annotated[
+        str | None, of_plans(help="tensorrt-rtx: the GPUs to build for; default: 8.6,8.9,12.0.")
+    ] = None
+    workspace: Annotated[int | None, of_plans(help="MiB of GPU memory that a layer may use.")] = None
+    builder_level: Annotated[int | None, of_plans(help="0 builds fast, 5 builds the fastest plan.")] = None
+    tf32: Annotated[bool, of_plans("--tf32", help="Allow TensorFloat-32 in float32 products.")] = False
+    timing_cache: Annotated[
+        Path | None, of_plans(help="tensorrt: keep kernel timings in this file; default: beside the plans.")
+    ] = None
+    timing_cache_strict: Annotated[
+        bool, of_plans("--timing-cache-strict", help="tensorrt: fail where the cache lacks a timing.")
+    ] = False
+    hw_compat: Annotated[str | None, of_plans(help="tensorrt: ampere-plus or same-compute-capability.")] = None
+    version_compatible: Annotated[
+        bool,
+        of_plans("--version-compatible", help="tensorrt: run on the lean library of this version, beside later ones."),
+    ] = False
+    max_aux_streams: Annotated[int | None, of_plans(help="tensorrt: CUDA streams beside the first.")] = None
+    tiling_optimization_level: Annotated[int | None, of_plans(help="tensorrt: 0 searches no tiling, 3 all.")] = None
+    avg_timing: Annotated[int | None, of_plans(help="tensorrt: timings that are averaged for a kernel.")] = None
+    use_dla_core: Annotated[int | None, of_plans(help="tensorrt on a Jetson: the DLA core to run on.")] = None
+    allow_gpu_fallback: Annotated[bool, of_plans("--allow-gpu-fallback", help="The GPU runs what the DLA cannot.")] = (
+        False
+    )
+    allow_weight_streaming: Annotated[
+        bool, of_plans("--allow-weight-streaming", help="Refused: such plans run in no CUDA graph.")
+    ] = False
+
+    def build_options(self, batches: tuple[int, ...]) -> BuildOptions:
+        from densepure_rt.export.convert.build_options import BuildOptions
+
+        return BuildOptions(
+            batches=batches,
+            compute_capabilities=tuple(self.compute_capability.split(",")) if self.compute_capability else (),
+            workspace=self.workspace,
+            level=self.builder_level,
+            tf32=self.tf32,
+            timing_cache=self.timing_cache,
+            timing_cache_strict=self.timing_cache_strict,
+            hardware=self.hw_compat,
+            version_compatible=self.version_compatible,
+            max_aux_streams=self.max_aux_streams,
+            tiling_optimization_level=self.tiling_optimization_level,
+            avg_timing=self.avg_timing,
+            use_dla_core=self.use_dla_core,
+            allow_gpu_fallback=self.allow_gpu_fallback,
+            allow_weight_streaming=self.allow_weight_streaming,
+        )
+
+
 @with_options
 def export(
     models: ModelOptions,
+    checks: CheckOptions,
+    plans: PlanOptions,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the bundle; default: engines, and models with triton.")
     ] = None,
@@ -52,48 +132,16 @@ def export(
     precision: Annotated[
         str, typer.Option(help="fp32, fp16, bf16, int8, int8-cpu or fp8; several with commas, a bundle each.")
     ] = "fp32",
-    keep_fp32: Annotated[
-        list[str] | None,
-        typer.Option("--keep-fp32", help="Keep the modules of these names float32; a shell pattern, repeatable."),
-    ] = None,
     force: Annotated[
         bool,
         typer.Option(
             "--force", help="Replace a bundle of another model, or models of Triton and what was edited in them."
         ),
     ] = False,
-    images: Annotated[
-        Path | None,
-        of_checks(help="Images to compare on; default: the shipped ones if they are the model's, else made up."),
-    ] = None,
-    calibration_images: Annotated[
-        Path | None, of_checks(help="Training images, which int8 and fp8 are calibrated on.")
-    ] = None,
-    parity_images: Annotated[
-        int | None, of_checks(help="Images whose labels are compared with float32; default: 20.")
-    ] = None,
-    parity_samples: Annotated[int, of_checks(help="Noisy copies of each of them.")] = PARITY_SAMPLES,
-    strict: Annotated[
-        bool, of_checks("--strict", help="Publish nothing where the UNet denoises better otherwise than as declared.")
-    ] = False,
     batch: Annotated[
         str | None,
         of_plans(help="Batch sizes with commas, a fixed profile each; default: 64. triton: that of every call."),
     ] = None,
-    compute_capability: Annotated[
-        str | None, of_plans(help="tensorrt-rtx: the GPUs to build for; default: 8.6,8.9,12.0.")
-    ] = None,
-    workspace: Annotated[int | None, of_plans(help="MiB of GPU memory that a layer may use.")] = None,
-    builder_level: Annotated[int | None, of_plans(help="0 builds fast, 5 builds the fastest plan.")] = None,
-    tf32: Annotated[bool, of_plans("--tf32", help="Allow TensorFloat-32 in float32 products.")] = False,
-    timing_cache: Annotated[Path | None, of_plans(help="tensorrt: keep kernel timings in this file.")] = None,
-    timing_cache_strict: Annotated[
-        bool, of_plans("--timing-cache-strict", help="tensorrt: fail where the cache lacks a timing.")
-    ] = False,
-    hw_compat: Annotated[str | None, of_plans(help="tensorrt: ampere-plus or same-compute-capability.")] = None,
-    version_compatible: Annotated[
-        bool, of_plans("--version-compatible", help="tensorrt: run on later versions of the same major.")
-    ] = False,
     as_json: Json = False,
 ) -> None:
     """Export a UNet and a classifier from PyTorch to ONNX engines, checked against PyTorch, and build TensorRT plans.
@@ -101,7 +149,6 @@ def export(
     Without options it is the model that ships. ONNX engines need densepure-rt\\[export], plans densepure-rt\\[tensorrt]
     or densepure-rt\\[tensorrt-rtx], and a model repository of Triton none of them.
     """
-    from densepure_rt.export.convert.build_options import BuildOptions
     from densepure_rt.runtime.bundle import PLAN_SUFFIXES
 
     request = Request(
@@ -113,27 +160,12 @@ def export(
         engine=engine,
         batch=batch,
         quiet=as_json,
-        checks=CheckOptions(tuple(keep_fp32 or ()), images, calibration_images, parity_images, parity_samples, strict),
-        plans=BuildOptions(
-            tuple(compute_capability.split(",")) if compute_capability else (),
-            *(workspace, builder_level, tf32, timing_cache, timing_cache_strict, hw_compat, version_compatible),
-        ),
+        checks=checks,
+        plans=plans,
     )
     report = exported(request)
     if as_json:
         print(json.dumps(report, default=str))
-
-
-@dataclass(frozen=True)
-class CheckOptions(Options):
-    """What changes ONNX engines, and what they are checked on."""
-
-    keep_fp32: tuple[str, ...] = ()
-    images: Path | None = None
-    calibration_images: Path | None = None
-    parity_images: int | None = None
-    parity_samples: int = PARITY_SAMPLES
-    strict: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,7 +181,7 @@ class Request:
     engine: Path | None
     batch: str | None
     checks: CheckOptions
-    plans: BuildOptions
+    plans: PlanOptions
 
     def refuse_unused(self) -> None:
         """Raise UsageError for options that mean nothing for what is to be made."""
@@ -188,10 +220,8 @@ def export_plans(request: Request, flavour: Flavour, out: Path) -> list[str]:
     """Build plans of each precision from the bundles in `out`, else of those that ship; the files that were written."""
     with optional("building plans", "onnx", f"run \"pip install 'densepure-rt[{flavour}]'\""):
         from densepure_rt.export.convert.to_tensorrt import build_plans, source_bundle
-    options, written = request.plans, list[str]()
-    if request.batch is not None:
-        batches = tuple(number(word, "--batch") for word in request.batch.split(","))
-        options = dataclasses.replace(options, batches=batches)
+    batches = tuple(number(word, "--batch") for word in (request.batch or "64").split(","))
+    options, written = request.plans.build_options(batches), list[str]()
     for kind in request.precisions:
         plans = build_plans(source_bundle(out, kind), out, flavour, options, request.force, say)
         written += map(str, plans)
@@ -254,7 +284,7 @@ def export_onnx(request: Request, out: Path) -> dict[str, Any]:
         raise CheckFailed(f"{doubted}. Nothing was published; without --strict it is exported all the same")
     report = {}
     for kind in dict.fromkeys(request.precisions):
-        done = export_bundle(models, out, checks, request.force, say, kind, asked.keep_fp32, denoising)
+        done = export_bundle(models, out, checks, request.force, say, kind, asked.keep_fp32 or (), denoising)
         report[kind] = dataclasses.asdict(done)
         if not request.quiet:
             print_exported(done)

@@ -13,7 +13,7 @@ import typer
 
 
 @dataclass(frozen=True)
-class Options:
+class TypedOptions:
     """A group of options: a field for each, declared as Typer reads it, and `typed`: those that were given."""
 
     typed: frozenset[str] = field(default=frozenset(), kw_only=True)
@@ -37,7 +37,7 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
         made = {}
         for name, group in groups.items():
             values = {option.name: given.pop(option.name) for option in fields_of(group)}
-            made[name] = group(**values, **({"typed": typed} if issubclass(group, Options) else {}))
+            made[name] = group(**values, **({"typed": typed} if issubclass(group, TypedOptions) else {}))
         command(**made, **given)
 
     # Typer reads both of these. A function may have a signature, which typeshed does not say.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,15 @@ from densepure_rt.files import content
 from densepure_rt.runtime.bundle import OPTIONAL, ClassifierSidecar, StepSidecar, read_sidecar, sha256_of
 from densepure_rt.runtime.device import CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, STEP_INPUTS, STEP_OUTPUTS
 from densepure_rt.runtime.schedule import Coefficients
+from densepure_rt.runtime.tensorrt_api import layers_of
 from densepure_rt.text import printable
 
 
-def inspection(path: Path) -> dict[str, Any]:
+def inspection(path: Path, layers: bool = False) -> dict[str, Any]:
     """The sidecar's fields, and under "check" whether the SHA-256 of the file, and of its weights, are those it names.
 
     path: an engine file, or its sidecar. "graph" is there when the onnx package is installed and the hash is right.
+    layers: say under "layers" what TensorRT made of each layer of a plan, which it tells on the plan's own GPU alone.
     """
     engine = path.with_name(path.name.removesuffix(".json")) if path.suffix == ".json" else path
     if not os.path.isfile(engine):  # unlike Path.exists, it takes any name for an answer
@@ -40,7 +43,28 @@ def inspection(path: Path) -> dict[str, Any]:
         report["check"]["data_sha256"] = weights
     if matches and sidecar.plan is None and (graph := onnx_graph(engine)):
         report["graph"] = graph
+    if layers and matches:
+        if sidecar.plan is None:
+            raise UsageError(f"`layers`: {engine} is no plan, and what it computes is in its graph; leave it out")
+        report["layers"] = layers_of(engine, sidecar)
     return report
+
+
+def layer_rows(layers: Iterable[Mapping[str, Any]]) -> list[tuple[str, str, str, str]]:
+    """Type, outputs, name and kernel of each layer, as far as the plan holds them; after a row of titles.
+
+    TensorRT 10 tells an output's type and format in one word, 11 in two.
+    """
+    found = [("type", "outputs", "layer", "kernel")]
+    for layer in layers:
+        outputs = []
+        for output in layer.get("Outputs") or ():
+            kinds = (output.get(name) for name in ("Format/Datatype", "DataType", "Format"))
+            shape = "x".join(map(str, output.get("Dimensions") or ()))
+            outputs.append(" ".join(str(word) for word in (*kinds, shape) if word))
+        words = (layer.get("LayerType"), ", ".join(outputs), layer.get("Name"), layer.get("TacticName"))
+        found.append(tuple(printable(str(word or "-")) for word in words))  # type: ignore[arg-type]  # four
+    return found
 
 
 def plan_tensors(sidecar: StepSidecar | ClassifierSidecar) -> list[str]:

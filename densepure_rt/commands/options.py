@@ -11,7 +11,7 @@ import typer
 
 from densepure_rt import logs
 from densepure_rt.commands.console import in_options, stderr
-from densepure_rt.commands.groups import Options
+from densepure_rt.commands.groups import TypedOptions
 from densepure_rt.commands.values import folder_of, none_as, radii_of
 from densepure_rt.errors import UsageError
 from densepure_rt.optional import optional
@@ -46,7 +46,7 @@ EngineFile = Annotated[
 
 
 @dataclass(frozen=True)
-class EngineOptions(Options):
+class EngineOptions(TypedOptions):
     """Which engines to open, and what runs them."""
 
     engine: Annotated[
@@ -98,7 +98,7 @@ class EngineOptions(Options):
 
 
 @dataclass(frozen=True)
-class ImageOptions(Options):
+class ImageOptions(TypedOptions):
     """Which images."""
 
     images: Annotated[
@@ -126,7 +126,7 @@ class ImageOptions(Options):
 
 
 @dataclass(frozen=True)
-class SamplingOptions(Options):
+class SamplingOptions(TypedOptions):
     """What one sample is: noise, reverse steps and votes; and how often an answer may be wrong."""
 
     sigma: Annotated[
@@ -276,7 +276,7 @@ class RunOptions(CertificateOptions):
 
 
 @dataclass(frozen=True)
-class SecretOptions(Options):
+class SecretOptions(TypedOptions):
     """What keys all noise."""
 
     seed: Annotated[
@@ -305,7 +305,7 @@ class SecretOptions(Options):
 
 
 @dataclass(frozen=True)
-class ClusterOptions(Options):
+class ClusterOptions(TypedOptions):
     """Which machines draw the samples."""
 
     cluster: Annotated[
@@ -348,7 +348,7 @@ class ClusterOptions(Options):
 
 
 @dataclass(frozen=True)
-class MessageOptions(Options):
+class MessageOptions(TypedOptions):
     """What a command says while it works."""
 
     verbose: Annotated[
@@ -375,7 +375,7 @@ class RunMessageOptions(MessageOptions):
 
 
 @dataclass(frozen=True)
-class OutputOptions(Options):
+class OutputOptions(TypedOptions):
     """Where the results of a run go."""
 
     out: Annotated[

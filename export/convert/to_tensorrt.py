@@ -19,8 +19,8 @@ from typing import Any
 import onnx
 
 from densepure_rt import files
-from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
-from densepure_rt.export.convert.build_options import HARDWARE, BuildOptions
+from densepure_rt.errors import CheckFailed, DensePureError, EnvironmentFault, UsageError
+from densepure_rt.export.convert.build_options import HARDWARE, TILING, BuildOptions
 from densepure_rt.export.convert.publish import Publication, refuse_replacement
 from densepure_rt.export.models.onnx_graph import described, refuse_for_tensorrt, refuse_unbuildable
 from densepure_rt.runtime import gpu
@@ -43,6 +43,7 @@ from densepure_rt.runtime.tensorrt_api import import_flavour, new_logger
 RTX_CAPABILITIES = ("8.6", "8.9", "12.0")  # what an RTX plan is built for unless told: Ampere, Ada and Blackwell cards
 ENTERPRISE_ONLY = {"8.7": "Orin", "9.0": "Hopper", "10.0": "Blackwell data centre", "10.3": "Blackwell data centre"}
 PRECISION_TYPES = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16", "int8": "INT8", "fp8": "FP8"}
+DLA_PRECISIONS = ("fp16", "int8")
 MULTIPLYING = ("CONVOLUTION", "DECONVOLUTION", "MATRIX_MULTIPLY")  # layers whose element type is a network's precision
 
 # What a message of TensorRT points at, and what to do about it; the first that matches is named.
@@ -88,13 +89,18 @@ def build_plans(
 ) -> tuple[Path, Path]:
     """Build the plans of a bundle of ONNX engines into `out`, each with its sidecar: the step plan, the classifier's.
 
-    Nothing in `out` changes until both are built.
+    Nothing in `out` changes until both are built, but TensorRT's timings, which make the next build quick.
 
     Raises UsageError for options that the flavour lacks or when `out` holds plans of another model, CheckFailed when
     TensorRT refuses a graph or a sidecar lies, EnvironmentFault when TensorRT or its GPU is not there or `out` cannot
     be written.
     """
     options.refuse_what_lacks(flavour)
+    if options.use_dla_core is not None and bundle.unet.precision not in DLA_PRECISIONS:
+        raise UsageError(
+            f"`use_dla_core` {options.use_dla_core}: a DLA multiplies fp16 and int8, {bundle.unet_path.name} is "
+            f"{bundle.unet.precision}; give `precision` {' or '.join(DLA_PRECISIONS)}"
+        )
     if not force:
         refuse_replacement(
             out,
@@ -143,7 +149,8 @@ def _build_one(
     say: Callable[[str], None],
 ) -> FileRef:
     content = verified_engine(path, sidecar)
-    plan, types = build(trt, flavour, content, path, sidecar.precision, options, capabilities, say)
+    cached = options.with_cache(publication.out) if flavour == "tensorrt" else options
+    plan, types = build(trt, flavour, content, path, sidecar.precision, cached, capabilities, say)
     name = plan_path(path, flavour).name
     facts = Plan(
         flavour=flavour,
@@ -182,6 +189,7 @@ def build(
     # TensorRT's objects hold no references to each other: all of these must live until the end.
     logger = new_logger(trt)
     builder = new_builder(trt, flavour, logger)
+    refuse_missing_dla(builder, options, trt.__version__)
     # Always so in tensorrt-rtx and in tensorrt 11, which take the flag all the same.
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
@@ -195,6 +203,8 @@ def build(
             f"products are {', '.join(types)}: export it again with `precision` {precision}"
         )
     config = builder.create_builder_config()
+    if len(options.batches) == 1:
+        fix_shapes(network, options.batches[0])
     for batch in options.batches:
         add_profile(builder, config, network, batch)
     configure(trt, flavour, config, options, capabilities)
@@ -252,6 +262,23 @@ def new_builder(trt: Any, flavour: Flavour, logger: Any) -> Any:
         ) from error
 
 
+def refuse_missing_dla(builder: Any, options: BuildOptions, version: str) -> None:
+    """Raise UsageError when the DLA core that was asked for is not there."""
+    core, here = options.use_dla_core, builder.num_DLA_cores
+    if core is not None and core >= here:
+        raise UsageError(
+            f"`use_dla_core` {core}: TensorRT {version} finds {here} DLA cores here; a Jetson Orin has them, and "
+            f"10.7 was the last version to run them: leave `use_dla_core` out"
+        )
+
+
+def fix_shapes(network: Any, batch: int) -> None:
+    """Give the inputs the one batch that will come, so that shapes are constants before anything is chosen."""
+    for i in range(network.num_inputs):
+        tensor = network.get_input(i)
+        tensor.shape = (batch, *tuple(tensor.shape)[1:])
+
+
 def add_profile(builder: Any, config: Any, network: Any, batch: int) -> None:
     """One fixed batch: nothing is chosen for shapes that never come."""
     profile = builder.create_optimization_profile()
@@ -268,6 +295,11 @@ def configure(trt: Any, flavour: Flavour, config: Any, options: BuildOptions, ca
         config.set_flag(trt.BuilderFlag.TF32)
     else:  # it is on by default, and gives float32 products the mantissa of a half
         config.clear_flag(trt.BuilderFlag.TF32)
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # what `inspect --layers` shows; it costs no time
+    # That each image of a batch is multiplied and reduced alike, wherever it stands: what a certificate rests on, and
+    # what the probe looks at in any case. The library gives it for one profile alone.
+    if len(options.batches) == 1 and "DISTRIBUTIVE_INDEPENDENCE" in trt.BuilderFlag.__members__:
+        config.set_flag(trt.BuilderFlag.DISTRIBUTIVE_INDEPENDENCE)
     if options.workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace << 20)
     if options.level is not None:
@@ -286,6 +318,19 @@ def configure(trt: Any, flavour: Flavour, config: Any, options: BuildOptions, ca
         config.set_flag(trt.BuilderFlag.EXCLUDE_LEAN_RUNTIME)  # no host code in a plan
     if options.timing_cache_strict:
         config.set_flag(trt.BuilderFlag.ERROR_ON_TIMING_CACHE_MISS)
+    if options.max_aux_streams is not None:
+        config.max_aux_streams = options.max_aux_streams
+    if options.avg_timing is not None:
+        config.avg_timing_iterations = options.avg_timing
+    if options.tiling_optimization_level is not None:
+        if not hasattr(config, "tiling_optimization_level"):
+            raise UsageError(f"`tiling_optimization_level`: {flavour} {trt.__version__} does not have it; leave it out")
+        level = TILING[options.tiling_optimization_level]
+        config.tiling_optimization_level = trt.TilingOptimizationLevel.__members__[level]
+    if options.use_dla_core is not None:
+        config.default_device_type, config.DLA_core = trt.DeviceType.DLA, options.use_dla_core
+        if options.allow_gpu_fallback:
+            config.set_flag(trt.BuilderFlag.GPU_FALLBACK)
 
 
 def load_timing_cache(config: Any, options: BuildOptions) -> Any:
@@ -294,16 +339,18 @@ def load_timing_cache(config: Any, options: BuildOptions) -> Any:
         return None
     try:
         known = files.content(options.timing_cache, "model") if options.timing_cache.exists() else b""
-    except OSError as error:
-        raise UsageError(f"cannot read `timing_cache` {options.timing_cache} ({error.strerror})") from error
+    except (OSError, DensePureError) as error:
+        if not options.renew_cache:
+            why = error.strerror if isinstance(error, OSError) else error
+            raise UsageError(f"cannot read `timing_cache` {options.timing_cache} ({why})") from error
+        known = b""
     if options.timing_cache_strict and not known:
         raise UsageError(f"`timing_cache_strict` needs a cache, and {options.timing_cache} is not there yet")
-    cache = config.create_timing_cache(known)
-    if cache is None or not config.set_timing_cache(cache, False):
-        raise CheckFailed(
-            f"{options.timing_cache} is not a timing cache of this TensorRT and this GPU: name another file"
-        )
-    return cache
+    for content in (known, b"") if options.renew_cache else (known,):
+        cache = config.create_timing_cache(content)
+        if cache is not None and config.set_timing_cache(cache, False):
+            return cache
+    raise CheckFailed(f"{options.timing_cache} is not a timing cache of this TensorRT and this GPU: name another file")
 
 
 def multiplying_types(trt: Any, network: Any) -> dict[str, int]:

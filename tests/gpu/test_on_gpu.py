@@ -498,7 +498,7 @@ def test_labels_are_the_same_with_and_without_captured_graphs(
     monkeypatch.setattr(
         TensorRTDevice, "_launch", lambda self, kind: self._issue(kind, self._stream, int(self._stream.handle))
     )
-    monkeypatch.setattr(TensorRTDevice, "_new_context", lambda self, engine: engine.create_execution_context())
+    monkeypatch.setattr(TensorRTDevice, "_new_context", lambda self, engine, path: engine.create_execution_context())
     with closing(on_gpu(plan)) as device:
         plain = outcomes(device, plan, images)
         equal_states = [part.tobytes() for part in device.read(range(8))] == states

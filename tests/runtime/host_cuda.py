@@ -26,6 +26,8 @@ from numpy.typing import NDArray
 
 from densepure_rt.runtime import gpu, tensorrt_device
 from densepure_rt.runtime.bundle import (
+    HEADER,
+    TAGS,
     Bundle,
     FileRef,
     Flavour,
@@ -33,11 +35,13 @@ from densepure_rt.runtime.bundle import (
     Sidecar,
     open_bundle,
     plan_path,
+    release,
     sha256_of,
     sidecar_path,
     to_json,
 )
 from densepure_rt.runtime.open_device import open_device
+from densepure_rt.runtime.tensorrt_api import Library
 from densepure_rt.runtime.tensorrt_device import TensorRTDevice
 
 RUNTIME = Path(__file__).resolve().parents[2] / "runtime"
@@ -158,6 +162,7 @@ class Stream:
         self.pending: deque[Work] = deque()
         self.captured: list[Work] | None = None
         self.graphs: list[Graph] = []
+        self.syncs = 0
 
     def enqueue(self, work: Work, recordable: bool = True) -> None:
         if self.captured is not None:
@@ -176,6 +181,7 @@ class Stream:
     def sync(self) -> None:
         if self.captured is not None:
             raise HostError("a stream that is being captured cannot be waited for")
+        self.syncs += 1
         self.run()
 
     def record(self, event: Event) -> None:
@@ -264,6 +270,7 @@ class PinnedMemory:
         self.cuda = cuda
 
     def allocate(self, size: int, *, stream: Stream) -> Buffer:
+        self.cuda.pinned += 1
         return self.cuda.allocate(size, stream, None)
 
 
@@ -277,6 +284,7 @@ class HostCuda:
         self.streams: dict[int, Stream] = {}
         self.threads: set[int] = set()  # in which the device is current
         self.ran: Counter[str] = Counter()  # kernels and engines, when they run and not when they are recorded
+        self.pinned = 0  # allocations
         self.fed: list[bytes] = []  # what the engines were given, in the order in which they ran
 
     def Device(self, ordinal: int) -> HostDevice:
@@ -342,6 +350,11 @@ class CudaGraphStrategy(Enum):
     WHOLE_GRAPH_CAPTURE = 1
 
 
+class DynamicShapesKernelSpecializationStrategy(Enum):
+    LAZY = 0
+    EAGER = 1
+
+
 class HostTensorRT:
     """The module `tensorrt` or `tensorrt_rtx`. `profiles`: the batches that every plan was built for."""
 
@@ -349,7 +362,12 @@ class HostTensorRT:
 
     def __init__(self, cuda: HostCuda, flavour: Flavour, profiles: Sequence[int]) -> None:
         self.ILogger, self.DataType, self.CudaGraphStrategy = ILogger, DataType, CudaGraphStrategy
+        self.DynamicShapesKernelSpecializationStrategy = DynamicShapesKernelSpecializationStrategy
         self.cuda, self.flavour, self.profiles = cuda, flavour, profiles
+        self.warning = ""  # that deserialising gives
+        self.streamable = 0  # bytes of weights that engines were built to stream
+        self.compiled = b"kernels"  # what a runtime cache holds after a run
+        self.caches: list[bytes] = []  # what runtime caches were given
         self.failing = self.failing_in_capture = False  # whether engines fail to start
         self.short = False  # whether memory is too short for an execution context
 
@@ -358,26 +376,56 @@ class HostTensorRT:
 
 
 class Runtime:
-    engine_host_code_allowed = True
+    engine_host_code_allowed = False  # as it is in TensorRT; so no plan may bring code
+    DLA_core = -1
 
     def __init__(self, trt: HostTensorRT, logger: ILogger) -> None:
         self.trt, self.logger = trt, logger
 
     def deserialize_cuda_engine(self, content: bytes) -> Engine | None:
         assert not self.engine_host_code_allowed
+        if self.trt.warning:
+            self.logger.log(ILogger.WARNING, self.trt.warning)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.log_severity_level = 4
+        graph = content[HEADER.size :]
         try:
-            session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+            session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's errors have no common base but this
             self.logger.log(ILogger.ERROR, f"Serialization assertion failed: {error}")
             return None
-        return Engine(self.trt, self.logger, session)
+        engine = Engine(self.trt, self.logger, session)
+        engine.on_dla = self.DLA_core >= 0
+        return engine
+
+
+class RuntimeCache:
+    def __init__(self, trt: HostTensorRT) -> None:
+        self.trt = trt
+
+    def deserialize(self, content: bytes) -> bool:
+        self.trt.caches.append(content)
+        return True
+
+    def serialize(self) -> bytes:
+        return self.trt.compiled
 
 
 class RuntimeConfig:
     cuda_graph_strategy = CudaGraphStrategy.DISABLE
+    dynamic_shapes_kernel_specialization_strategy = DynamicShapesKernelSpecializationStrategy.LAZY
+
+    def __init__(self, trt: HostTensorRT) -> None:
+        self.trt = trt
+        self.cache: RuntimeCache | None = None
+
+    def create_runtime_cache(self) -> RuntimeCache:
+        return RuntimeCache(self.trt)
+
+    def set_runtime_cache(self, cache: RuntimeCache) -> bool:
+        self.cache = cache
+        return True
 
 
 class Engine:
@@ -386,6 +434,8 @@ class Engine:
         self.inputs = {tensor.name: tensor for tensor in session.get_inputs()}
         self.tensors = self.inputs | {tensor.name: tensor for tensor in session.get_outputs()}
         self.num_io_tensors, self.num_optimization_profiles = len(self.tensors), len(trt.profiles)
+        self.streamable_weights_size = trt.streamable
+        self.on_dla = False
 
     def get_tensor_name(self, index: int) -> str:
         return str(list(self.tensors)[index])
@@ -402,14 +452,18 @@ class Engine:
 
     def create_runtime_config(self) -> RuntimeConfig:
         assert self.trt.flavour == "tensorrt-rtx"
-        return RuntimeConfig()
+        return RuntimeConfig(self.trt)
 
     def create_execution_context(self, config: RuntimeConfig | None = None) -> Context | None:
         if self.trt.short:
             self.logger.log(ILogger.ERROR, "Requested amount of GPU memory could not be allocated")
             return None
-        captures_itself = config is not None and config.cuda_graph_strategy == CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
-        assert captures_itself == (self.trt.flavour == "tensorrt-rtx")
+        assert (config is not None) == (self.trt.flavour == "tensorrt-rtx")
+        if config is not None:
+            assert config.cuda_graph_strategy == CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            eager = DynamicShapesKernelSpecializationStrategy.EAGER
+            assert config.dynamic_shapes_kernel_specialization_strategy == eager, "kernels change during a run"
+            assert config.cache is not None
         return Context(self)
 
 
@@ -447,6 +501,7 @@ class Context:
             "out of memory": trt.failing or (trt.failing_in_capture and stream.captured is not None),
             "an address is missing": self.addresses.keys() != self.engine.tensors.keys(),
             "captured before its first run": stream.captured is not None and not self.warm,
+            "a DLA's work was captured": stream.captured is not None and self.engine.on_dla,
             "captured twice": stream.captured is not None and trt.flavour == "tensorrt-rtx",
         }
         for fault, found in faults.items():
@@ -480,7 +535,8 @@ def as_bytes(feed: dict[str, NDArray[np.float32]]) -> bytes:
 def on_host(trt: HostTensorRT) -> Iterator[None]:
     """While a TensorRT device opens: it finds a GPU, cuda.core and its flavour of TensorRT, all of this module."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tensorrt_device, "import_flavour", {trt.flavour: trt}.__getitem__)
+        library = Library(trt.flavour, trt.__version__, trt)
+        patch.setattr(tensorrt_device, "library_for", lambda plan, name, rebuild: {trt.flavour: library}[plan.flavour])
         patch.setattr(gpu, "find", lambda: GPU)
         patch.setattr(tensorrt_device, "import_cuda", lambda here: trt.cuda)
         patch.setattr(tensorrt_device, "compile_kernels", lambda cuda, arch: {name: name for name in PARAMETERS})
@@ -507,14 +563,21 @@ def opened_on_host(
     assert trt.cuda.memory.fences_hold()
 
 
-def as_plans(bundle: Bundle, flavour: Flavour, batches: tuple[int, ...]) -> Bundle:
-    """The plans of a bundle of ONNX files, beside them: the same bytes, under sidecars that call them plans."""
+def plan_of(content: bytes, flavour: Flavour, version: str = VERSION) -> bytes:
+    """A plan's header before these bytes."""
+    tag = next(tag for tag, known in TAGS.items() if known == flavour)
+    parts = (*release(version), 0, 0)[:4]
+    return HEADER.pack(tag, 0, HEADER.size + len(content), *parts) + content
+
+
+def as_plans(bundle: Bundle, flavour: Flavour, batches: tuple[int, ...], **recipe: str) -> Bundle:
+    """The plans of a bundle of ONNX files, beside them: the same bytes behind a plan's header, and their sidecars."""
 
     def write(path: Path, sidecar: Sidecar, **changes: Any) -> FileRef:
         plan = plan_path(path, flavour)
-        plan.write_bytes(path.read_bytes())
+        plan.write_bytes(plan_of(path.read_bytes(), flavour))
         ref = FileRef(plan.name, sha256_of(plan))
-        facts = Plan(flavour, VERSION, batches, (GPU.compute_capability,), None, sidecar.file, {}, {})
+        facts = Plan(flavour, VERSION, batches, (GPU.compute_capability,), None, sidecar.file, {}, recipe)
         sidecar_path(plan).write_text(to_json(dataclasses.replace(sidecar, file=ref, plan=facts, **changes)))
         return ref
 

@@ -10,50 +10,31 @@ from typing import Any
 
 import pytest
 
-from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
+from densepure_rt.errors import CheckFailed, DensePureError, EnvironmentFault, UsageError
+from densepure_rt.runtime import tensorrt_device
 from densepure_rt.runtime.bundle import (
     ClassifierSidecar,
-    FileRef,
-    Flavour,
     Plan,
     StepSidecar,
+    maker,
     open_bundle,
-    plan_path,
     read_sidecar,
     rebuild_command,
+    refuse_damaged_plan,
+    release,
+    same_release,
     sha256_of,
     shipped_engine,
     sidecar_path,
-    to_json,
 )
 from densepure_rt.runtime.gpu import Gpu
 from densepure_rt.runtime.open_device import open_device
-from densepure_rt.runtime.tensorrt_device import layout, refuse_misfit, refuse_other_machine
+from densepure_rt.runtime.tensorrt_device import layout, most_states, refuse_misfit, refuse_other_gpu
+from tests.runtime.host_cuda import plan_of
+from tests.support.plans import NOT_A_PLAN, a_plan, put_bundle
 
 SHIPPED = shipped_engine()
-NOT_A_PLAN = b"vtrt but no plan"
 ADA = Gpu("NVIDIA RTX 4090", "8.9", "12.6")
-
-
-def a_plan(flavour: Flavour = "tensorrt-rtx", **changes: Any) -> Plan:
-    usual = Plan(flavour, "1.7.1.116", (64,), ("8.6", "8.9"), None, FileRef("unet.onnx", "0" * 64), {"FLOAT": 1}, {})
-    return dataclasses.replace(usual, **changes)
-
-
-def put_plan(folder: Path, name: str, plan: Plan, **changes: Any) -> FileRef:
-    """A file that is no plan, with a true hash in a sidecar that says it is one."""
-    path = plan_path(folder / name, plan.flavour)
-    path.write_bytes(NOT_A_PLAN)
-    ref = FileRef(path.name, sha256_of(path))
-    sidecar = dataclasses.replace(read_sidecar(SHIPPED.with_name(name)), file=ref, plan=plan, **changes)
-    sidecar_path(path).write_text(to_json(sidecar))
-    return ref
-
-
-def put_bundle(folder: Path, unet: Plan | None = None, classifier: Plan | None = None) -> Path:
-    plan = unet or a_plan()
-    put_plan(folder, "unet.onnx", plan, classifier=put_plan(folder, "classifier.onnx", classifier or plan))
-    return plan_path(folder / "unet.onnx", plan.flavour)
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[:-3], lambda content: b"w" + content[1:]])
@@ -64,6 +45,92 @@ def test_a_truncated_or_flipped_plan_is_refused_by_its_hash_before_any_library_i
     plan.write_bytes(damage(plan.read_bytes()))
     with pytest.raises(CheckFailed, match="unet.rtx.plan has SHA-256"):
         open_device(open_bundle(plan), None, 1)
+
+
+def damaged(folder: Path, content: bytes, sidecars: bool, **changes: Any) -> DensePureError:
+    """What opening ends in where the step plan has other bytes, under a true hash or, without sidecars, under none."""
+    plan = put_bundle(folder, a_plan(batches=(8,)))
+    plan.write_bytes(content)
+    sidecar = json.loads(sidecar_path(plan).read_text())
+    sidecar["file"]["sha256"] = sha256_of(plan)
+    sidecar_path(plan).write_text(json.dumps(sidecar))
+    if not sidecars:
+        for name in ("unet", "classifier"):
+            sidecar_path(folder / f"{name}.rtx.plan").unlink()
+            shutil.copy(SHIPPED.with_name(f"{name}.onnx.json"), folder)
+    with pytest.raises(DensePureError) as caught:
+        open_device(open_bundle(plan, trust=not sidecars), 8, 1)
+    return caught.value
+
+
+@pytest.mark.parametrize("sidecars", [True, False])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is no plan of TensorRT, it begins with b''"),
+        (SHIPPED.read_bytes()[:999], "is no plan of TensorRT"),
+        (plan_of(NOT_A_PLAN, "tensorrt-rtx", "1.7.1.116")[:20], "is no plan of TensorRT"),
+        (plan_of(NOT_A_PLAN, "tensorrt-rtx", "1.7.1.116")[:-3], "has 57 bytes of the 60 that it should: copy it again"),
+    ],
+)
+def test_what_is_no_plan_or_not_a_whole_one_is_refused_before_any_library_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, words: str, sidecars: bool
+) -> None:
+    """Also under a hash that is right, or under none: a plan of tensorrt-rtx says how long it is."""
+    monkeypatch.setattr(tensorrt_device, "library_for", None)
+    error = damaged(tmp_path, content, sidecars)
+    assert isinstance(error, CheckFailed)
+    assert f"unet.rtx.plan {words}" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (plan_of(NOT_A_PLAN, "tensorrt-rtx", "1.6.0.1"), "tensorrt-rtx 1.6.0.1"),
+        (plan_of(NOT_A_PLAN, "tensorrt", "10.16.1.11"), "tensorrt 10.16.1.11"),
+    ],
+)
+def test_a_sidecar_that_names_another_builder_than_the_plan_itself_is_found_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, found: str
+) -> None:
+    monkeypatch.setattr(tensorrt_device, "library_for", None)
+    error = damaged(tmp_path, content, sidecars=True)
+    assert isinstance(error, CheckFailed)
+    assert f"was built by {found}, its sidecar says tensorrt-rtx 1.7.1.116: build the plan again" in str(error)
+
+
+def test_a_trusted_plan_of_another_version_is_refused_by_what_it_says_of_itself(tmp_path: Path) -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    error = damaged(tmp_path, plan_of(NOT_A_PLAN, "tensorrt-rtx", "1.6.0.1"), sidecars=False)
+    assert isinstance(error, EnvironmentFault)
+    assert f"unet.rtx.plan was built by tensorrt-rtx 1.6.0.1, here is {trt.__version__}" in str(error)
+
+
+def test_a_plan_that_was_really_built_says_by_what_and_how_long_it_is() -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network()
+    mean = network.add_input("mean", trt.DataType.FLOAT, (1, 3))
+    network.mark_output(network.add_activation(mean, trt.ActivationType.RELU).get_output(0))
+    config = builder.create_builder_config()
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(trt.ComputeCapability.SM89, 0)
+    plan = bytes(builder.build_serialized_network(network, config))
+    assert maker(plan) == ("tensorrt-rtx", trt.__version__)
+    if shutil.which("nvidia-smi") is None:  # so nothing of it can be asked, its layers neither
+        assert trt.Runtime(logger).deserialize_cuda_engine(plan) is None
+    refuse_damaged_plan("unet.rtx.plan", a_plan(version=trt.__version__), plan)
+    with pytest.raises(CheckFailed, match="copy it again"):
+        refuse_damaged_plan("unet.rtx.plan", a_plan(version=trt.__version__), plan[:-1])
+
+
+def test_versions_are_compared_in_the_numbers_that_both_have() -> None:
+    assert release("10.14.1.48.post1") == (10, 14, 1, 48)
+    assert same_release("10.3.0", "10.3.0.30")  # JetPack's, and the same with its build
+    assert not same_release("10.16.1.11", "10.16.1.12")
+    assert not same_release("10.3.0", "11.3.0")
+    assert same_release("unknown", "11.4.0.106")  # the library says
 
 
 def test_a_pinned_hash_must_be_the_plans(tmp_path: Path) -> None:
@@ -134,38 +201,50 @@ def test_plans_that_share_no_batch_are_refused_with_the_command_that_builds_them
         refuse_misfit(bundle, None)
 
 
+def test_without_a_batch_the_largest_runs_whose_states_fit_the_gpu(tmp_path: Path) -> None:
+    bundle = open_bundle(put_bundle(tmp_path, a_plan(batches=(16, 64, 1024))))
+    imagenet = dataclasses.replace(bundle, unet=dataclasses.replace(bundle.unet, image=(3, 256, 256)))
+    assert refuse_misfit(bundle, None, 80 << 30) == 1024
+    assert refuse_misfit(imagenet, None, 80 << 30) == 64
+    assert refuse_misfit(imagenet, None, 8 << 30) == 16
+    assert refuse_misfit(imagenet, None, 1 << 30) == 16  # what the loop then asks for is refused, if it is too much
+    assert refuse_misfit(imagenet, 1024, 80 << 30) == 1024  # as it was asked for
+    assert most_states(3 * 256 * 256, 8 << 30) < 105 * 64
+
+
+AMPERE_PLUS = {"hw_compat": "ampere-plus"}
+
+
 @pytest.mark.parametrize(
-    ("plan", "library", "found"),
+    ("plan", "capability", "found"),
     [
-        (a_plan(), "1.7.1.116", None),
-        (a_plan(), "1.6.0.1", "was built by tensorrt-rtx 1.7.1.116, here is 1.6.0.1"),
-        (a_plan(compute_capabilities=("12.0",)), "1.7.1.116", r"built for compute capability 12\.0.*8\.9"),
-        (a_plan(compute_capabilities=("8.6",)), "1.7.1.116", None),  # runs on later GPUs too
-        (a_plan("tensorrt", compute_capabilities=("8.6",)), "1.7.1.116", "built for compute capability"),
-        (a_plan("tensorrt", compute_capabilities=("8.9",)), "1.7.1.116", None),
-        (a_plan("tensorrt", compute_capabilities=("8.6",), recipe={"hw_compat": "ampere-plus"}), "1.7.1.116", None),
+        (a_plan(), "8.9", None),
+        (a_plan(compute_capabilities=("12.0",)), "8.9", r"built for compute capability 12\.0.*8\.9"),
+        (a_plan(compute_capabilities=("8.6",)), "8.9", None),  # runs on later GPUs too
+        (a_plan("tensorrt", compute_capabilities=("8.6",)), "8.9", "built for compute capability"),
+        (a_plan("tensorrt", compute_capabilities=("8.9",)), "8.9", None),
+        (a_plan("tensorrt", compute_capabilities=("8.6",), recipe=AMPERE_PLUS), "8.9", None),
+        (a_plan("tensorrt", compute_capabilities=("9.0",), recipe=AMPERE_PLUS), "8.6", None),
+        (a_plan("tensorrt", compute_capabilities=("8.9",), recipe=AMPERE_PLUS), "8.0", None),
+        (a_plan("tensorrt", compute_capabilities=("12.0",), recipe=AMPERE_PLUS), "10.0", None),
+        (a_plan("tensorrt", compute_capabilities=("8.6",), recipe=AMPERE_PLUS), "7.5", r"this GPU .* has 7\.5"),
         (
             a_plan("tensorrt", compute_capabilities=("8.6",), recipe={"hw_compat": "same-compute-capability"}),
-            "1.7.1.116",
+            "8.9",
             r"capability 8\.6",
         ),
-        (a_plan("tensorrt", compute_capabilities=("8.9",), recipe={"version_compatible": "true"}), "1.9.0", None),
-        (a_plan("tensorrt", compute_capabilities=("8.9",), recipe={"version_compatible": "true"}), "2.0.0", "built by"),
-        (
-            a_plan("tensorrt", compute_capabilities=("10.0",)),
-            "1.7.1.116",
-            r"capability 10\.0",
-        ),  # not the string 10.0 < 8
+        (a_plan("tensorrt", compute_capabilities=("10.0",)), "8.9", r"capability 10\.0"),  # not the string 10.0 < 8
     ],
 )
-def test_a_plan_for_another_version_or_gpu_is_refused_with_the_command_that_builds_it_here(
-    plan: Plan, library: str, found: str | None
+def test_a_plan_for_another_gpu_is_refused_with_the_command_that_builds_it_here(
+    plan: Plan, capability: str, found: str | None
 ) -> None:
+    here = dataclasses.replace(ADA, compute_capability=capability)
     if found is None:
-        refuse_other_machine("unet.plan", plan, library, ADA, "rebuild")
+        refuse_other_gpu("unet.plan", plan, here, "rebuild")
     else:
         with pytest.raises(EnvironmentFault, match=rf'{found}.*run "rebuild"') as caught:
-            refuse_other_machine("unet.plan", plan, library, ADA, "rebuild")
+            refuse_other_gpu("unet.plan", plan, here, "rebuild")
         assert caught.value.exit_code == 3
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
+import logging
 import math
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -30,11 +33,13 @@ from densepure_rt.runtime.open_device import open_device
 from densepure_rt.runtime.probe import ITEMS
 from densepure_rt.runtime.reverse import Outcome, decide
 from densepure_rt.runtime.schedule import Chain, make_chain
-from densepure_rt.runtime.tensorrt_device import IMAGE, IN_FLIGHT, ITEM, KERNELS, TensorRTDevice
+from densepure_rt.runtime.tensorrt_api import CACHE_SUFFIX
+from densepure_rt.runtime.tensorrt_device import IMAGE, IN_FLIGHT, ITEM, KERNELS, UPLOADS, TensorRTDevice, most_states
 from densepure_rt.smoothing.classifier import SmoothedClassifier
 from densepure_rt.smoothing.samplers import OnDevice
 from densepure_rt.smoothing.settings import Budget, Settings
 from densepure_rt.smoothing.voting import Ballot
+from tests.runtime import host_cuda
 from tests.runtime.host_cuda import (
     PARAMETERS,
     HostCuda,
@@ -342,6 +347,123 @@ def test_each_kind_of_batch_is_captured_once_for_each_time_the_slots_grow(librar
         assert device.read([499])[0].shape == (1, *SHAPE)
 
 
+def test_what_a_dla_runs_is_not_captured(library: ctypes.CDLL, small: Bundle) -> None:
+    with reference(small, 4) as (device, _):
+        expected = decided(device, small, SIGMA, 3, votes=5, samples=30)
+    plans = as_plans(small, "tensorrt", (4,), use_dla_core="0", allow_gpu_fallback="true")
+    with opened_on_host(library, plans) as (device, trt):
+        assert decided(device, small, SIGMA, 3, votes=5, samples=30) == expected
+        assert trt.cuda.graphs == []
+
+
+def test_tensorrt_rtx_keeps_the_kernels_that_it_compiled_beside_each_plan(library: ctypes.CDLL, small: Bundle) -> None:
+    plans = as_plans(small, "tensorrt-rtx", (4,))
+    files = [path.with_name(path.name + CACHE_SUFFIX) for path in (plans.unet_path, plans.classifier_path)]
+    with opened_on_host(library, plans) as (_, trt):
+        assert trt.caches == []
+    assert [file.read_bytes() for file in files] == [trt.compiled] * 2
+    written = [file.stat().st_mtime_ns for file in files]
+    with opened_on_host(library, plans) as (_, trt):
+        assert trt.caches == [trt.compiled] * 2
+    assert [file.stat().st_mtime_ns for file in files] == written
+    files[0].chmod(0o000)
+    files[0].unlink()
+    files[0].mkdir()  # nothing can be read there, nor written
+    with opened_on_host(library, plans) as (_, trt):
+        assert trt.caches == [trt.compiled]
+
+
+def test_kernels_that_another_user_left_beside_a_plan_are_not_taken(
+    library: ctypes.CDLL, small: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = as_plans(small, "tensorrt-rtx", (4,))
+    with opened_on_host(library, plans):
+        pass
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    with opened_on_host(library, plans) as (_, trt):
+        assert trt.caches == []
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_what_tensorrt_warns_of_when_a_plan_is_opened_is_said_once(
+    library: ctypes.CDLL, small: Bundle, flavour: Flavour, caplog: pytest.LogCaptureFixture
+) -> None:
+    plans = as_plans(small, flavour, (4,))
+    trt = HostTensorRT(HostCuda(library), flavour, [4])
+    trt.warning = "Using an engine plan file across different models of devices is not recommended"
+    with on_host(trt), closing(open_device(plans, None, threads=1)):
+        pass
+    said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert said == [f"{flavour} {trt.__version__}: {trt.warning}"]
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["late", "early"])
+def test_images_are_opened_without_waiting_for_the_gpu_and_without_new_pinned_memory(
+    library: ctypes.CDLL, small: Bundle, early: bool
+) -> None:
+    chain = chain_of(small)
+    with opened_on_host(library, as_plans(small, "tensorrt", (4,)), early=early) as (device, trt):
+        assert device.open_image(picture(SHAPE), KEY, SIGMA, chain.scale) == 0
+        before = [trt.cuda.pinned, len(trt.cuda.memory.live), *(stream.syncs for stream in trt.cuda.streams.values())]
+        first = device.open_image(picture(SHAPE), KEY, SIGMA, chain.scale)
+        other_sigma = device.open_image(picture(SHAPE), KEY, SIGMA / 2, chain.scale)
+        after = [trt.cuda.pinned, len(trt.cuda.memory.live), *(stream.syncs for stream in trt.cuda.streams.values())]
+        assert after == [before[0], before[1] + 3, *before[2:]]  # two images, and the law of the other sigma
+        device.close_image(first)
+        device.close_image(other_sigma)
+        for _ in range(3 * UPLOADS):  # and all of it is used again
+            device.close_image(device.open_image(picture(SHAPE), KEY, SIGMA, chain.scale))
+        assert [trt.cuda.pinned, *(stream.syncs for stream in trt.cuda.streams.values())] == [before[0], *before[2:]]
+        assert len(trt.cuda.memory.live) <= after[1]
+
+
+def test_what_is_larger_than_a_region_of_pinned_memory_goes_to_the_gpu_in_parts(
+    library: ctypes.CDLL, small: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with reference(small, 4) as (device, _):
+        expected = decided(device, small, SIGMA, 3, votes=5, samples=20, images=5)
+    monkeypatch.setattr(tensorrt_device, "UPLOAD_BYTES", 56)
+    monkeypatch.setattr(tensorrt_device, "UPLOADS", 3)
+    with opened_on_host(library, as_plans(small, "tensorrt", (4,))) as (device, _):
+        assert decided(device, small, SIGMA, 3, votes=5, samples=20, images=5) == expected
+
+
+@pytest.mark.parametrize("memory", [0, 24 << 30, 80 << 30])
+def test_no_batch_takes_more_of_the_gpus_memory_for_its_states_than_is_left_beside_engines(
+    library: ctypes.CDLL, small: Bundle, monkeypatch: pytest.MonkeyPatch, memory: int
+) -> None:
+    """42 GB, of batches of 256 with 40 votes of ImageNet's images, on no GPU; 10.6 GB, of batches of 64, on most."""
+    monkeypatch.setattr(host_cuda, "GPU", dataclasses.replace(host_cuda.GPU, memory=memory))
+    imagenet, slots = 3 * 256 * 256, 105 * 64
+    most = most_states(imagenet, memory)
+    assert slots <= most < 4 * slots
+    with opened_on_host(library, as_plans(small, "tensorrt", (4,))) as (device, trt):
+        device.reserve(2)
+        monkeypatch.setattr(device, "size", imagenet)
+        live = dict(trt.cuda.memory.live)
+        with pytest.raises(UsageError, match=r"26880 states, 39\.4 GiB .*use `batch` 1 or less.*fewer `votes`"):
+            device.reserve(4 * slots)
+        monkeypatch.undo()
+        assert trt.cuda.memory.live == live
+        assert device.read([1])[0].shape == (1, *SHAPE)
+
+
+def test_the_states_that_were_held_are_freed_before_more_are_asked_for(
+    library: ctypes.CDLL, small: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened_on_host(library, as_plans(small, "tensorrt", (4,)), early=True) as (device, trt):
+        device.reserve(5)
+        held, allocate, seen = len(trt.cuda.memory.live), trt.cuda.allocate, []
+
+        def noting(*arguments: Any) -> Any:
+            seen.append(len(trt.cuda.memory.live))
+            return allocate(*arguments)
+
+        monkeypatch.setattr(trt.cuda, "allocate", noting)
+        device.reserve(9)
+        assert seen == [held - 3, held - 2, held - 1]
+
+
 def test_tensorrt_rtx_captures_its_engines_itself(library: ctypes.CDLL, small: Bundle) -> None:
     with opened_on_host(library, as_plans(small, "tensorrt-rtx", (4,))) as (device, trt):
         decided(device, small, SIGMA, 2, votes=3, samples=9)
@@ -567,6 +689,16 @@ def test_a_plan_that_does_not_deserialise_is_refused_in_its_own_words_with_the_c
         f'run "densepure-rt export --target {flavour} --out {small.unet_path.parent} --batch 4',
     ):
         assert words in str(error)
+
+
+def test_a_plan_that_streams_its_weights_is_refused_since_no_graph_captures_that(
+    library: ctypes.CDLL, small: Bundle
+) -> None:
+    trt = HostTensorRT(HostCuda(library), "tensorrt", [4])
+    trt.streamable = 1 << 20
+    error = refusal(library, small, "tensorrt", trt)
+    assert isinstance(error, UsageError)
+    assert "which no captured graph does" in str(error)
 
 
 @pytest.mark.parametrize("name", [ENGINE, CLASSIFIER])

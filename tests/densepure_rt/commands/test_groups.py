@@ -9,11 +9,11 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from densepure_rt.commands.groups import Options, with_options
+from densepure_rt.commands.groups import TypedOptions, with_options
 
 
 @dataclass(frozen=True)
-class Colour(Options):
+class Colour(TypedOptions):
     red: Annotated[int, typer.Option(help="How red.")] = 1
     green: Annotated[bool, typer.Option("--leafy", help="Green.")] = False
 

@@ -2,16 +2,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from densepure_rt.commands.inspection import inspection, onnx_graph
-from densepure_rt.errors import CheckFailed, UsageError
+from densepure_rt.commands.inspect import inspect
+from densepure_rt.commands.inspection import inspection, layer_rows, onnx_graph
+from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
+from densepure_rt.runtime import gpu, tensorrt_api
 from tests.support.bundles import ENGINES, engines_copied
 from tests.support.cli import Done, in_a_process, sha256
+from tests.support.plans import a_plan, put_bundle
 
 NAMES = ("unet.onnx", "classifier.onnx")
 
@@ -151,6 +156,104 @@ def test_a_binary_sidecar_is_refused(bundle: Path) -> None:
     (bundle / "unet.onnx.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(CheckFailed, match="not a text file"):
         inspection(bundle / "unet.onnx")
+
+
+# As TensorRT 10 and 11 write them; a plan that was built elsewhere may hold names alone.
+LAYERS: list[dict[str, Any]] = [
+    {
+        "Name": "node_conv2d + node_relu",
+        "LayerType": "CaskConvolution",
+        "Inputs": [{"Name": "mean", "Dimensions": [64, 1, 28, 28], "Format/Datatype": "Row major linear FP32"}],
+        "Outputs": [{"Name": "relu", "Dimensions": [64, 32, 28, 28], "Format/Datatype": "Channel major FP16"}],
+        "TacticName": "sm80_xmma_fprop_implicit_gemm",
+    },
+    {
+        "Name": "softmax\x1b[31m",
+        "LayerType": "SoftMax",
+        "Outputs": [{"Name": "logits", "Dimensions": [64, 10], "Format": "Linear", "DataType": "FP32"}],
+    },
+    {"Name": "a name alone"},
+]
+
+
+def test_layers_are_shown_in_columns_by_both_forms_of_the_inspectors_words() -> None:
+    assert layer_rows(LAYERS)[1:] == [
+        (
+            "CaskConvolution",
+            "Channel major FP16 64x32x28x28",
+            "node_conv2d + node_relu",
+            "sm80_xmma_fprop_implicit_gemm",
+        ),
+        ("SoftMax", "FP32 Linear 64x10", r"softmax\x1b[31m", "-"),
+        ("-", "-", "a name alone", "-"),
+    ]
+
+
+class Inspected:
+    """The bindings of a library that opens every plan."""
+
+    __version__ = "10.16.1.11"
+    said = json.dumps({"Layers": [*LAYERS[:2], "a name alone"], "Bindings": ["mean", "logits"]})
+
+    class ILogger:
+        INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
+
+    class LayerInformationFormat:
+        JSON = 1
+
+    def Runtime(self, logger: Any) -> Any:
+        inspector = SimpleNamespace(get_engine_information=lambda form: self.said)
+        engine = SimpleNamespace(create_engine_inspector=lambda: inspector) if self.said else None
+        return SimpleNamespace(deserialize_cuda_engine=lambda content: engine)
+
+
+@pytest.fixture
+def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Inspected]:
+    """A plan, a GPU and a library."""
+    bindings = Inspected()
+    monkeypatch.setattr(tensorrt_api, "import_flavour", lambda flavour: bindings)
+    monkeypatch.setattr(gpu, "find", lambda: None)
+    return put_bundle(tmp_path, a_plan("tensorrt", version="10.16.1.11")), bindings
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_the_layers_of_a_plan_are_shown_where_its_library_opens_it(
+    opened: tuple[Path, Inspected], as_json: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inspect(opened[0], layers=True, as_json=as_json)
+    printed = capsys.readouterr().out
+    if as_json:
+        assert json.loads(printed)["layers"] == LAYERS
+        return
+    lines = [line.split("  ") for line in printed.splitlines()[-4:]]
+    assert lines[0][0] == "type"
+    assert lines[1][0] == "CaskConvolution"
+    assert printed.splitlines()[-1].startswith("-")
+    assert "layers" not in printed
+
+
+def test_a_library_that_refuses_a_plan_or_speaks_otherwise_ends_in_one_error(opened: tuple[Path, Inspected]) -> None:
+    plan, bindings = opened
+    bindings.said = "Layers: none"
+    with pytest.raises(CheckFailed, match=r"tensorrt 10\.16\.1\.11 describes the layers of unet\.plan in words"):
+        inspection(plan, layers=True)
+    bindings.said = ""
+    with pytest.raises(EnvironmentFault, match=r"tensorrt 10\.16\.1\.11 refuses unet\.plan"):
+        inspection(plan, layers=True)
+
+
+def test_an_onnx_file_has_no_layers_of_tensorrt() -> None:
+    with pytest.raises(UsageError, match="`layers`: .*unet.onnx is no plan"):
+        inspection(ENGINES / "unet.onnx", layers=True)
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there is a GPU here")
+def test_the_layers_of_a_plan_need_its_gpu_and_the_error_says_so(tmp_path: Path) -> None:
+    """The library, which is here, opens it nowhere else: `test_a_plan_that_was_really_built...`."""
+    done = cli(put_bundle(tmp_path, a_plan("tensorrt-rtx")), "--layers")
+    assert (done.returncode, done.stdout) == (3, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: no NVIDIA GPU here: the driver library libcuda.so.1 is not found")
 
 
 def test_ctrl_c_while_onnx_is_imported_is_no_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_args
 
 import numpy as np
 import onnx
@@ -17,10 +20,18 @@ import pytest
 from onnx import TensorProto, helper
 
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
-from densepure_rt.export.convert import to_onnx
-from densepure_rt.export.convert.build_options import BuildOptions
+from densepure_rt.export.convert import to_onnx, to_tensorrt
+from densepure_rt.export.convert.build_options import TILING, BuildOptions
 from densepure_rt.export.convert.to_onnx import contents, lowered
-from densepure_rt.export.convert.to_tensorrt import build, build_plans, source_bundle
+from densepure_rt.export.convert.to_tensorrt import (
+    add_profile,
+    build,
+    build_plans,
+    configure,
+    load_timing_cache,
+    refuse_missing_dla,
+    source_bundle,
+)
 from densepure_rt.export.models.classifiers import zoo_classifier
 from densepure_rt.export.models.onnx_graph import SCOPES, scopes
 from densepure_rt.export.models.sources import CALIBRATION, Images, Models
@@ -199,6 +210,17 @@ def test_gpus_that_rtx_does_not_know_are_sent_to_the_other_flavour(
         ("tensorrt-rtx", BuildOptions(hardware="ampere-plus"), "tensorrt-rtx has no `hardware`"),
         ("tensorrt", BuildOptions(compute_capabilities=("8.6",)), "tensorrt has no `compute_capabilities`"),
         ("tensorrt", BuildOptions(timing_cache_strict=True), "needs `timing_cache`"),
+        ("tensorrt-rtx", BuildOptions(max_aux_streams=0), "tensorrt-rtx has no `max_aux_streams`"),
+        ("tensorrt-rtx", BuildOptions(avg_timing=4), "tensorrt-rtx has no `avg_timing`"),
+        ("tensorrt-rtx", BuildOptions(tiling_optimization_level=0), "tensorrt-rtx has no `tiling_optimization_level`"),
+        ("tensorrt-rtx", BuildOptions(use_dla_core=0), "tensorrt-rtx has no `use_dla_core`"),
+        ("tensorrt", BuildOptions(max_aux_streams=-1), "`max_aux_streams` -1: give 0 to 7"),
+        ("tensorrt", BuildOptions(tiling_optimization_level=4), "`tiling_optimization_level` 4: give 0 to 3"),
+        ("tensorrt", BuildOptions(avg_timing=0), "`avg_timing` 0: give 1 to 100"),
+        ("tensorrt", BuildOptions(allow_gpu_fallback=True), "give `use_dla_core` as well"),
+        ("tensorrt", BuildOptions(batches=(1, 8), use_dla_core=0), "`batches` 1, 8: a DLA knows fixed shapes alone"),
+        ("tensorrt", BuildOptions(use_dla_core=0), "a DLA multiplies fp16 and int8, unet.onnx is fp32"),
+        ("tensorrt", BuildOptions(allow_weight_streaming=True), "keep a plan out of the CUDA graphs"),
         ("tensorrt-rtx", BuildOptions(level=9), "`level` 9"),
         ("tensorrt-rtx", BuildOptions(batches=(0,)), "`batches` 0"),
         ("tensorrt-rtx", BuildOptions(workspace=0), "`workspace` 0"),
@@ -210,6 +232,134 @@ def test_an_option_that_a_flavour_lacks_is_refused_by_name(
 ) -> None:
     with pytest.raises(UsageError, match=words):
         build_plans(open_bundle(SHIPPED), tmp_path, flavour, options)
+
+
+def new_config() -> tuple[Any, Any]:
+    """A builder of the real library, which its configuration needs to live, and a configuration."""
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    return (logger, builder), builder.create_builder_config()
+
+
+@pytest.mark.parametrize("flavour", get_args(Flavour))
+def test_every_plan_keeps_what_its_layers_are_and_treats_each_image_of_a_batch_alike(flavour: Flavour) -> None:
+    _alive, config = new_config()
+    configure(trt, flavour, config, BuildOptions(), ("8.9",))
+    assert config.profiling_verbosity == trt.ProfilingVerbosity.DETAILED
+    assert config.get_flag(trt.BuilderFlag.DISTRIBUTIVE_INDEPENDENCE)
+    assert not config.get_flag(trt.BuilderFlag.TF32)
+
+
+def test_a_plan_of_several_batches_is_built_without_the_promise_that_the_library_gives_for_one() -> None:
+    """It refuses the flag beside several profiles: found by a real build, `test_each_batch_is_a_profile_of_its_own`."""
+    _alive, config = new_config()
+    configure(trt, "tensorrt-rtx", config, BuildOptions(batches=(1, 8)), ("8.9",))
+    assert not config.get_flag(trt.BuilderFlag.DISTRIBUTIVE_INDEPENDENCE)
+
+
+def test_a_version_without_a_flag_or_a_level_builds_without_it_or_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As 10.3, of JetPack 6."""
+    members = {
+        name: member for name, member in trt.BuilderFlag.__members__.items() if name != "DISTRIBUTIVE_INDEPENDENCE"
+    }
+    old = SimpleNamespace(
+        __version__="10.3.0",
+        BuilderFlag=SimpleNamespace(__members__=members, TF32=trt.BuilderFlag.TF32),
+        ProfilingVerbosity=trt.ProfilingVerbosity,
+    )
+    _alive, config = new_config()
+    configure(old, "tensorrt", config, BuildOptions(), ())
+    assert not config.get_flag(trt.BuilderFlag.DISTRIBUTIVE_INDEPENDENCE)
+    without = SimpleNamespace(clear_flag=lambda flag: None)
+    with pytest.raises(UsageError, match=r"`tiling_optimization_level`: tensorrt 10\.3\.0 does not have it"):
+        configure(old, "tensorrt", without, BuildOptions(tiling_optimization_level=2), ())
+
+
+def test_trtexecs_options_reach_the_builder() -> None:
+    """The real configuration of tensorrt-rtx, which has the names of tensorrt's."""
+    _alive, config = new_config()
+    options = BuildOptions(
+        max_aux_streams=2, tiling_optimization_level=3, avg_timing=4, use_dla_core=1, allow_gpu_fallback=True
+    )
+    configure(trt, "tensorrt", config, options, ())
+    assert (config.max_aux_streams, config.avg_timing_iterations) == (2, 4)
+    assert config.tiling_optimization_level == trt.TilingOptimizationLevel.FULL
+    assert config.default_device_type == trt.DeviceType.DLA
+    assert config.DLA_core == -1  # the library takes no core that is not there
+    on_a_jetson = SimpleNamespace(clear_flag=id, set_flag=id, tiling_optimization_level=None)
+    configure(trt, "tensorrt", on_a_jetson, options, ())
+    assert on_a_jetson.DLA_core == 1
+    assert config.get_flag(trt.BuilderFlag.GPU_FALLBACK)
+    assert options.recipe() == {
+        "tf32": "false",
+        "max_aux_streams": "2",
+        "tiling_optimization_level": "3",
+        "avg_timing": "4",
+        "use_dla_core": "1",
+        "allow_gpu_fallback": "true",
+    }
+    levels = [int(trt.TilingOptimizationLevel.__members__[name]) for name in TILING]
+    assert levels == [0, 1, 2, 3]  # trtexec's numbers are the enum's
+
+
+def test_a_dla_core_that_is_not_there_is_refused_with_the_versions_that_have_any() -> None:
+    (_, builder), _config = new_config()
+    with pytest.raises(
+        UsageError, match=r"`use_dla_core` 0: TensorRT 1\..* finds 0 DLA cores here.*10\.7 was the last"
+    ):
+        refuse_missing_dla(builder, BuildOptions(use_dla_core=0), trt.__version__)
+    refuse_missing_dla(builder, BuildOptions(), trt.__version__)
+
+
+def test_one_batch_makes_every_shape_fixed_and_several_leave_it_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[tuple[int, ...]] = []
+
+    def noting(*arguments: Any) -> None:
+        network = arguments[2]
+        shapes.extend(tuple(network.get_output(i).shape) for i in range(network.num_outputs))
+        add_profile(*arguments)
+
+    monkeypatch.setattr(to_tensorrt, "add_profile", noting)
+    path = SHIPPED.with_name("classifier.onnx")
+    for batches in ((4,), (4, 8)):
+        build(trt, "tensorrt-rtx", path.read_bytes(), path, "fp32", BuildOptions(batches=batches), ("8.9",))
+    assert shapes == [(4, 10), (-1, 10), (-1, 10)]
+
+
+class Timings:
+    """What a builder's configuration does with timing caches; `fits` says which it takes."""
+
+    def __init__(self, fits: Callable[[bytes], bool]) -> None:
+        self.fits, self.taken = fits, b"none"
+
+    def create_timing_cache(self, content: bytes) -> bytes:
+        return content
+
+    def set_timing_cache(self, cache: bytes, ignore_mismatch: bool) -> bool:
+        assert not ignore_mismatch
+        self.taken = cache if self.fits(cache) else self.taken
+        return self.fits(cache)
+
+
+def test_timings_are_kept_beside_the_plans_unless_another_file_is_named(tmp_path: Path) -> None:
+    options = BuildOptions().with_cache(tmp_path)
+    assert options.timing_cache == tmp_path / "timing.cache"
+    assert "timing_cache" not in BuildOptions().recipe()
+    named = BuildOptions(timing_cache=tmp_path / "mine")
+    assert named.with_cache(tmp_path) == named
+    config = Timings(lambda content: content in (b"", b"of this GPU"))
+    for content, taken in ((None, b""), (b"of this GPU", b"of this GPU"), (b"of another GPU", b"")):
+        if content is not None:
+            (tmp_path / "timing.cache").write_bytes(content)
+        load_timing_cache(config, options)
+        assert config.taken == taken
+    (tmp_path / "mine").write_bytes(b"of another GPU")
+    with pytest.raises(CheckFailed, match="mine is not a timing cache of this TensorRT and this GPU"):
+        load_timing_cache(config, named)
+    (tmp_path / "timing.cache").unlink()
+    (tmp_path / "timing.cache").mkdir()
+    load_timing_cache(config, options)  # it cannot be read: the build takes longer
+    assert config.taken == b""
 
 
 @pytest.mark.parametrize("kind", ["int8-cpu", "fp12"])
@@ -298,6 +448,7 @@ import torch
 from diffusers import UNet2DModel
 from densepure_rt.export.convert.to_onnx import step_onnx
 from densepure_rt.export.models.onnx_graph import SCOPES, scopes
+from densepure_rt.export.convert.build_options import BuildOptions
 from densepure_rt.export.convert.to_tensorrt import build
 from densepure_rt.export.models.unets import DiffusersNetwork, zoo_unet
 torch.manual_seed(0)
