@@ -24,8 +24,9 @@ from densepure_rt.json_files import (
     writing,
 )
 from densepure_rt.legacy.claims import Claim, Flag, Imported, ImportSettings
-from densepure_rt.legacy.logs import ABSTAIN, COLUMNS
-from densepure_rt.rounding import exact, floored
+from densepure_rt.legacy.logs import COLUMNS
+from densepure_rt.rounding import exact
+from densepure_rt.runs.layout import tsv_columns
 
 FILES = ("results.tsv", "results.jsonl", "imported.json")
 ORIGIN = "imported.json"
@@ -92,11 +93,4 @@ def write(found: Imported, grid: Sequence[float], folder: Path) -> None:
 
 
 def tsv_line(claim: Claim) -> str:
-    columns = (
-        claim.idx,
-        ABSTAIN if claim.label is None else claim.label,
-        ABSTAIN if claim.predict is None else claim.predict,
-        "0.0" if claim.radius is None else floored(claim.radius),
-        int(claim.correct or False),
-    )
-    return "\t".join(map(str, columns))
+    return tsv_columns(claim.idx, claim.label, claim.predict, claim.radius, claim.correct)

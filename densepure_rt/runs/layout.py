@@ -50,15 +50,14 @@ def record_of(idx: int, image_sha256: str, label: int | None, certificate: Certi
 
 
 def tsv_line(record: ImageRecord, seconds: float) -> str:
-    columns = (
-        record.idx,
-        ABSTAIN if record.label is None else record.label,
-        ABSTAIN if record.predict is None else record.predict,
-        "0.0" if record.radius is None else floored(record.radius),
-        int(record.correct or False),
-        str(datetime.timedelta(seconds=seconds)),
-    )
-    return "\t".join(str(column) for column in columns) + "\n"
+    columns = tsv_columns(record.idx, record.label, record.predict, record.radius, record.correct)
+    return f"{columns}\t{datetime.timedelta(seconds=seconds)}\n"
+
+
+def tsv_columns(idx: int, label: int | None, predict: int | None, radius: float | None, correct: bool | None) -> str:
+    """The columns of the field's format that say what came of an image."""
+    labels = (ABSTAIN if each is None else each for each in (label, predict))
+    return "\t".join(map(str, (idx, *labels, "0.0" if radius is None else floored(radius), int(correct or False))))
 
 
 def lines_of(record: ImageRecord, timing: TimingRecord) -> Lines:

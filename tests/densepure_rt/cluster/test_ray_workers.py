@@ -201,12 +201,16 @@ def test_a_worker_that_is_stopped_is_named_its_work_is_drawn_elsewhere_and_its_l
     assert f"workers that were late, and how often: {worker} on" in caplog.messages[-1]
 
 
+def has_poison(task: Task) -> bool:
+    poison = next(image.pixels for place, image in enumerate(some_images()) if place == POISON)
+    return any((image.pixels == poison).all() for image in task.images.values())
+
+
 class DiesOfOne(Worker):
     """Its process ends when it is to draw one of the images, as it would of a fault in native code."""
 
     def draw(self, task: Task) -> TaskResult:
-        poison = next(image.pixels for place, image in enumerate(some_images()) if place == POISON)
-        if any((image.pixels == poison).all() for image in task.images.values()):
+        if has_poison(task):
             os._exit(1)
         return super().draw(task)
 
@@ -215,8 +219,7 @@ class RefusesOne(Worker):
     """Raises for one of the images, as an engine may."""
 
     def draw(self, task: Task) -> TaskResult:
-        poison = next(image.pixels for place, image in enumerate(some_images()) if place == POISON)
-        if any((image.pixels == poison).all() for image in task.images.values()):
+        if has_poison(task):
             raise ValueError("not this one")
         return super().draw(task)
 
@@ -258,8 +261,7 @@ class HangsOnOne(Worker):
     """Does not come back from one of the images, as of a kernel that is deadlocked."""
 
     def draw(self, task: Task) -> TaskResult:
-        poison = next(image.pixels for place, image in enumerate(some_images()) if place == POISON)
-        while any((image.pixels == poison).all() for image in task.images.values()):
+        while has_poison(task):
             time.sleep(1)
         return super().draw(task)
 
