@@ -121,8 +121,9 @@ class Fleet:
     def pace(self, chain: Chain, votes: int) -> Pace:
         """Return the pace of tasks with this chain and these votes. It lasts as long as the fleet."""
         calls: dict[Kind, int] = {"smooth": 1, "step": 1 + votes * len(chain), "classify": votes}
-        a_sample = sum(count * self.measured.get(kind, 0.0) for kind, count in calls.items())
-        return self.paces.setdefault((len(chain), votes), Pace(BATCHES_A_TASK * self.engines.batch * a_sample))
+        a_sample = sum(count * self.measured[kind] for kind, count in calls.items() if kind in self.measured)
+        expected = BATCHES_A_TASK * self.engines.batch * a_sample if self.measured else None
+        return self.paces.setdefault((len(chain), votes), Pace(expected))
 
     def describe(self) -> Mapping[str, str | int | bool]:
         return dict(self.engines.description) | {"workers": self.size}

@@ -16,10 +16,10 @@ class Pace:
     """Learn how long tasks of one kind take.
 
     The first task of each worker counts apart: it may compile kernels and take memory. expected: seconds of a task by
-    what was measured before the first; 0 where nothing was.
+    what was measured before the first; None where nothing was.
     """
 
-    def __init__(self, expected: float = 0.0) -> None:
+    def __init__(self, expected: float | None = None) -> None:
         self.expected = expected
         self._first: deque[tuple[int, float]] = deque(maxlen=RECENT)
         self._later: deque[tuple[int, float]] = deque(maxlen=RECENT)
@@ -40,5 +40,5 @@ class Pace:
         if longest is not None:
             usual = max(LEAST, SLOW * longest)
         else:
-            usual = max(EXPECTED, SLOW * self.expected) if self.expected else UNKNOWN
+            usual = UNKNOWN if self.expected is None else max(EXPECTED, SLOW * self.expected)
         return usual * 2.0**doublings

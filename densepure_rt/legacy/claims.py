@@ -88,7 +88,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class ImportSettings:
-    """What the numbers were made with, as the files or the caller said; what is not known is None."""
+    """Say what the numbers were made with, by the files or the caller; what is not known is None."""
 
     __pydantic_config__ = STRICT
     kind: ResultKind
@@ -103,7 +103,7 @@ class ImportSettings:
     alpha_of_merged: Probability | None = None
 
     def told(self) -> dict[str, Any]:
-        """By name, of what belongs to its kind: so it is printed and kept."""
+        """Return what belongs to its kind, by name, as it is printed and kept."""
         return {name: getattr(self, name) for name in SETTINGS[self.kind]}
 
 

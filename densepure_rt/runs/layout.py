@@ -55,7 +55,7 @@ def tsv_line(record: ImageRecord, seconds: float) -> str:
 
 
 def tsv_columns(idx: int, label: int | None, predict: int | None, radius: float | None, correct: bool | None) -> str:
-    """The columns of the field's format that say what came of an image."""
+    """Write the columns of the field's format that say what came of an image."""
     labels = (ABSTAIN if each is None else each for each in (label, predict))
     return "\t".join(map(str, (idx, *labels, "0.0" if radius is None else floored(radius), int(correct or False))))
 

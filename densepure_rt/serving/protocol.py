@@ -69,7 +69,7 @@ class InferRequest:
 
 
 class Sent(BaseModel):
-    """An object as a client sends it. Any: what is held against a model afterwards, and data, which may be long."""
+    """Describe an object of a request. Any: what is held against a model afterwards, and data, which may be long."""
 
     model_config = STRICT
 
@@ -95,7 +95,7 @@ class SentOutput(Sent):
 
 
 class RequestParameters(Sent):
-    deadline_ms: float | None = Field(None, gt=0, description="a number of milliseconds above 0")
+    deadline_ms: float | None = Field(None, gt=0, description="a finite number of milliseconds above 0")
     binary_data_output: bool = Field(False, description="true or false")
 
 
@@ -161,7 +161,7 @@ def from_json(text: bytes) -> Any:
 
 
 def checked(kind: type[S], value: Any, what: str) -> S:
-    """An object without its nulls: clients write null for an option that was not set. what: its name in errors."""
+    """Check an object. Its nulls are dropped: clients write null for what was not set. what: its name in errors."""
     if not isinstance(value, dict):
         raise ProtocolError(f"{what} is a JSON object, got {kind_of(value)}")
     try:
@@ -265,7 +265,7 @@ def outputs_of(model: Model, asked: list[Any], binary: bool) -> dict[str, bool]:
 
 
 def kind_of(value: Any) -> str:
-    """A value as an error repeats it where any other kind would do."""
+    """Name what was found in place of an object or a list."""
     return KINDS.get(type(value)) or shown(value)
 
 

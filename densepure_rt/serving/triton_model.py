@@ -38,7 +38,7 @@ DEADLINE = "deadline_ms"  # a parameter of requests
 
 
 def numbers(text: str) -> tuple[float, ...] | None:
-    """Numbers with commas between them; None of none."""
+    """Read numbers with commas between them; None for none."""
     return tuple(float(word) for word in text.split(",") if word.strip()) or None
 
 
@@ -48,7 +48,7 @@ Milliseconds = Annotated[float, Field(gt=0, description="is milliseconds above 0
 
 
 class Parameters(BaseModel):
-    """The parameters of a model's configuration, all of which have to be there, and no other."""
+    """Hold the parameters of a model's configuration: all of them have to be there, and no other."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -69,7 +69,7 @@ class Parameters(BaseModel):
 
     @property
     def settings(self) -> Settings:
-        """What the model answers by. Raises UsageError."""
+        """Return what the model answers by. Raises UsageError."""
         return Settings(self.sigma, self.steps, self.votes, n=self.n, alpha=self.alpha)
 
 
