@@ -16,12 +16,11 @@ from numpy.typing import NDArray
 from densepure_rt.errors import UsageError
 from densepure_rt.images.datasets import LabelledImage, open_images
 from densepure_rt.keys import seeded_secret
-from densepure_rt.runtime.reverse import Outcome
 from densepure_rt.serving.service import DeviceFailed, Draining, Full, ModelName, Service
 from densepure_rt.smoothing.classifier import Certified, Predicted, SmoothedClassifier, load
 from densepure_rt.smoothing.samplers import OnDevice
-from densepure_rt.smoothing.scheduling import NOTHING, Taken
 from densepure_rt.smoothing.settings import PREDICT_N, Settings
+from tests.support.journals import Notebook
 
 SECRET = bytes(range(32))
 CHEAP = Settings(sigma=0.5, steps=0, votes=1, n=160, alpha=0.05)  # the classifier alone
@@ -123,19 +122,6 @@ def test_requests_share_batches(classifier: SmoothedClassifier, images: list[Lab
         assert meter.device_seconds > 0
 
 
-class Labels:
-    """A journal that keeps the labels of one image."""
-
-    def __init__(self) -> None:
-        self.found: list[int] = []
-
-    def taken(self, idx: int) -> Taken:
-        return NOTHING
-
-    def add(self, idx: int, outcome: Outcome) -> None:
-        self.found.append(outcome.label)
-
-
 @pytest.mark.parametrize("method", ["radius", "sequential"])
 def test_at_its_deadline_a_certificate_is_what_its_samples_so_far_bear_out(
     classifier: SmoothedClassifier, images: list[LabelledImage], method: Any
@@ -152,10 +138,10 @@ def test_at_its_deadline_a_certificate_is_what_its_samples_so_far_bear_out(
     assert certificate.stopped
     assert 0 < certificate.n < settings.n
     assert late < 1
-    labels = Labels()
+    labels = Notebook()
     next(classifier.certify_each(images[:1], settings, journal=labels))
     decider = settings.rule(784, labelled=False).start()
-    for label in labels.found[: certificate.n]:
+    for label in labels.labels[: certificate.n]:
         decider.add(label)
     assert certificate == decider.certificate(stopped=True)
     assert certificate.radius is not None  # there was something to say

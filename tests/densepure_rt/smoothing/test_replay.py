@@ -9,12 +9,11 @@ import pytest
 from densepure_rt.errors import UsageError
 from densepure_rt.images.datasets import LabelledImage, open_images
 from densepure_rt.runtime.noise import image_key, smoothing_law, smoothing_noise
-from densepure_rt.runtime.reverse import Outcome
 from densepure_rt.smoothing.classifier import SmoothedClassifier, load
 from densepure_rt.smoothing.replay import replay
-from densepure_rt.smoothing.scheduling import NOTHING, Taken
 from densepure_rt.smoothing.settings import Settings
 from densepure_rt.smoothing.voting import Ballot
+from tests.support.journals import Notebook
 
 SECRET = bytes(range(32))
 
@@ -29,19 +28,6 @@ def classifier() -> Iterator[SmoothedClassifier]:
 def image() -> LabelledImage:
     (found,) = open_images(None, (1, 28, 28), [str(i) for i in range(10)]).select(1, 3).select(2, 1)
     return found
-
-
-class Notebook:
-    """A journal that starts empty."""
-
-    def __init__(self) -> None:
-        self.labels: list[int] = []
-
-    def taken(self, idx: int) -> Taken:
-        return NOTHING
-
-    def add(self, idx: int, outcome: Outcome) -> None:
-        self.labels.append(outcome.label)
 
 
 @pytest.mark.parametrize(("steps", "votes"), [(0, 1), (1, 1), (2, 5), (3, 4)])
