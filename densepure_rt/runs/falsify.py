@@ -7,6 +7,7 @@ into one pool, and the pool pays for whole attacks on certificates that lie even
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,14 +76,4 @@ def attack_each(
 
 
 def certificate_of_record(record: ImageRecord) -> Certificate:
-    return Certificate(
-        predict=record.predict,
-        radius=record.radius,
-        n0=record.n0,
-        n=record.n,
-        n_a=record.n_a,
-        alpha=record.alpha,
-        p_lower=record.p_lower,
-        outcomes=record.outcomes,
-        stopped=record.stopped,
-    )
+    return Certificate(**{field.name: getattr(record, field.name) for field in fields(Certificate)})

@@ -36,16 +36,8 @@ def record_of(idx: int, image_sha256: str, label: int | None, certificate: Certi
         idx=idx,
         image_sha256=image_sha256,
         label=label,
-        predict=certificate.predict,
-        radius=certificate.radius,
         correct=None if label is None else certificate.covers(label, 0.0),
-        n0=certificate.n0,
-        n=certificate.n,
-        n_a=certificate.n_a,
-        alpha=certificate.alpha,
-        p_lower=certificate.p_lower,
-        stopped=certificate.stopped,
-        outcomes=certificate.outcomes,
+        **vars(certificate),
     )
 
 

@@ -62,3 +62,13 @@ def attacks(address: str) -> tuple[str, ...]:
         f"<link rel=stylesheet href={address}/link>$title ${{x}} &lt;b&gt; &amp; {{{{ 7 * 7 }}}} {{% raw %}} {{# #}}",
         f"<svg><image href={address}/image /></svg>",
     )
+
+
+def inert(page: str) -> Seen:
+    """The page, once nothing in it runs or asks for anything."""
+    seen = Seen(page)
+    assert {tag for tag, _ in seen.tags}.isdisjoint({"script", "iframe", "img", "image", "link", "object", "embed"})
+    for tag, attributes in seen.tags:
+        assert not any(key.startswith("on") or key in OUTSIDE for key in attributes), tag
+        assert "url(" not in (attributes.get("style") or "")
+    return seen

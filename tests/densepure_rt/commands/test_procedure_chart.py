@@ -11,8 +11,7 @@ from densepure_rt.commands.procedure_chart import NAMES, bars, draw_procedures
 from densepure_rt.export.compare.machine import Load
 from densepure_rt.export.compare.procedure import SMALL, CallSeconds, Procedure, ProcedureBenchmark, factors_of
 from densepure_rt.smoothing.settings import PAPER, Settings
-from tests.support import benchmarks as support
-from tests.support.benchmarks import MACHINE, SUBJECT
+from tests.support.benchmarks import MACHINE, SUBJECT, printed
 
 CALLS = CallSeconds(unet=0.003, classifier=0.0005)
 OURS = Procedure(
@@ -51,10 +50,6 @@ def found_with(ours: Procedure = OURS, others: float = 0.2) -> ProcedureBenchmar
     )
 
 
-def printed(found: ProcedureBenchmark) -> str:
-    return support.printed(print_procedures, found)
-
-
 def cells(text: str, name: str) -> list[str]:
     """What stands behind `name` in the table, which comes before the sentence on the ratios."""
     table = text.partition("of one image")[2].partition("ours takes")[0]
@@ -63,7 +58,7 @@ def cells(text: str, name: str) -> list[str]:
 
 
 def test_what_was_run_on_what_stands_above() -> None:
-    text = printed(found_with())
+    text = printed(print_procedures, found_with())
     assert "engines/unet.onnx, fp32, sha256 0123456789abcdef\n" in text
     assert "provider onnxruntime CPU, batch 32" in text
     assert "Some Processor 9000, 4 cores; torch 2.13.0" in text
@@ -78,12 +73,12 @@ def test_what_was_run_on_what_stands_above() -> None:
 def test_pricing_stands_beside_what_it_should_have_given() -> None:
     assert (
         "UNet 3 ms, classifier 0.5 ms a call; that gives 1.2 s for the small run, which took 1.3 s, an image"
-        in printed(found_with())
+        in printed(print_procedures, found_with())
     )
 
 
 def test_what_each_procedure_takes_of_an_image() -> None:
-    text = printed(found_with())
+    text = printed(print_procedures, found_with())
     assert "of one image, wall clock" in text
     assert cells(text, "published, run small") == ["64", "384", "192", "1.3", "s", "80", "%"]
     assert cells(text, "published, priced") == ["100,100", "40,040,000", "4,004,000", "34", "h", "-"]
@@ -111,20 +106,20 @@ def test_a_factor_that_costs_time_goes_the_other_way() -> None:
 
 
 def test_what_each_factor_saves_is_printed_from_the_published_procedure_to_ours() -> None:
-    shown, lines = bars(found_with()), printed(found_with()).splitlines()[-6:]
+    shown, lines = bars(found_with()), printed(print_procedures, found_with()).splitlines()[-6:]
     for line, bar in zip(lines, shown, strict=True):
         assert line.startswith(f" {bar.name} ")
         assert line.endswith(f" {bar.text}")
 
 
 def test_no_line_of_the_table_is_cut_on_a_terminal_of_80_columns() -> None:
-    assert "\N{HORIZONTAL ELLIPSIS}" not in printed(found_with())
+    assert "\N{HORIZONTAL ELLIPSIS}" not in printed(print_procedures, found_with())
 
 
 def test_it_warns_once_of_what_other_programs_used(capsys: pytest.CaptureFixture[str]) -> None:
-    printed(found_with())
+    printed(print_procedures, found_with())
     assert capsys.readouterr().err == ""
-    printed(found_with(others=1.3))
+    printed(print_procedures, found_with(others=1.3))
     err = capsys.readouterr().err
     assert err.count("warning") == 1
     assert "1.3 cores" in err

@@ -55,6 +55,14 @@ def columns(line: str) -> dict[str, str]:
     return row
 
 
+def finished(path: Path) -> None:
+    """A whole run of four images, sealed."""
+    with RunFolder(path, manifest(SECRET), SECRET) as folder:
+        for idx in range(4):
+            folder.add(result(idx=idx))
+        folder.finish(replace(SUMMARY, done=4))
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -283,10 +291,7 @@ def test_a_revealed_secret_is_in_the_manifest_and_draws_no_more_noise(tmp_path: 
 
 @pytest.mark.parametrize("killed_after", ["the key has its new name", "the manifest is written"])
 def test_a_reveal_that_was_cut_short_is_completed_by_another(tmp_path: Path, killed_after: str) -> None:
-    with RunFolder(tmp_path, manifest(SECRET), SECRET) as folder:
-        for idx in range(4):
-            folder.add(result(idx=idx))
-        folder.finish(replace(SUMMARY, done=4))
+    finished(tmp_path)
     sealed = (tmp_path / "seal.json").read_bytes()
     before = (tmp_path / "manifest.json").read_bytes()
     reveal(tmp_path)
@@ -299,10 +304,7 @@ def test_a_reveal_that_was_cut_short_is_completed_by_another(tmp_path: Path, kil
 
 
 def test_what_was_changed_after_the_seal_is_not_sealed_again(tmp_path: Path) -> None:
-    with RunFolder(tmp_path, manifest(SECRET), SECRET) as folder:
-        for idx in range(4):
-            folder.add(result(idx=idx))
-        folder.finish(replace(SUMMARY, done=4))
+    finished(tmp_path)
     text = (tmp_path / "manifest.json").read_text()
     (tmp_path / "manifest.json").write_text(text.replace('"here"', '"elsewhere"'))
     for again in (lambda: reveal(tmp_path), lambda: RunFolder(tmp_path, manifest(SECRET), SECRET)):
