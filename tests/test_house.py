@@ -116,6 +116,18 @@ def test_half_of_all_functions_have_at_most_six_lines_of_code() -> None:
     assert lengths[len(lengths) // 2] <= 6
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_a_function_of_more_than_eight_parameters_says_why(path: Path) -> None:
+    """A command is exempt, and made of groups of options besides: its parameters are options of the command line."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            count = sum(argument.arg not in ("self", "cls") for argument in given)
+            command = path.parent.name == "commands" and "typer.Option" in ast.unparse(node.args)
+            if count > 8 and not command:
+                assert "so many parameters because" in (ast.get_docstring(node) or ""), f"{node.name} has {count}"
+
+
 def test_the_public_names_are_these() -> None:
     assert densepure_rt.__all__ == sorted(densepure_rt.__all__)
     assert set(densepure_rt.__all__) == {

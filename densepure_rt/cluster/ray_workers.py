@@ -44,7 +44,7 @@ LOCAL, REMOTE = "ray", "ray://"
 
 
 @dataclass(frozen=True)
-class Recipe:
+class WorkerEngines:
     """How a worker opens its engines; see `smoothing.load`."""
 
     engine: Path | None
@@ -59,7 +59,7 @@ class Recipe:
 class Worker:
     """The actor: engines that are opened once, and nothing else that lasts."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: WorkerEngines) -> None:
         from densepure_rt.smoothing.classifier import load
 
         self.opened: SmoothedClassifier | Exception
@@ -203,7 +203,7 @@ def heads_of(address: str) -> list[tuple[str, int]]:
 
 def open_fleet(
     address: str,
-    recipe: Recipe,
+    recipe: WorkerEngines,
     workers: int | None = None,
     group: str | None = None,
     actor: type[Worker] = Worker,
@@ -322,7 +322,7 @@ def opened_by(members: Sequence[Member], timeout: float) -> list[Engines]:
 
 
 def open_on_cluster(
-    address: str, recipe: Recipe, workers: int | None, group: str | None, secret: bytes | None
+    address: str, recipe: WorkerEngines, workers: int | None, group: str | None, secret: bytes | None
 ) -> SmoothedClassifier:
     """A classifier whose samples a cluster draws; see `open_fleet`."""
     from densepure_rt.smoothing.classifier import SmoothedClassifier
@@ -335,5 +335,5 @@ def open_on_cluster(
         raise
 
 
-def needs_gpu(recipe: Recipe) -> bool:
+def needs_gpu(recipe: WorkerEngines) -> bool:
     return recipe.provider != "cpu" or (recipe.engine is not None and recipe.engine.suffix == ".plan")

@@ -341,7 +341,7 @@ class ClusterOptions(TypedOptions):
             from densepure_rt.cluster import ray_workers
         engine, classifier = (path and path.absolute() for path in (engines.engine, engines.classifier))
         threads = none_as(1, engines.threads)
-        recipe = ray_workers.Recipe(
+        recipe = ray_workers.WorkerEngines(
             engine, classifier, engines.batch, threads, engines.provider, engines.engine_sha256, engines.trust
         )
         return ray_workers.open_on_cluster(self.cluster, recipe, self.workers, self.group, secret)

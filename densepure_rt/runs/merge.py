@@ -7,7 +7,6 @@ merge that is cut short leaves a folder that is empty, or without a seal, and th
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import hashlib
 import math
@@ -19,19 +18,19 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
+from densepure_rt.errors import CheckFailed, UsageError
 from densepure_rt.json_files import content, parsed, writing
-from densepure_rt.keys import commitment, stored_key
+from densepure_rt.keys import commitment
 from densepure_rt.runs.falsifier import Falsification
 from densepure_rt.runs.folder import RunFolder
 from densepure_rt.runs.identity import differences, refuse_unrecorded_arithmetic, settings_of
-from densepure_rt.runs.layout import ATTACKS, KEY, MANIFEST, REVEALED, SEAL, SUMMARY, broken_picture, read_manifest
+from densepure_rt.runs.layout import ATTACKS, MANIFEST, REVEALED, SEAL, SUMMARY, broken_picture, read_manifest
 from densepure_rt.runs.ledger import NAME as LEDGER
 from densepure_rt.runs.ledger import DoneImage, Ledger
 from densepure_rt.runs.reader import read_attacks
 from densepure_rt.runs.records import ImageRecord, Manifest, MergedShard, Provenance, Summary, TimingRecord
 from densepure_rt.runs.seal import refuse_broken_seal
-from densepure_rt.runs.secret import reveal
+from densepure_rt.runs.secret import kept_secret, reveal
 from densepure_rt.runs.shards import Shard
 from densepure_rt.runs.summary import radii_of, summarize
 from densepure_rt.smoothing.forecast import reach_of
@@ -95,7 +94,7 @@ def read_part(path: Path, manifest: Manifest) -> Part:
     attacks = read_attacks(path)
     if strange := {attack.idx for attack in attacks or ()}.difference(images.values()):
         raise CheckFailed(f"{path / ATTACKS} names images that the shard does not hold: {named(sorted(strange))}")
-    secret = secret_of(path, manifest)
+    secret = kept_secret(path, manifest, all_readable=False)
     if secret is not None and commitment(secret) != manifest.identity.secret_commitment:
         raise CheckFailed(f"the key in {path} is not the one that the run committed itself to")
     revealed = manifest.provenance.revealed_secret is not None or (path / REVEALED).exists()
@@ -112,15 +111,6 @@ def check_image(image: DoneImage, manifest: Manifest, ledger: Path) -> None:
         raise CheckFailed(f"{what} is damaged: its record is of image {record.idx}, its timing of {timing.idx}")
     if image.place not in manifest.shard.places(manifest.identity.images.count):
         raise CheckFailed(f"{what} has place {image.place} in the run, which is none of shard {manifest.shard}")
-
-
-def secret_of(path: Path, manifest: Manifest) -> bytes | None:
-    for name in (KEY, REVEALED):
-        with contextlib.suppress(EnvironmentFault):  # its owner's alone to read
-            if (secret := stored_key(path / name)) is not None:
-                return secret
-    revealed = manifest.provenance.revealed_secret
-    return None if revealed is None else bytes.fromhex(revealed)
 
 
 def refuse_other_runs(manifests: Mapping[Path, Manifest]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from densepure_rt.errors import CheckFailed, UsageError
+from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.json_files import page, replaced, writing
 from densepure_rt.keys import commitment, retire, seeded_secret, shared_key, stored_key
 from densepure_rt.runs.layout import KEY, MANIFEST, REVEALED, SEAL, read_manifest
@@ -15,12 +15,20 @@ from densepure_rt.runs.records import Manifest
 from densepure_rt.runs.seal import refuse_broken_seal, seal
 
 
-def kept_secret(run: Path, manifest: Manifest) -> bytes | None:
-    """Return the secret that is kept beside a run or was revealed; None where there is neither."""
+def kept_secret(run: Path, manifest: Manifest, all_readable: bool = True) -> bytes | None:
+    """Return the secret that is kept beside a run or was revealed; None where there is neither.
+
+    Raises EnvironmentFault for a key file that only its owner may read, unless `all_readable` is False.
+    """
+    for name in (KEY, REVEALED):
+        try:
+            if (secret := stored_key(run / name)) is not None:
+                return secret
+        except EnvironmentFault:
+            if all_readable:
+                raise
     revealed = manifest.provenance.revealed_secret
-    return (
-        stored_key(run / KEY) or stored_key(run / REVEALED) or (None if revealed is None else bytes.fromhex(revealed))
-    )
+    return None if revealed is None else bytes.fromhex(revealed)
 
 
 def secret_of(run: Path, manifest: Manifest) -> bytes:

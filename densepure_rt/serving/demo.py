@@ -247,8 +247,8 @@ def facts(served: Served) -> dict[str, Any]:
     """What the page says of the model before it is given a picture. radii: those asked about, or 0 and the largest."""
     settings, unet = served.settings, served.bundle.unet
     reach = reach_of(settings, math.prod(unet.image))
-    within = [radius for radius in settings.grid if radius <= (reach or 0.0)]
-    radii = within if settings.method == "sequential" else [0.0, float(raised(reach or 0.0))]
+    asked = [0.0, float(raised(reach or 0.0))] if settings.decided is None else settings.decided
+    radii = [radius for radius in asked if settings.decided is None or radius <= (reach or 0.0)]
     return {
         "engine": served.bundle.unet_path.name,
         "precision": unet.precision,

@@ -33,7 +33,7 @@ from densepure_rt.runtime.noise import image_key
 from densepure_rt.runtime.reverse import Outcome, decide
 from densepure_rt.serving.fair_share import FairShare, QueuedImage
 from densepure_rt.smoothing.classifier import Certified, Predicted, SmoothedClassifier, prediction_of
-from densepure_rt.smoothing.decider import AnytimeDecider, Decider, Phases
+from densepure_rt.smoothing.decider import Decider, Phases
 from densepure_rt.smoothing.scheduling import MOST_OPEN
 from densepure_rt.smoothing.settings import PREDICT_N, RULES, Settings
 
@@ -333,7 +333,7 @@ class Service(AbstractContextManager["Service"]):
         image, decider, cost, stopped = pending.image, pending.decider, pending.cost, pending.stopped
         if pending.model == "predict":
             charge, classes = self._predicts.charge, len(self.served.class_names)
-            return prediction_of(image, cast(AnytimeDecider, decider), charge, classes, cost, stopped)
+            return prediction_of(image, decider, charge, classes, cost, stopped)
         return Certified(image, decider.certificate(stopped), cost)
 
     def _close_settled(self) -> None:

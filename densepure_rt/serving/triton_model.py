@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,6 @@ from densepure_rt.runtime.triton_device import Cancelled, TritonDevice
 from densepure_rt.serving.models import MOST_IMAGES, outputs_of, pixels_of, values_of
 from densepure_rt.serving.service import ModelName
 from densepure_rt.smoothing.classifier import Certified, Predicted, SmoothedClassifier, chain_of, prediction_of
-from densepure_rt.smoothing.decider import AnytimeDecider
 from densepure_rt.smoothing.samplers import OnDevice
 from densepure_rt.smoothing.scheduling import Cost
 from densepure_rt.smoothing.settings import Budget, Settings
@@ -202,7 +201,7 @@ class TritonModel:
 
     def no_prediction(self, image: LabelledImage) -> Predicted:
         """Of an image that was not come to in time."""
-        decider, classes = cast(AnytimeDecider, self.rule.start()), len(self.bundle.classifier.class_names)
+        decider, classes = self.rule.start(), len(self.bundle.classifier.class_names)
         return prediction_of(image, decider, self.rule.charge, classes, Cost(), stopped=True)
 
     def no_certificate(self, image: LabelledImage) -> Certified:

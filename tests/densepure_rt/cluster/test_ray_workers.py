@@ -26,7 +26,7 @@ import ray
 
 from densepure_rt import __version__
 from densepure_rt.cluster.fleet import DEATHS, FAILURES, Fleet, Member
-from densepure_rt.cluster.ray_workers import Recipe, Worker, chosen, connect, open_fleet
+from densepure_rt.cluster.ray_workers import Worker, WorkerEngines, chosen, connect, open_fleet
 from densepure_rt.cluster.tasks import Engines, Task, TaskResult
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.images.datasets import ImageSet, open_images
@@ -41,7 +41,7 @@ from densepure_rt.smoothing.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[3]
 SEED = 1
-SHIPPED = Recipe(None, None, 8, 1, "cpu", None, False)
+SHIPPED = WorkerEngines(None, None, 8, 1, "cpu", None, False)
 SETTINGS = Settings(sigma=0.25, steps=2, votes=3, n=200, radii=(0.0, 0.25))
 IMAGES = 8
 POISON = 3  # the place of the image that workers die of
@@ -523,9 +523,9 @@ server.stop(0)
 """
 OUTSIDE = """
 import sys
-from densepure_rt.cluster.ray_workers import Recipe, open_fleet
+from densepure_rt.cluster.ray_workers import WorkerEngines, open_fleet
 
-fleet = open_fleet(sys.argv[1], Recipe(None, None, 8, 1, "cpu", None, False), 1)
+fleet = open_fleet(sys.argv[1], WorkerEngines(None, None, 8, 1, "cpu", None, False), 1)
 print(len(fleet.members), fleet.heads)
 fleet.close()
 """
