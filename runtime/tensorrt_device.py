@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.runtime import gpu
 from densepure_rt.runtime.bundle import UNKNOWN, Bundle, Plan, Sidecar, rebuild_command, verified_engine
+from densepure_rt.runtime.control import control_layout, fill_control
 from densepure_rt.runtime.device import (
     CLASSIFY_INPUTS,
     CLASSIFY_OUTPUTS,
@@ -45,15 +46,12 @@ from densepure_rt.runtime.tensorrt_api import first_line, import_flavour, new_lo
 
 IN_FLIGHT = 2  # one batch runs while the host prepares the next
 THREADS_PER_BLOCK = 256
-ALIGNMENT = 256  # bytes; what TensorRT asks of a tensor's address
 MAX_IMAGES = 4096  # open at a time
 KERNELS = ("smooth", "gather", "scatter", "gather_means", "argmax")
-PADDING = -1  # a target slot that nothing is written to
 # What `close` lets go of, which frees it: contexts before the runtime, all before the stream.
 HELD = "_step _classify _mean _std _finite _control _labels _table _vote_law _runtime _stream".split()
 
-# These mirror the structs of kernels.cu; a test compares their sizes with the compiler's.
-ITEM = np.dtype([(name, np.int64) for name in ("image", "sample", "vote", "step", "source", "target")])
+# The struct of kernels.cu, as `control.ITEM` is; a test compares their sizes with the compiler's.
 IMAGE = np.dtype(
     [
         ("pixels", np.uint64),
@@ -181,7 +179,7 @@ class TensorRTDevice:
         self._runtime = self._trt.Runtime(self._logger)
         self._runtime.engine_host_code_allowed = False
         # One copy fills it: the items, then t and coef, which are the step engine's own inputs.
-        self._offsets, self._control_bytes = layout(ITEM.itemsize * self.batch, 4 * self.batch, 24 * self.batch)
+        self._offsets, self._control_bytes = control_layout(self.batch)
         self._control = self._allocate(self._control_bytes)
         control = int(self._control.handle)
         self._step = self._load(
@@ -241,7 +239,7 @@ class TensorRTDevice:
     @translating_cuda_errors()
     def submit(self, batch: Batch) -> int:
         staging = self._idle[-1]  # taken at the end, so that an error on the way does not lose it
-        self._fill(staging, batch)
+        fill_control(as_array(staging.control, np.uint8), self.batch, batch, self._images)
         self._control.copy_from(staging.control, stream=self._stream)
         self._launch(batch.kind)
         if batch.kind == "classify":
@@ -353,22 +351,6 @@ class TensorRTDevice:
             raise CheckFailed(
                 f"{self.flavour} {self._trt.__version__} failed to run an engine: {self._logger.summary()}"
             )
-
-    def _fill(self, staging: Staging, batch: Batch) -> None:
-        """Write a batch's index arrays, t and coef into pinned memory; padding repeats the first item."""
-        content, n = as_array(staging.control, np.uint8), len(batch.image)
-        items = content[: ITEM.itemsize * self.batch].view(ITEM)
-        index = {handle: self._images[handle].index for handle in set(batch.image.tolist())}
-        items["image"][:n] = [index[handle] for handle in batch.image.tolist()]
-        for name in ("sample", "vote", "step", "source", "target"):
-            items[name][:n] = getattr(batch, name)
-        items[n:] = items[0]
-        items["target"][n:] = PADDING
-        if batch.kind == "step":
-            for values, offset in ((batch.t, self._offsets[1]), (batch.coef, self._offsets[2])):
-                size = self.batch * values[:1].nbytes
-                rows = content[offset : offset + size].view(np.float32).reshape(self.batch, *values.shape[1:])
-                rows[:n], rows[n:] = values, values[0]
 
     def _run_engines(self, feed: dict[str, Floats]) -> list[Floats]:
         """Both engines on host arrays, for the probe."""
@@ -492,12 +474,6 @@ class TensorRTDevice:
         values: NDArray[Any] = as_array(staging, dtype).copy()
         staging.close(self._stream)
         return values
-
-
-def layout(*sizes: int) -> tuple[list[int], int]:
-    """Where regions of these sizes start when each is aligned, and how long they are together."""
-    padded = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
-    return [0, *itertools.accumulate(padded)][:-1], sum(padded)
 
 
 def as_array(buffer: Any, dtype: type[Any]) -> NDArray[Any]:

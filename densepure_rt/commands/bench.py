@@ -1,4 +1,4 @@
-"""`densepure-rt bench`: time an engine against PyTorch, a step or the whole procedure."""
+"""`densepure-rt bench`: time an engine against PyTorch, a step or the whole procedure; or the host alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from densepure_rt.commands.bench_tables import print_benchmark, print_procedures
+from densepure_rt.commands.bench_tables import print_benchmark, print_host_costs, print_procedures
 from densepure_rt.commands.console import finite, make_folder, needs_pytorch, say, watched, write_report
 from densepure_rt.commands.options import EngineFile, Json, ProviderName, with_models
 from densepure_rt.commands.procedure_chart import draw_procedures
@@ -80,6 +80,14 @@ def bench(
     out: Annotated[
         Path | None, typer.Option(help="Folder for procedure.json and procedure.png.", rich_help_panel=PROCEDURE)
     ] = None,
+    host: Annotated[
+        bool,
+        typer.Option(
+            "--host",
+            help="Time what the host does for a batch of a GPU, on a device that takes no time; --batch and --rounds "
+            "alone belong to it.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Time an engine against PyTorch in one run: a reverse step by stages, or with --procedure whole certifications.
@@ -89,9 +97,17 @@ def bench(
     """
     from densepure_rt.runtime.open_device import provider_of
 
+    of_procedure = {"steps": steps, "votes": votes, "n": n, "seed": seed}
+    if host:
+        refuse_given(
+            {"engine": engine, "images": images, "sigma": sigma, "threads": threads, "compile": compiled}
+            | {"procedure": procedure or None, "max": limit, **of_procedure, "out": out},
+            "an engine, and --host runs none: leave them out",
+        )
+        bench_host(batch, given({"rounds": rounds}), as_json)
+        return
     shared = {"sigma": sigma, "batch": batch, "threads": threads, "provider": provider_of(provider)}
     of_step = {"rounds": rounds, "compile": compiled}
-    of_procedure = {"steps": steps, "votes": votes, "n": n, "seed": seed}
     if procedure:
         refuse_given(of_step, "a single step, which --procedure does not time: leave them out")
         bench_procedure(models, engine, images, limit, given(shared | of_procedure), out, as_json)
@@ -109,6 +125,17 @@ def refuse_given(options: dict[str, Any], owner: str) -> None:
     """Raise UsageError for options that were typed where they mean nothing."""
     if typed := [("--no-" if value is False else "--") + name for name, value in given(options).items()]:
         raise UsageError(f"{', '.join(typed)}: only for {owner}")
+
+
+def bench_host(batch: int | None, options: dict[str, Any], as_json: bool) -> None:
+    """Time the host. options: of `densepure_rt.export.compare.host_cost.host_costs`."""
+    from densepure_rt.export.compare.host_cost import BATCHES, host_costs
+
+    found = host_costs(BATCHES if batch is None else (batch,), **options)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(found)))
+    else:
+        print_host_costs(found)
 
 
 def bench_step(

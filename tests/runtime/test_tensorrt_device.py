@@ -28,7 +28,7 @@ from densepure_rt.runtime.bundle import (
 )
 from densepure_rt.runtime.gpu import Gpu
 from densepure_rt.runtime.open_device import open_device
-from densepure_rt.runtime.tensorrt_device import layout, refuse_misfit, refuse_other_machine
+from densepure_rt.runtime.tensorrt_device import refuse_misfit, refuse_other_machine
 
 SHIPPED = shipped_engine()
 NOT_A_PLAN = b"vtrt but no plan"
@@ -188,8 +188,3 @@ def test_the_command_that_builds_a_plan_again_has_the_options_of_its_recipe(tmp_
         f"densepure-rt export --target tensorrt --out {tmp_path} --batch 8,64 --hw-compat ampere-plus "
         f"--tf32 --workspace 512"
     )
-
-
-def test_regions_start_where_tensorrt_wants_addresses() -> None:
-    assert layout(48 * 3, 4 * 3, 24 * 3) == ([0, 256, 512], 768)
-    assert layout(256, 1) == ([0, 256], 512)
