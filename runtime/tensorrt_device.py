@@ -45,7 +45,7 @@ from densepure_rt.runtime.probe import probe
 from densepure_rt.runtime.tensorrt_api import first_line, import_flavour, new_logger
 
 IN_FLIGHT = 2  # one batch runs while the host prepares the next
-THREADS_PER_BLOCK = 256
+THREADS_PER_BLOCK, WARP = 256, 32
 MAX_IMAGES = 4096  # open at a time
 KERNELS = ("smooth", "gather", "scatter", "gather_means", "argmax")
 # What `close` lets go of, which frees it: contexts before the runtime, all before the stream.
@@ -330,7 +330,7 @@ class TensorRTDevice:
             self._call(
                 "argmax",
                 stream,
-                self._grid(self.batch, 1),
+                self._grid(WARP * self.batch, 1),  # a warp an item
                 items,
                 buffers["logits"],
                 self._finite,
