@@ -3,13 +3,15 @@
 //
 // Plain C++ without headers: NVRTC compiles it when a device opens, g++ when the tests compare it with numpy. Every
 // rounding is IEEE's, in one order: compile with --fmad=false (g++: -ffp-contract=off) and without fast math. A thread
-// owns one element and shares nothing, so that neither order nor grid can reach a result.
+// owns one element and shares nothing, so that neither order nor grid can reach a result; in argmax a warp does.
 //
 // A slot holds a state: mean and std [size], with size = channels * height * width, and a byte that says whether it is
 // finite. In every kernel but argmax, x counts the elements of an image and y the items of the batch.
 
 typedef unsigned long long Word;
 
+constexpr int WARP = 32;  // threads that run in step
+constexpr unsigned ALL_LANES = 0xFFFFFFFF;
 constexpr int NOT_FINITE = -1;       // runtime/device.py
 constexpr float PIXEL_LEVELS = 255;  // a pixel is k / 255
 constexpr float UNIT_GRID = 4096;    // vote noise is k / 4096
@@ -156,19 +158,32 @@ extern "C" __global__ void gather_means(const Item* items, const float* mean_slo
     if (e < size) mean[place(blockIdx.y, size, e)] = mean_slots[place(items[blockIdx.y].source, size, e)];
 }
 
-// The first of the largest logits [batch, classes]; or NOT_FINITE, if a logit or the state is not. A thread an item.
+// The first of the largest logits [batch, classes]; or NOT_FINITE, if a logit or the state is not. A warp an item, so that
+// blocks are whole warps: its lanes take the classes in turns, each from the first class on, and then agree in pairs.
 extern "C" __global__ void argmax(const Item* items, const float* logits, const unsigned char* finite_slots,
                                   int* labels, int classes, int batch)
 {
-    const int i = this_thread();
-    if (i >= batch) return;
+    const int i = this_thread() / WARP, lane = this_thread() % WARP;
+    if (i >= batch) return;  // all lanes at once
 
     const float* row = logits + place(i, classes, 0);
-    bool finite = finite_slots[items[i].source];
-    int best = 0;
-    for (int c = 0; c < classes; ++c) {
+    float most = row[0];
+    int best = 0, finite = finite_slots[items[i].source];
+    for (int c = lane; c < classes; c += WARP) {
         finite = finite && is_finite(row[c]);
-        if (row[c] > row[best]) best = c;
+        if (row[c] > most) {
+            most = row[c];
+            best = c;
+        }
     }
-    labels[i] = finite ? best : NOT_FINITE;
+    for (int away = WARP / 2; away > 0; away /= 2) {
+        const float other_most = __shfl_down_sync(ALL_LANES, most, away);
+        const int other = __shfl_down_sync(ALL_LANES, best, away);
+        if (other_most > most || (other_most == most && other < best)) {
+            most = other_most;
+            best = other;
+        }
+    }
+    finite = __all_sync(ALL_LANES, finite);
+    if (lane == 0) labels[i] = finite ? best : NOT_FINITE;
 }

@@ -5,15 +5,16 @@ draw from that Gaussian, the remaining steps, and a classify item. Votes are lau
 can decide the ballot, and are cast in vote order. Outcomes leave in the order in which the work came in, never as they
 complete: unanimous samples finish first and would bias the count.
 
+What is known of samples and of items lies in arrays, a column each: a line here serves a whole batch.
+
 `walk` and `walk_graph` take a few items down a chain in lockstep, for what looks at the states on the way.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -23,17 +24,24 @@ from densepure_rt.runtime.device import NOT_FINITE, Batch, Device, Floats, Kind
 from densepure_rt.runtime.schedule import Chain
 
 RunStep = Callable[[dict[str, Floats]], Sequence[Floats]]  # a step graph: a feed of its inputs -> mean, std, finite
+Integers = NDArray[np.int64]
 LATEST_FIRST: tuple[Kind, ...] = ("classify", "step", "smooth")  # finish what is begun, so that few slots are held
+UNCAST = -2  # in place of a vote that is not cast yet
+SAMPLE, VOTE, STEP, SLOT = range(4)  # the columns of a `Queue`
+NO_SLOT = -1  # of a vote that has still to leave its sample's
 
 
 class Ballot(Protocol):
-    """What the loop asks of a ballot; see `densepure_rt.smoothing.voting.Ballot`."""
+    """What the loop asks of an empty ballot; see `densepure_rt.smoothing.voting.Ballot`."""
+
+    remaining: int  # votes at most
 
     @property
-    def needed(self) -> int: ...
-    @property
-    def winner(self) -> int: ...
-    def cast(self, label: int) -> None: ...
+    def needed(self) -> int:
+        """The fewest votes that can decide it."""
+
+    def count(self, labels: NDArray[np.int32]) -> tuple[Integers, NDArray[np.int32]]:
+        """Of ballots as this one, [votes, n] in order, UNCAST behind: how many votes each needs yet, and who leads."""
 
 
 class Outcome(NamedTuple):
@@ -46,28 +54,54 @@ class Outcome(NamedTuple):
     unet_calls: int
 
 
-@dataclass
-class Sample:
-    """A sample under way. `root` is the slot that its votes branch from; `round` the votes that are under way."""
+class Queue:
+    """Items of work, first in, first out, int64 [n, 4]: sample, vote, step, slot.
 
-    place: int
-    image: int
-    index: int
-    ballot: Ballot
-    root: int
-    launched: int = 0
-    round: dict[int, int | None] = field(default_factory=dict)
-    unet_calls: int = 0
+    sample: its place in the loop's arrays, which is the slot that its votes branch from. step: the reverse step that
+    the item takes, -1 to smooth, the chain's length to classify. slot: where its state is put.
+    """
+
+    def __init__(self) -> None:
+        self.parts, self.length = deque[Integers](), 0
+
+    def __len__(self) -> int:
+        return self.length
+
+    def put(self, items: Integers) -> None:
+        if len(items):
+            self.parts.append(items)
+            self.length += len(items)
+
+    def take(self, most: int) -> Integers:
+        taken, wanted = [NO_ITEMS], min(most, self.length)
+        self.length -= wanted
+        while wanted:
+            part = self.parts.popleft()
+            if len(part) > wanted:
+                self.parts.appendleft(part[wanted:])
+            taken.append(part[:wanted])
+            wanted -= len(taken[-1])
+        items: Integers = np.concatenate(taken)
+        return items
 
 
-class Item(NamedTuple):
-    """One item of work. `step` is the reverse step it takes: -1 to smooth, the chain's length to classify."""
+NO_ITEMS = np.empty((0, 4), np.int64)
 
-    sample: Sample
-    vote: int
-    step: int
-    source: int
-    target: int
+
+class Free:
+    """Slots that hold nothing."""
+
+    def __init__(self, slots: range) -> None:
+        self.slots, self.left = np.array(slots, np.int64), len(slots)
+
+    def take(self, n: int) -> Integers:
+        self.left -= n
+        taken: Integers = self.slots[self.left : self.left + n].copy()
+        return taken
+
+    def give(self, slots: Integers) -> None:
+        self.slots[self.left : self.left + len(slots)] = slots
+        self.left += len(slots)
 
 
 def decide(
@@ -79,34 +113,45 @@ def decide(
     next outcome", and must not come when all outcomes are out. With fewer than two steps nothing is
     random after the smoothing noise: `new_ballot` must then need a single vote.
     """
-    return _Loop(device, chain, work, new_ballot).run()
+    return _Loop(device, chain, work, new_ballot()).run()
+
+
+def slots_of(batch: int, in_flight: int) -> tuple[int, int]:
+    """How many samples may be under way, a slot each, and how many slots their votes take at a time.
+
+    With a batch of each kind waiting and a batch on every caller, some batch is full whenever work is left. A vote gets
+    its slot with its first draw; as votes that have one go first, no more hold one than wait to be classified, which is
+    less than a batch, and than are with the callers: whatever the chain and the votes.
+    """
+    return batch * (len(LATEST_FIRST) + in_flight), batch * (1 + in_flight)
 
 
 class _Loop:
-    def __init__(
-        self, device: Device, chain: Chain, work: Iterable[tuple[int, int] | None], new_ballot: Callable[[], Ballot]
-    ) -> None:
-        self.device, self.chain, self.new_ballot = device, chain, new_ballot
-        self.work, self.places = iter(work), itertools.count()
-        self.exhausted = False
-        self.queues: dict[Kind, deque[Item]] = {kind: deque() for kind in LATEST_FIRST}
-        self.outstanding: dict[int, list[Item]] = {}
-        # With a batch of each kind waiting and a batch on every caller, some batch is full whenever work is left.
-        self.room = device.batch * (len(LATEST_FIRST) + device.in_flight)
-        slots = self.room * (1 + (new_ballot().needed if len(chain) > 1 else 0))  # a later round is never larger
-        self.free = list(range(slots))
-        device.reserve(slots)
+    def __init__(self, device: Device, chain: Chain, work: Iterable[tuple[int, int] | None], ballot: Ballot) -> None:
+        self.device, self.chain, self.work, self.ballot = device, chain, iter(work), ballot
+        self.queues = {kind: Queue() for kind in LATEST_FIRST}
+        self.draws = Queue()  # steps that a sample's own slot is the source of: the first of all, and of each vote
+        self.outstanding: dict[int, tuple[Kind, Integers]] = {}
+        samples, votes = slots_of(device.batch, device.in_flight)
+        self.free, self.free_votes = Free(range(samples)), Free(range(samples, samples + votes))
+        device.reserve(samples + (votes if len(chain) > 1 else 0))
+        # Of each sample: its place in the work, its image and index, the votes launched, those of them still to come.
+        self.place, self.image, self.index, self.launched, self.awaited = np.zeros((5, samples), np.int64)
+        self.labels, self.first_round = np.empty((ballot.remaining, samples), np.int32), ballot.needed
+        self.drawn, self.decided = 0, dict[int, Outcome]()
 
     def run(self) -> Generator[Outcome, None, None]:
-        decided: dict[int, Outcome] = {}
         place = 0
         try:
             while self.fill_device() or self.outstanding:
                 ticket, labels = self.device.collect()
-                for outcome_place, outcome in self.advance(self.outstanding.pop(ticket), labels):
-                    decided[outcome_place] = outcome
-                while place in decided:
-                    yield decided.pop(place)
+                kind, items = self.outstanding.pop(ticket)
+                if labels is None:
+                    self.follow(items)
+                else:
+                    self.count_votes(items, labels)
+                while place in self.decided:
+                    yield self.decided.pop(place)
                     place += 1
         finally:
             self.device.drain()  # after an error or Ctrl-C: leave the device idle
@@ -116,11 +161,11 @@ class _Loop:
         while len(self.outstanding) < self.device.in_flight:
             kind = self.full_kind()
             if kind is None and not self.outstanding:
-                kind = next((kind for kind in LATEST_FIRST if self.queues[kind]), None)
+                kind = next((kind for kind in LATEST_FIRST if self.waiting(kind)), None)
             if kind is None:
                 break
-            items = [self.queues[kind].popleft() for _ in range(min(self.device.batch, len(self.queues[kind])))]
-            self.outstanding[self.device.submit(self.to_batch(kind, items))] = items
+            items = self.take(kind)
+            self.outstanding[self.device.submit(self.to_batch(kind, items))] = kind, items
         return bool(self.outstanding)
 
     def full_kind(self) -> Kind | None:
@@ -128,86 +173,100 @@ class _Loop:
         for kind in LATEST_FIRST:
             if kind == "smooth":
                 self.let_in()
-            if len(self.queues[kind]) >= self.device.batch:
+            if self.waiting(kind) >= self.device.batch:
                 return kind
         return None
 
+    def waiting(self, kind: Kind) -> int:
+        return len(self.queues[kind]) + (len(self.draws) if kind == "step" else 0)
+
+    def take(self, kind: Kind) -> Integers:
+        """A batch of items. Votes that have a slot go before those that get theirs here."""
+        items = self.queues[kind].take(self.device.batch)
+        if kind != "step":
+            return items
+        draws = self.draws.take(self.device.batch - len(items))
+        first = draws[:, SLOT] == NO_SLOT
+        draws[first, SLOT] = self.free_votes.take(int(first.sum()))
+        return np.concatenate([items, draws])
+
     def let_in(self) -> None:
-        while not self.exhausted and self.room and len(self.queues["smooth"]) < self.device.batch:
-            try:
-                drawn = next(self.work)
-            except StopIteration:
-                self.exhausted = True
-                return
-            if drawn is None:
-                return
-            self.room -= 1
-            root = self.free.pop()
-            sample = Sample(next(self.places), *drawn, self.new_ballot(), root)
-            self.queues["smooth"].append(Item(sample, vote=0, step=-1, source=root, target=root))
-
-    def to_batch(self, kind: Kind, items: list[Item]) -> Batch:
-        return Batch.of(
-            self.chain,
-            kind,
-            [item.source for item in items],
-            [item.target for item in items],
-            image=[item.sample.image for item in items],
-            sample=[item.sample.index for item in items],
-            vote=[item.vote for item in items],
-            step=[item.step for item in items],
-        )
-
-    def advance(self, items: list[Item], labels: NDArray[np.int64] | None) -> Iterator[tuple[int, Outcome]]:
-        """Queue what follows each finished item; yield the samples that are decided by it."""
-        for i, item in enumerate(items):
-            if labels is not None:
-                yield from self.count_vote(item, int(labels[i]))
-            else:
-                self.follow(item.sample, item.vote, item.target, item.step + 1)
-
-    def follow(self, sample: Sample, vote: int, slot: int, done: int) -> None:
-        """Queue what a state with `done` steps behind it needs next."""
-        if done == len(self.chain):
-            sample.round.setdefault(vote)
-            self.queues["classify"].append(Item(sample, vote, done, slot, slot))
-        elif done == 1:
-            self.launch_round(sample)
-        else:
-            self.queues["step"].append(Item(sample, vote, done, slot, slot))
-            sample.unet_calls += 1
-
-    def launch_round(self, sample: Sample) -> None:
-        """Branch the fewest votes that can decide the ballot from the state that all votes share."""
-        sample.round = dict.fromkeys(range(sample.launched, sample.launched + sample.ballot.needed))
-        sample.launched += len(sample.round)
-        sample.unet_calls += len(sample.round)
-        for vote in sample.round:
-            self.queues["step"].append(Item(sample, vote, 1, sample.root, self.free.pop()))
-
-    def count_vote(self, item: Item, found: int) -> Iterator[tuple[int, Outcome]]:
-        """Note one label; when its round is complete, cast the round in vote order."""
-        sample = item.sample
-        sample.round[item.vote] = found
-        if item.source != sample.root:
-            self.free.append(item.source)
-        labels = [label for label in sample.round.values() if label is not None]
-        if len(labels) < len(sample.round):
+        """Begin samples of the work, until a batch of them waits, or the work has nothing before the next outcome."""
+        room = min(self.free.left, self.device.batch - len(self.queues["smooth"]))
+        drawn = list(islice(iter(self.work.__next__, None), room))
+        if not drawn:
             return
-        if NOT_FINITE in labels:  # such a sample is never a success, and never dropped
-            yield self.close(sample, NOT_FINITE)
-            return
-        for label in labels:
-            sample.ballot.cast(label)
-        if sample.ballot.needed == 0:
-            yield self.close(sample, sample.ballot.winner)
-        else:
-            self.launch_round(sample)
+        sample = self.free.take(len(drawn))
+        self.place[sample] = self.drawn + np.arange(len(drawn))
+        self.drawn += len(drawn)
+        self.image[sample], self.index[sample] = zip(*drawn, strict=True)
+        self.labels[:, sample] = UNCAST
+        self.launched[sample] = self.awaited[sample] = 1 if len(self.chain) < 2 else 0
+        self.queues["smooth"].put(items_of(sample, vote=0, step=-1, slot=sample))
 
-    def close(self, sample: Sample, label: int) -> tuple[int, Outcome]:
-        self.free.append(sample.root)
-        self.room += 1
-        return sample.place, Outcome(sample.image, sample.index, label, max(sample.round) + 1, sample.unet_calls)
+    def to_batch(self, kind: Kind, items: Integers) -> Batch:
+        sample, vote, step, slot = items.T
+        source = np.where(step == 1, sample, slot)
+        columns = {"image": self.image[sample], "sample": self.index[sample], "vote": vote, "step": step}
+        return Batch.of(self.chain, kind, source, slot, **columns)
+
+    def follow(self, items: Integers) -> None:
+        """Queue what the states that these items made need next."""
+        items[:, STEP] += 1
+        step, end = items[:, STEP], len(self.chain)
+        self.queues["classify"].put(where(step == end, items))
+        self.queues["step"].put(where((step > 1) & (step < end), items))
+        self.draws.put(where((step == 0) & (step < end), items))
+        if end > 1:
+            branching = where(step == 1, items)[:, SAMPLE]
+            self.launch_round(branching, np.full(len(branching), self.first_round))
+
+    def launch_round(self, sample: Integers, votes: Integers) -> None:
+        """Branch so many votes of each sample from the state that they share: the fewest that can decide its ballot."""
+        if not len(sample):
+            return
+        each = np.repeat(sample, votes)
+        order = np.arange(len(each)) - np.repeat(votes.cumsum() - votes, votes)  # 0, 1, ... of each sample
+        self.draws.put(items_of(each, self.launched[each] + order, step=1, slot=NO_SLOT))
+        self.launched[sample] += votes
+        self.awaited[sample] = votes
+
+    def count_votes(self, items: Integers, labels: Integers) -> None:
+        """Note labels; of samples whose round is complete, cast it in vote order."""
+        sample, vote, _, slot = items.T
+        self.labels[vote, sample] = labels
+        self.free_votes.give(slot[slot != sample])
+        returned = np.bincount(sample, minlength=len(self.awaited))
+        self.awaited -= returned
+        complete = np.flatnonzero((returned > 0) & (self.awaited == 0))
+        if not len(complete):
+            return
+        needed, label = self.ballot.count(self.labels[:, complete])
+        lost = (self.labels[:, complete] == NOT_FINITE).any(axis=0)  # never a success, and never dropped
+        label[lost] = NOT_FINITE
+        decided = lost | (needed == 0)
+        self.close(complete[decided], label[decided])
+        self.launch_round(complete[~decided], needed[~decided])
+
+    def close(self, sample: Integers, label: NDArray[np.int32]) -> None:
+        votes, steps = self.launched[sample], len(self.chain)
+        unet_calls = min(1, steps) + votes * max(0, steps - 1)  # the first step is shared
+        columns = (self.image[sample], self.index[sample], label, votes, unet_calls)
+        outcomes = map(Outcome._make, zip(*(column.tolist() for column in columns), strict=True))
+        self.decided.update(zip(self.place[sample].tolist(), outcomes, strict=True))
+        self.free.give(sample)
+
+
+def where(which: NDArray[np.bool_], items: Integers) -> Integers:
+    """`items[which]`, several times as fast."""
+    return items.take(which.nonzero()[0], axis=0)
+
+
+def items_of(sample: Integers, vote: ArrayLike, step: int, slot: ArrayLike) -> Integers:
+    """Items as a `Queue` holds them."""
+    items = np.empty((len(sample), 4), np.int64)
+    items[:, SAMPLE], items[:, VOTE], items[:, STEP], items[:, SLOT] = sample, vote, step, slot
+    return items
 
 
 def walk(

@@ -40,6 +40,7 @@ from densepure_rt.runtime.bundle import (
     refuse_damaged_plan,
     verified_engine,
 )
+from densepure_rt.runtime.control import control_layout, fill_control
 from densepure_rt.runtime.device import (
     CLASSIFY_INPUTS,
     CLASSIFY_OUTPUTS,
@@ -63,8 +64,7 @@ from densepure_rt.runtime.tensorrt_api import (
 )
 
 IN_FLIGHT = 2  # one batch runs while the host prepares the next
-THREADS_PER_BLOCK = 256
-ALIGNMENT = 256  # bytes; what TensorRT asks of a tensor's address
+THREADS_PER_BLOCK, WARP = 256, 32
 MAX_IMAGES = 4096  # open at a time
 UPLOADS, UPLOAD_BYTES = 16, 1 << 16  # pinned regions for what goes to the GPU, in turn: a MiB, some images of 64 x 64
 # The states of a loop take at most this, nor more than half of the GPU's memory: engines, cuBLAS and others want some.
@@ -72,12 +72,10 @@ MOST_STATE_BYTES = 16 << 30
 STATES_AN_ITEM = 105  # that the loop holds for an item of a batch, by 40 votes; `reverse`, (3 + IN_FLIGHT) * (1 + 20)
 AMPERE = (8, 0)  # what HardwareCompatibilityLevel.AMPERE_PLUS asks for at least
 KERNELS = ("smooth", "gather", "scatter", "gather_means", "argmax")
-PADDING = -1  # a target slot that nothing is written to
 # What `close` lets go of, which frees it: contexts before the runtime, all before the stream.
 HELD = "_step _classify _mean _std _finite _control _labels _table _vote_law _runtimes _stream".split()
 
-# These mirror the structs of kernels.cu; a test compares their sizes with the compiler's.
-ITEM = np.dtype([(name, np.int64) for name in ("image", "sample", "vote", "step", "source", "target")])
+# The struct of kernels.cu, as `control.ITEM` is; a test compares their sizes with the compiler's.
 IMAGE = np.dtype(
     [
         ("pixels", np.uint64),
@@ -250,7 +248,7 @@ class TensorRTDevice:
         self._uploads = deque(self._new_upload() for _ in range(UPLOADS))
         self._kernel_caches: list[KernelCache] = []
         # One copy fills it: the items, then t and coef, which are the step engine's own inputs.
-        self._offsets, self._control_bytes = layout(ITEM.itemsize * self.batch, 4 * self.batch, 24 * self.batch)
+        self._offsets, self._control_bytes = control_layout(self.batch)
         self._control = self._allocate(self._control_bytes)
         control = int(self._control.handle)
         self._step = self._load(
@@ -334,7 +332,7 @@ class TensorRTDevice:
     @translating_cuda_errors()
     def submit(self, batch: Batch) -> int:
         staging = self._idle[-1]  # taken at the end, so that an error on the way does not lose it
-        self._fill(staging, batch)
+        fill_control(as_array(staging.control, np.uint8), self.batch, batch, self._images)
         self._control.copy_from(staging.control, stream=self._stream)
         self._launch(batch.kind)
         if batch.kind == "classify":
@@ -429,7 +427,7 @@ class TensorRTDevice:
             self._call(
                 "argmax",
                 stream,
-                self._grid(self.batch, 1),
+                self._grid(WARP * self.batch, 1),  # a warp an item
                 items,
                 buffers["logits"],
                 self._finite,
@@ -448,22 +446,6 @@ class TensorRTDevice:
     def _execute(self, engine: Engine, stream: int) -> None:
         if not engine.context.execute_async_v3(stream):
             raise CheckFailed(f"{self.library} failed to run an engine: {self._logger.summary()}")
-
-    def _fill(self, staging: Staging, batch: Batch) -> None:
-        """Write a batch's index arrays, t and coef into pinned memory; padding repeats the first item."""
-        content, n = as_array(staging.control, np.uint8), len(batch.image)
-        items = content[: ITEM.itemsize * self.batch].view(ITEM)
-        index = {handle: self._images[handle].index for handle in set(batch.image.tolist())}
-        items["image"][:n] = [index[handle] for handle in batch.image.tolist()]
-        for name in ("sample", "vote", "step", "source", "target"):
-            items[name][:n] = getattr(batch, name)
-        items[n:] = items[0]
-        items["target"][n:] = PADDING
-        if batch.kind == "step":
-            for values, offset in ((batch.t, self._offsets[1]), (batch.coef, self._offsets[2])):
-                size = self.batch * values[:1].nbytes
-                rows = content[offset : offset + size].view(np.float32).reshape(self.batch, *values.shape[1:])
-                rows[:n], rows[n:] = values, values[0]
 
     def _run_engines(self, feed: dict[str, Floats]) -> list[Floats]:
         """Both engines on host arrays, for the probe."""
@@ -609,12 +591,6 @@ class TensorRTDevice:
         values: NDArray[Any] = as_array(staging, dtype).copy()
         staging.close(self._stream)
         return values
-
-
-def layout(*sizes: int) -> tuple[list[int], int]:
-    """Where regions of these sizes start when each is aligned, and how long they are together."""
-    padded = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
-    return [0, *itertools.accumulate(padded)][:-1], sum(padded)
 
 
 def as_array(buffer: Any, dtype: type[Any]) -> NDArray[Any]:

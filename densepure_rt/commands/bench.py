@@ -1,4 +1,4 @@
-"""`densepure-rt bench`: time an engine against PyTorch, a step or the whole procedure."""
+"""`densepure-rt bench`: time an engine against PyTorch, a step or the whole procedure; or the host alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from densepure_rt.commands.bench_tables import print_benchmark, print_procedures
+from densepure_rt.commands.bench_tables import print_benchmark, print_host_costs, print_procedures
 from densepure_rt.commands.console import finite, make_folder, needs_pytorch, say, show_report, watched, write_report
 from densepure_rt.commands.groups import with_options
 from densepure_rt.commands.options import EngineFile, Json, ProviderName
@@ -63,6 +63,14 @@ def bench(
     n: Annotated[int | None, of_procedure(help="Samples of an image that ours takes at most; default: 10000.")] = None,
     seed: Annotated[int | None, of_procedure(help="Public seed of both; default: 0.")] = None,
     out: Annotated[Path | None, of_procedure(help="Folder for procedure.json and procedure.png.")] = None,
+    host: Annotated[
+        bool,
+        typer.Option(
+            "--host",
+            help="Time what the host does for a batch of a GPU, on a device that takes no time; --batch and --rounds "
+            "alone belong to it.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Time an engine against PyTorch in one run: a reverse step by stages, or with --procedure whole certifications.
@@ -75,6 +83,14 @@ def bench(
     device = provider_of(provider)
     step_options = {"rounds": rounds, "compile": compiled}
     procedure_options = {"max": limit, "steps": steps, "votes": votes, "n": n, "seed": seed, "out": out}
+    if host:
+        others = {"engine": engine, "images": images, "sigma": sigma, "threads": threads, "compile": compiled}
+        refuse_given(
+            {**others, "procedure": procedure or None, **procedure_options},
+            "an engine, and --host runs none: leave them out",
+        )
+        bench_host(batch, rounds, as_json)
+        return
     if procedure:
         refuse_given(step_options, "a single step, which --procedure does not time: leave them out")
     else:
@@ -110,6 +126,14 @@ def bench(
 def told(defaults: T, **options: float | None) -> T:
     """`defaults` with the options that were typed in their place."""
     return dataclasses.replace(defaults, **{name: value for name, value in options.items() if value is not None})
+
+
+def bench_host(batch: int | None, rounds: int | None, as_json: bool) -> None:
+    """Time the host, at one batch size or at those that plans are built for."""
+    from densepure_rt.export.compare.host_cost import BATCHES, ROUNDS, host_costs
+
+    found = host_costs(BATCHES if batch is None else (batch,), none_as(ROUNDS, rounds))
+    show_report(dataclasses.asdict(found), as_json, lambda: print_host_costs(found))
 
 
 def refuse_given(options: Mapping[str, float | Path | None], owner: str) -> None:

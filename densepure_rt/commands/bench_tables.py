@@ -15,6 +15,7 @@ from densepure_rt.rounding import exact, floored_share, raised
 if TYPE_CHECKING:
     from densepure_rt.export.compare.bench import Benchmark
     from densepure_rt.export.compare.engine_run import Subject
+    from densepure_rt.export.compare.host_cost import HostCosts
     from densepure_rt.export.compare.machine import Clock, Load, Machine
     from densepure_rt.export.compare.procedure import Procedure, ProcedureBenchmark
 
@@ -106,6 +107,27 @@ def stage_table(found: Benchmark) -> Table:
             f"{100 * stage.share:.1f} %",
         )
     return table
+
+
+def print_host_costs(found: HostCosts, console: Console = stdout) -> None:
+    """What the host takes for a batch, and the UNet calls that it can keep a GPU supplied with."""
+    table = Table(
+        title=f"the host's part of a batch, us, {found.rounds} rounds, CPU time of one core of {found.processor}",
+        title_justify="left",
+        box=None,
+    )
+    for name in ("batch", "steps", "votes", "median", "quartiles", "UNet calls/s at most", "slots"):
+        table.add_column(name, justify="right", overflow="fold")
+    for cost in found.costs:
+        table.add_row(
+            *map(str, (cost.batch, cost.steps, cost.votes)),
+            f"{cost.median:.0f}",
+            f"{cost.lower:.0f}-{cost.upper:.0f}",
+            f"{cost.unet_calls:,.0f}",
+            f"{cost.slots:,}",
+        )
+    console.print(table)
+    console.print("the reverse loop, its ballots, the buffers it fills; not: the driver's calls, the rule of an image")
 
 
 def print_procedures(found: ProcedureBenchmark, console: Console = stdout) -> None:

@@ -25,7 +25,6 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
@@ -36,6 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from densepure_rt.errors import UsageError
 from densepure_rt.export.compare.engine_run import EngineRun, Subject
+from densepure_rt.export.compare.host_cost import Idle, looped
 from densepure_rt.export.compare.machine import (
     STOPWATCHES,
     Clock,
@@ -58,7 +58,7 @@ from densepure_rt.runtime.bundle import Bundle, FileRef
 from densepure_rt.runtime.device import STEP_INPUTS, STEP_OUTPUTS, Batch, Device, Kind
 from densepure_rt.runtime.noise import Key
 from densepure_rt.runtime.open_device import open_device
-from densepure_rt.runtime.reverse import decide, walk
+from densepure_rt.runtime.reverse import UNCAST, walk
 from densepure_rt.runtime.schedule import Chain
 from densepure_rt.smoothing.voting import Ballot
 
@@ -69,7 +69,7 @@ STEPS, VOTES = 2, 5  # of the work, as sigma is: the defaults of `densepure-rt c
 KEY: Key = (0, 0)  # public: nothing is certified with it
 GPU_CALLS = 8  # batches in one timed call: enough for the next to be issued while one runs
 STEADY, MOST_CALLS = 0.02, 1000  # seconds that a timing of a stage lasts, for which it calls it more than once
-LOOP_SAMPLES = 64
+LOOP_SAMPLES = 256
 ENGINE, EAGER, COMPILED = "engine", "PyTorch eager", "torch.compile"
 NETWORK = "eager, UNet alone"
 
@@ -437,8 +437,8 @@ def stages_of(
         "classify": one(worker, "classify"),
         "undrawn": one(small, "step"),
         "drawn": one(small, "step", 1),
-        "vote": unanimous,
-        "loop": partial(looped, batch, worker.chain),
+        "vote": partial(counted, batch),
+        "loop": partial(looped, Idle(batch), worker.chain, VOTES, LOOP_SAMPLES),
     }
     if update is not None:
         runs["update"] = update
@@ -452,49 +452,21 @@ def stages_of(
         parts["update"] = found["update"] / batch
         parts["slots and padding"] = (found["undrawn"] - found["update"]) / batch
     parts["classifier"] = found["classify"] / batch
-    parts["vote"] = found["vote"] / unanimous()
-    parts["loop"] = found["loop"] / looped(batch, worker.chain) - parts["vote"]
+    parts["vote"] = found["vote"] / counted(batch)
+    votes = sum(outcome.votes for outcome in looped(Idle(batch), worker.chain, VOTES, LOOP_SAMPLES))
+    parts["loop"] = found["loop"] / votes - parts["vote"]
     spreads = {name: spread(seconds) for name, seconds in parts.items()}
     total = sum(max(0.0, part.median) for part in spreads.values())  # below 0 is a difference lost in the noise
     return tuple(Stage(name, part, max(0.0, part.median) / total) for name, part in spreads.items())
 
 
-def unanimous() -> int:
-    """A ballot as the loop holds it, when all votes agree; how many were cast."""
-    ballot, cast_votes = Ballot(VOTES), 0
-    while wanted := ballot.needed:
-        for _ in range(wanted):
-            ballot.cast(0)
-        cast_votes += wanted
-    return cast_votes
-
-
-class Idle:
-    """A device that does nothing, at once: what a run on it takes is the reverse loop's own time."""
-
-    def __init__(self, batch: int) -> None:
-        self.batch, self.in_flight = batch, 1
-        self.last: Batch | None = None
-
-    def reserve(self, slots: int) -> None:
-        pass
-
-    def drain(self) -> None:
-        pass
-
-    def submit(self, batch: Batch) -> int:
-        self.last = batch
-        return 0
-
-    def collect(self) -> tuple[int, NDArray[np.int64] | None]:
-        assert self.last is not None
-        return 0, np.zeros(len(self.last.source), np.int64) if self.last.kind == "classify" else None
-
-
-def looped(batch: int, chain: Chain) -> int:
-    """Run the reverse loop on nothing, all votes agreeing; how many were cast."""
-    work = [(0, sample) for sample in range(LOOP_SAMPLES)]
-    return sum(found.votes for found in decide(cast(Device, Idle(batch)), chain, work, lambda: Ballot(VOTES)))
+def counted(batch: int) -> int:
+    """Count the ballots that a batch completes when all votes agree; how many were cast."""
+    ballot = Ballot(VOTES)
+    labels = np.full((VOTES, max(1, batch // ballot.needed)), UNCAST, np.int32)
+    labels[: ballot.needed] = 0
+    ballot.count(labels)
+    return ballot.needed * labels.shape[1]
 
 
 def giga_operations(network: nn.Module, *example: Tensor) -> float | None:

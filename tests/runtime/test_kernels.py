@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import os
 import re
 import shutil
 import struct
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from fractions import Fraction
@@ -43,8 +45,11 @@ SOURCE = RUNTIME / "kernels.cu"
 HOST_SOURCE = Path(__file__).with_name("kernels_host.cpp")
 KERNELS = ("smooth", "gather", "scatter", "gather_means", "argmax")
 IMAGE_FORMAT, ITEM_FORMAT = "<4Q2if4x", "<6q"
-THREADS = 32  # of a block; few, so that the last block overhangs most images
-ARCHITECTURES = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_120")
+THREADS = WARP = 32  # of a block; few, so that the last block overhangs most images
+ARCHITECTURES = [f"sm_{each}" for each in (75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121)]
+
+SANITIZED = "KERNELS_SANITIZED"  # in the environment, says that these tests run with the sanitizers' library loaded
+SANITIZERS = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 QUICK = settings(deadline=None, max_examples=50)
 WORD = st.integers(0, 2**64 - 1)
@@ -89,6 +94,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
         pytest.skip("there is no g++ to build the kernels for this processor")
     library = tmp_path_factory.mktemp("kernels") / "kernels.so"
     options = ["-std=c++17", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+    options += SANITIZERS if os.environ.get(SANITIZED) else []
     command = [compiler, *options, f"-I{RUNTIME}", str(HOST_SOURCE), "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -332,7 +338,8 @@ def labels_of(host: Host, logits: Floats, finite: NDArray[np.uint8]) -> NDArray[
     """What `argmax` makes of logits [batch, classes] when item i reads slot i."""
     batch, classes = logits.shape
     labels = np.full(batch, -7, np.int32)
-    host.launch("argmax", item_rows(batch, source=range(batch)), logits, finite, labels, classes, batch, across=batch)
+    items = item_rows(batch, source=range(batch))
+    host.launch("argmax", items, logits, finite, labels, classes, batch, across=WARP * batch)
     return labels
 
 
@@ -372,6 +379,26 @@ def test_known_labels(host: Host, row: list[float], label: int) -> None:
     logits = np.array([row], np.float32)
     assert labels_of(host, logits, np.ones(1, np.uint8)) == [label]
     assert labels_of(host, logits, np.zeros(1, np.uint8)) == [NOT_FINITE]
+
+
+@pytest.mark.parametrize("classes", [1, 2, 10, 31, 32, 33, 64, 65, 1000])
+def test_a_warp_finds_what_numpy_finds_whichever_lane_has_it(host: Host, classes: int) -> None:
+    draw, special = np.random.default_rng(classes), [np.nan, np.inf, -np.inf]
+    places = sorted({0, 1, 30, 31, 32, 33, 63, 64, classes // 2, classes - 2, classes - 1} & set(range(classes)))
+    rows = [draw.standard_normal(classes), np.zeros(classes), np.full(classes, -3.4e38), np.arange(classes)]
+    rows += [draw.integers(0, 2, classes) for _ in range(50)]  # ties in many lanes
+    rows += [np.where(draw.random(classes) < 0.5, 0.0, -0.0) for _ in range(9)]  # equal, but not the same bits
+    for place in places:
+        top = np.arange(classes) == place
+        rows += [np.where(top, 1.0, draw.random(classes)), np.where(top, 1e-45, 0.0), np.where(top, -1.0, 0.0)]
+        rows += [np.where(top, value, draw.standard_normal(classes)) for value in special]
+        rows += [np.where(top | (np.arange(classes) == other), 7.0, 0.0) for other in places]
+    logits = np.array(rows, np.float32)
+    finite = (np.arange(len(logits)) % 11 > 0).astype(np.uint8)
+    usable = (finite > 0) & np.isfinite(logits).all(axis=1)
+    expected = np.where(usable, logits.argmax(axis=1), NOT_FINITE)
+    assert NOT_FINITE in expected
+    assert labels_of(host, logits, finite).tolist() == expected.tolist()
 
 
 class Networks:
@@ -428,7 +455,7 @@ class KernelDevice:
         (logits,) = self.classify.classify(mean)
         labels = np.full(self.batch, -7, np.int32)
         counts = (logits.shape[1], self.batch)
-        self.host.launch("argmax", items, logits, slots.finite, labels, *counts, across=self.batch)
+        self.host.launch("argmax", items, logits, slots.finite, labels, *counts, across=WARP * self.batch)
         return labels[:n]
 
 
@@ -472,6 +499,32 @@ def test_random_batches_leave_what_they_leave_on_the_reference_device(
                 seen.update(labels.tolist())
     assert NOT_FINITE in seen
     assert len(seen) > 2
+
+
+@pytest.mark.skipif(SANITIZED in os.environ, reason="these are the tests that run under it")
+def test_all_of_this_holds_under_the_address_and_undefined_behaviour_sanitizers() -> None:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("there is no g++ to build the kernels for this processor")
+    libraries = [
+        subprocess.run(
+            [compiler, f"-print-file-name={name}"], capture_output=True, text=True, timeout=60
+        ).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")  # the latter since the former looks for it when Python starts
+    ]
+    if not Path(libraries[0]).is_absolute():
+        pytest.skip("this g++ has no address sanitizer")
+    environment = os.environ | {
+        SANITIZED: "1",
+        "LD_PRELOAD": " ".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python itself leaves memory behind
+        "PYTHONMALLOC": "malloc",
+    }
+    on_host = "not nvrtc and not on_the_gpu"  # NVRTC does not run under them
+    this = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-k", on_host, __file__]
+    done = subprocess.run(this, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[:3000]
+    assert "passed" in done.stdout
 
 
 def compiled(*options: str) -> tuple[Any, Any]:

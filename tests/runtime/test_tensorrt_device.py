@@ -29,7 +29,7 @@ from densepure_rt.runtime.bundle import (
 )
 from densepure_rt.runtime.gpu import Gpu
 from densepure_rt.runtime.open_device import open_device
-from densepure_rt.runtime.tensorrt_device import layout, most_states, refuse_misfit, refuse_other_gpu
+from densepure_rt.runtime.tensorrt_device import most_states, refuse_misfit, refuse_other_gpu
 from tests.runtime.host_cuda import plan_of
 from tests.support.plans import NOT_A_PLAN, a_plan, put_bundle
 
@@ -267,8 +267,3 @@ def test_the_command_that_builds_a_plan_again_has_the_options_of_its_recipe(tmp_
         f"densepure-rt export --target tensorrt --out {tmp_path} --batch 8,64 --hw-compat ampere-plus "
         f"--tf32 --workspace 512"
     )
-
-
-def test_regions_start_where_tensorrt_wants_addresses() -> None:
-    assert layout(48 * 3, 4 * 3, 24 * 3) == ([0, 256, 512], 768)
-    assert layout(256, 1) == ([0, 256], 512)

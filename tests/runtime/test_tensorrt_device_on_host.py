@@ -26,6 +26,7 @@ from densepure_rt.keys import seeded_secret
 from densepure_rt.runs.identity import identity_of
 from densepure_rt.runtime import onnx_device, tensorrt_device
 from densepure_rt.runtime.bundle import Bundle, Flavour, open_bundle, shipped_engine, sidecar_path
+from densepure_rt.runtime.control import ITEM
 from densepure_rt.runtime.device import NOT_FINITE, Batch, Device
 from densepure_rt.runtime.noise import Key
 from densepure_rt.runtime.onnx_device import OnnxDevice
@@ -34,7 +35,7 @@ from densepure_rt.runtime.probe import ITEMS
 from densepure_rt.runtime.reverse import Outcome, decide
 from densepure_rt.runtime.schedule import Chain, make_chain
 from densepure_rt.runtime.tensorrt_api import CACHE_SUFFIX
-from densepure_rt.runtime.tensorrt_device import IMAGE, IN_FLIGHT, ITEM, KERNELS, UPLOADS, TensorRTDevice, most_states
+from densepure_rt.runtime.tensorrt_device import IMAGE, IN_FLIGHT, KERNELS, UPLOADS, TensorRTDevice, most_states
 from densepure_rt.smoothing.classifier import SmoothedClassifier
 from densepure_rt.smoothing.samplers import OnDevice
 from densepure_rt.smoothing.settings import Budget, Settings
