@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import json
+import mmap
 import os
 import re
 import shutil
@@ -24,7 +25,7 @@ import densepure_rt.runtime.tensorrt_api
 import densepure_rt.runtime.tensorrt_device
 from densepure_rt.errors import EnvironmentFault
 from densepure_rt.runtime import tensorrt_api
-from densepure_rt.runtime.bundle import open_bundle, release
+from densepure_rt.runtime.bundle import TAGS, open_bundle, release
 from densepure_rt.runtime.tensorrt_api import (
     GUARDED,
     Library,
@@ -256,6 +257,16 @@ def test_a_lean_library_tells_its_version_and_is_found_by_it(
     importlib.invalidate_caches()
     assert lean_library(version) == str(path)
     assert lean_library("10.3.0.30") is None
+
+
+@needs_lean
+@pytest.mark.parametrize(("version", "folder"), LEAN, ids=VERSIONS)
+def test_the_lean_library_looks_for_the_tag_that_is_asked_of_a_plan_here(version: str, folder: Path) -> None:
+    """So plans that were built for later versions begin with it too; a plan of tensorrt-rtx has another."""
+    (path,) = (folder / "tensorrt_lean_libs").glob("libnvinfer_lean.so.*")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        known = [flavour for tag, flavour in TAGS.items() if content.find(tag) >= 0]
+    assert known == ["tensorrt"]
 
 
 def test_what_is_no_library_of_tensorrt_has_no_version(tmp_path: Path) -> None:
