@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from densepure_rt.commands.bench_tables import print_benchmark, print_procedures
+from densepure_rt.commands.bench_tables import print_benchmark, print_layers, print_procedures
 from densepure_rt.commands.console import finite, make_folder, needs_pytorch, say, watched, write_report
 from densepure_rt.commands.options import EngineFile, Json, ProviderName, with_models
 from densepure_rt.commands.procedure_chart import draw_procedures
@@ -51,6 +52,10 @@ def bench(
             rich_help_panel=STEP,
         ),
     ] = None,
+    profile: Annotated[
+        bool,
+        typer.Option("--profile", help="Time each layer of a plan, on its GPU, without PyTorch.", rich_help_panel=STEP),
+    ] = False,
     procedure: Annotated[
         bool,
         typer.Option(
@@ -95,6 +100,10 @@ def bench(
     if procedure:
         refuse_given(of_step, "a single step, which --procedure does not time: leave them out")
         bench_procedure(models, engine, images, limit, given(shared | of_procedure), out, as_json)
+    elif profile:
+        unused = {"images": images, "sigma": sigma, "threads": threads, "max": limit, **of_procedure, "out": out}
+        refuse_given(unused | {"compile": compiled}, "other measurements than --profile: leave them out")
+        bench_layers(engine, batch, 20 if rounds is None else rounds, as_json)
     else:
         refuse_given({"max": limit, **of_procedure, "out": out}, "--procedure: add it, or leave them out")
         bench_step(models, engine, images, given(shared | of_step), as_json)
@@ -109,6 +118,31 @@ def refuse_given(options: dict[str, Any], owner: str) -> None:
     """Raise UsageError for options that were typed where they mean nothing."""
     if typed := [("--no-" if value is False else "--") + name for name, value in given(options).items()]:
         raise UsageError(f"{', '.join(typed)}: only for {owner}")
+
+
+def bench_layers(engine: Path | None, batch: int | None, rounds: int, as_json: bool) -> None:
+    """Time the layers of both plans of a bundle."""
+    from densepure_rt.runtime.bundle import open_bundle, shipped_engine
+    from densepure_rt.runtime.open_device import open_device
+
+    bundle = open_bundle(engine or shipped_engine())
+    if bundle.unet.plan is None:
+        raise UsageError(
+            f"--profile times the layers of a plan, and {bundle.unet_path} is none: give one with `engine`, made by "
+            f'"densepure-rt export --target tensorrt"'
+        )
+    if rounds < 1:
+        raise UsageError(f"`rounds` {rounds}: give 1 or more")
+    from densepure_rt.runtime.tensorrt_device import TensorRTDevice
+
+    device = open_device(bundle, batch, 1)
+    assert isinstance(device, TensorRTDevice)
+    with closing(device):
+        times = device.layer_times(rounds)
+    if as_json:
+        print(json.dumps({"batch": device.batch, "rounds": rounds, "ms": times}))
+    else:
+        print_layers(device.batch, times)
 
 
 def bench_step(

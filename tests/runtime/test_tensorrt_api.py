@@ -189,6 +189,49 @@ def test_a_call_with_one_argument_too_many_would_be_found() -> None:
     ]
 
 
+# What the device calls of cuda-core, by the class it is called on; None for the module itself.
+OF_CUDA = {
+    None: {"launch"},
+    "Device": {"set_current", "create_stream", "create_event", "allocate"},
+    "LegacyPinnedMemoryResource": {"allocate"},
+    "Buffer": {"from_handle", "copy_from", "copy_to"},
+    "Stream": {"record", "sync", "create_graph_builder"},
+    "Event": {"sync"},
+    "GraphBuilder": {"begin_building", "end_building", "complete"},
+    "Graph": {"launch"},
+    "Program": {"compile"},
+    "ObjectCode": {"get_kernel"},
+}
+
+
+def test_every_call_of_cuda_core_fits_its_signature() -> None:
+    core = pytest.importorskip("cuda.core", reason="cuda-core is not installed")
+    graph = importlib.import_module("cuda.core.graph")
+    takers: dict[str, list[inspect.Signature]] = {}
+    for kind, names in OF_CUDA.items():
+        owner = core if kind is None else getattr(core, kind, None) or getattr(graph, kind)
+        for name in names:
+            taken = inspect.signature(getattr(owner, name))
+            own = "self" in taken.parameters
+            takers.setdefault(name, []).append(taken.replace(parameters=list(taken.parameters.values())[own:]))
+    seen = set()
+    for name, count, words in calls_in(densepure_rt.runtime.tensorrt_device):
+        if name in takers:
+            seen.add(name)
+            assert any(fits(taken, count, words) for taken in takers[name]), (name, count, words)
+    assert seen == set().union(*OF_CUDA.values())
+    for made, fields in (("LaunchConfig", ("grid", "block")), ("EventOptions", ("blocking_sync",))):
+        assert all(f"{word}:" in getattr(core, made).__doc__ for word in fields)
+
+
+def fits(taken: inspect.Signature, count: int, words: set[str]) -> bool:
+    try:
+        taken.bind(*range(count), **dict.fromkeys(words))
+    except TypeError:
+        return False
+    return True
+
+
 def in_lean(folder: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Python code in a process of its own that finds this lean library."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(folder), str(ROOT)))}
