@@ -53,7 +53,7 @@ BatchSize = Annotated[
     ),
 ]
 Trust = Annotated[bool, typer.Option("--trust", help="Take a plan without a sidecar for what its name says.")]
-Threads = Annotated[int | None, typer.Option(help="Callers of the engine; default: one for each core.")]
+Threads = Annotated[int | None, typer.Option(help="Callers of the engine; default: one for each core, two on a GPU.")]
 Seed = Annotated[
     int | None, typer.Option(help="A public seed, for reproduction; default: a new secret from the system.")
 ]

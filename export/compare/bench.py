@@ -57,7 +57,7 @@ from densepure_rt.runtime.bundle import Bundle, FileRef
 from densepure_rt.runtime.device import MAX_BATCH, MAX_THREADS, STEP_INPUTS, STEP_OUTPUTS, Batch, Device, Kind, Provider
 from densepure_rt.runtime.machine import available_cores, installed_versions, processor
 from densepure_rt.runtime.noise import Key
-from densepure_rt.runtime.open_device import open_device
+from densepure_rt.runtime.open_device import default_threads, open_device
 from densepure_rt.runtime.reverse import decide, walk
 from densepure_rt.runtime.schedule import Chain, make_chain
 from densepure_rt.smoothing.voting import Ballot
@@ -165,7 +165,7 @@ def bench(
 
     Raises UsageError when the bundle is of other models, EnvironmentFault when its engines or PyTorch cannot run here.
     """
-    threads = available_cores() if threads is None else threads
+    threads = default_threads(provider) if threads is None else threads
     refuse_impossible(batch, threads, rounds)
     refuse_other_models(unet, classifier, bundle)
     on_gpu = runs_on_gpu(bundle, provider)
@@ -472,14 +472,15 @@ def staged(
     with contextlib.ExitStack() as stack:
         around, update = None, None
         if bundle.unet.plan is None:
-            from densepure_rt.runtime.onnx_device import Network  # with plans ONNX Runtime need not be here
+            from densepure_rt.runtime.onnx_device import CPU, Network, Place  # with plans ONNX Runtime need not be here
 
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             empty = without_network(unet, bundle, folder)
             device = open_device(empty, worker.device.batch, 1, provider)
             stack.callback(device.close)
             around = Worker(device, chain, pixels)
-            graph = Network(empty.unet_path, empty.unet, STEP_INPUTS, STEP_OUTPUTS, provider)
+            place = CPU if provider == "cpu" else Place(provider, device.batch)
+            graph = Network(empty.unet_path, empty.unet, STEP_INPUTS, STEP_OUTPUTS, place)
             feed = {name: part.numpy() for name, part in zip(STEP_INPUTS, around.feeds()[0], strict=True)}
             update = partial(graph, feed)
         return stages_of(worker, around, update, rounds, by_the_core if clock != "events" else by_the_wall)

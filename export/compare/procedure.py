@@ -46,7 +46,7 @@ from densepure_rt.runtime.bundle import Bundle
 from densepure_rt.runtime.device import Device, Kind, Provider
 from densepure_rt.runtime.machine import available_cores, installed_versions, processor
 from densepure_rt.runtime.metered_device import MeteredDevice
-from densepure_rt.runtime.open_device import open_device
+from densepure_rt.runtime.open_device import default_threads, open_device
 from densepure_rt.runtime.schedule import Chain, Coefficients, make_chain
 from densepure_rt.smoothing.certificate import Certificate, certified_accuracy
 from densepure_rt.smoothing.classifier import SmoothedClassifier
@@ -201,7 +201,7 @@ def compare(
     Raises UsageError when that is impossible or the bundle is of other models, EnvironmentFault when the engines or
     PyTorch cannot run here.
     """
-    threads = available_cores() if threads is None else threads
+    threads = default_threads(provider) if threads is None else threads
     refuse_impossible(batch, threads)
     if unet.prediction == "none" or steps < 1:
         raise UsageError(
