@@ -228,8 +228,12 @@ class Cell:
 
     @property
     def expected_error(self) -> str | None:
-        extra = self.install.extras[-1]
-        return NO_WHEELS.get((extra, self.machine)) or NO_WHEELS.get((extra, self.machine, self.python))
+        wanted = [(extra, *where) for extra in self.install.extras for where in self.places]
+        return next((NO_WHEELS[each] for each in wanted if each in NO_WHEELS), None)
+
+    @property
+    def places(self) -> tuple[tuple[str, ...], ...]:
+        return (self.machine,), (self.machine, self.python)
 
     @property
     def passed(self) -> bool:

@@ -45,6 +45,7 @@ BODIES = {
     "cuDeviceGet": "int {}(int *d, int n) {{ *d = n; return 0; }}",
     "cuDeviceGetName": 'int {}(char *p, int n, int d) {{ strncpy(p, "stand-in", n); return 0; }}',
     "cuDeviceGetAttribute": "int {}(int *v, int a, int d) {{ *v = a == 75 ? 9 : 0; return 0; }}",
+    "cuDeviceTotalMem_v2": "int {}(size_t *n, int d) {{ *n = 8ul << 30; return 0; }}",
 } | dict.fromkeys(HANDLES.split(), "int {}(void **p) {{ *p = (void *)1; return 0; }}")
 BODIES |= dict.fromkeys(
     ("cudaGetDeviceProperties", "cudaGetDeviceProperties_v2"),
