@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class EngineRun:
     """A bundle, and how its engines are run; PyTorch gets as many threads.
 
-    batch: None for what `certify` would take. threads: None for `default_threads`. With a plan, or another provider than "cpu",
-    PyTorch runs on the GPU too: not run on a GPU yet.
+    batch: None for what `certify` would take. threads: None for `default_threads`. With a plan, or another provider
+    than "cpu", PyTorch runs on the GPU too: not run on a GPU yet.
     """
 
     bundle: Bundle
