@@ -1,4 +1,4 @@
-"""The device whose slots and noise are numpy's: what runs the two networks is given to it."""
+"""The device whose slots are numpy's: what runs the two networks is given to it, and what draws its noise may be."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,52 @@ class OpenImage:
     key: Key
     law: RoundedNormal
     scale: float
+
+
+class Drawn(NamedTuple):
+    """What tells draws of the same images apart, int64 [n] each."""
+
+    sample: NDArray[np.int64]
+    vote: NDArray[np.int64]
+    step: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, sample: int, vote: int, step: int) -> Drawn:
+        """A single draw."""
+        return cls(*(np.array([each], np.int64) for each in (sample, vote, step)))
+
+
+class Noise(Protocol):
+    """Draws the noise of up to a batch of items, of an image each: the same bits, whatever draws them."""
+
+    def smooth(self, images: Sequence[OpenImage], drawn: Drawn) -> Floats:
+        """First states of noise copies, [n, C, H, W]; vote and step are nothing to them."""
+
+    def votes(self, images: Sequence[OpenImage], drawn: Drawn) -> Floats:
+        """Unit normals, [n, C, H, W]. Steps are from 1 on."""
+
+    def close(self) -> None:
+        """Free everything. Safe to call twice."""
+
+
+class NumpyNoise:
+    """See `Noise`."""
+
+    def smooth(self, images: Sequence[OpenImage], drawn: Drawn) -> Floats:
+        def smoothed(image: OpenImage, sample: int) -> Floats:
+            levels = image.pixels + smoothing_noise(image.law, image.key, sample, image.pixels.shape)
+            return first_state(levels, image.scale)
+
+        return np.stack([*map(smoothed, images, drawn.sample.tolist())])
+
+    def votes(self, images: Sequence[OpenImage], drawn: Drawn) -> Floats:
+        def noise(image: OpenImage, sample: int, vote: int, step: int) -> Floats:
+            return vote_noise(image.key, sample, vote, step, image.pixels.shape)
+
+        return np.stack([*map(noise, images, *(column.tolist() for column in drawn))])
+
+    def close(self) -> None:
+        pass
 
 
 class Calls:
@@ -75,6 +121,7 @@ class HostDevice:
         self.image_shape = bundle.unet.image
         self._step, self._classify = step, classify
         self._images: dict[int, OpenImage] = {}
+        self.noise: Noise = NumpyNoise()
         self._handles, self._tickets = itertools.count(), itertools.count()
         self._calls = calls or Calls()
         self._callers, self._process = Callers(callers, self._calls.stop), os.getpid()
@@ -92,6 +139,14 @@ class HostDevice:
     def _probe(self, bundle: Bundle, any_batch: bool) -> Probed:
         """Run both networks on fixed items, and compare the bits with other mates and another batch."""
         return probe(bundle, self.batch, self._first_results, any_batch)
+
+    def draw_by(self, source: Callable[[int, tuple[int, int, int]], Noise]) -> None:
+        """Draw noise by what `source` gives for a batch and an image's shape; what it raises closes the device."""
+        try:
+            self.noise = source(self.batch, self.image_shape)
+        except BaseException:
+            self.close()
+            raise
 
     def open_image(self, pixels: NDArray[np.uint8], key: Key, sigma: float, scale: float) -> int:
         handle = next(self._handles)
@@ -145,6 +200,7 @@ class HostDevice:
         self._closed = True
         self._end_calls()
         self._callers.close()
+        self.noise.close()
         self._outstanding.clear()
         self._images.clear()
 
@@ -191,19 +247,15 @@ class HostDevice:
         self._resume(0)
 
     def _run_smooth(self, batch: Batch) -> None:
-        for handle, sample, slot in zip(batch.image, batch.sample, batch.target, strict=True):
-            image = self._images[int(handle)]
-            levels = image.pixels + smoothing_noise(image.law, image.key, int(sample), image.pixels.shape)
-            self._mean[slot] = first_state(levels, image.scale)
-            self._std[slot] = 0
-            self._finite[slot] = True
+        self._mean[batch.target] = self.noise.smooth(*self._drawn(batch, np.arange(len(batch.source))))
+        self._std[batch.target] = 0
+        self._finite[batch.target] = True
 
     def _run_step(self, batch: Batch) -> None:
         n = len(batch.source)
         noise = np.zeros((self.batch, *self.image_shape), np.float32)
-        for i in np.flatnonzero(batch.step):
-            key = self._images[int(batch.image[i])].key
-            noise[i] = vote_noise(key, int(batch.sample[i]), int(batch.vote[i]), int(batch.step[i]), self.image_shape)
+        if len(drawing := np.flatnonzero(batch.step)):
+            noise[drawing] = self.noise.votes(*self._drawn(batch, drawing))
         mean, std, finite = self._step(
             {
                 "mean": self._padded(self._mean[batch.source]),
@@ -216,6 +268,11 @@ class HostDevice:
         self._mean[batch.target] = mean[:n]
         self._std[batch.target] = std[:n]
         self._finite[batch.target] = self._finite[batch.source] & (finite[:n] > 0)
+
+    def _drawn(self, batch: Batch, items: NDArray[np.int64]) -> tuple[list[OpenImage], Drawn]:
+        """The images of these items of a batch, and what tells their draws apart."""
+        images = [self._images[handle] for handle in batch.image[items].tolist()]
+        return images, Drawn(batch.sample[items], batch.vote[items], batch.step[items])
 
     def _run_classify(self, batch: Batch) -> NDArray[np.int64]:
         n = len(batch.source)

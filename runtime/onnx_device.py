@@ -14,6 +14,7 @@ from densepure_rt.errors import CheckFailed, EnvironmentFault
 from densepure_rt.runtime import gpu
 from densepure_rt.runtime.bundle import DATA_KEY, Bundle, Sidecar, data_mark, verified_engine
 from densepure_rt.runtime.device import CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, STEP_INPUTS, STEP_OUTPUTS, Floats, Provider
+from densepure_rt.runtime.gpu_noise import best_noise
 from densepure_rt.runtime.host_device import Calls, HostDevice
 from densepure_rt.runtime.machine import gpu_libraries, instruction_sets, processor
 from densepure_rt.runtime.native_calls import stoppable
@@ -171,8 +172,8 @@ class Network:
 class OnnxDevice(HostDevice):
     """`threads` callers share one session; each runs whole batches.
 
-    With a GPU provider the networks run there; slots and noise stay with numpy. The TensorRT device keeps all on the
-    GPU.
+    With a GPU provider the networks run there, and so does the noise; slots stay with numpy. The TensorRT device keeps
+    all on the GPU.
     """
 
     def __init__(self, bundle: Bundle, batch: int, threads: int, provider: Provider = "cpu") -> None:
@@ -192,6 +193,8 @@ class OnnxDevice(HostDevice):
         facts |= gpu.find().facts | gpu_libraries() if on_gpu else cpu_facts()
         any_batch = step.any_batch and classify.any_batch
         super().__init__(bundle, step, classify, batch, threads, facts, any_batch, not on_gpu, calls)
+        if on_gpu:
+            self.draw_by(best_noise)
 
 
 def cpu_facts() -> dict[str, str]:

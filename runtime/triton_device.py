@@ -14,6 +14,7 @@ import numpy as np
 from densepure_rt.errors import DensePureError, EnvironmentFault
 from densepure_rt.runtime.bundle import Bundle
 from densepure_rt.runtime.device import CLASSIFY_OUTPUTS, STEP_OUTPUTS, Floats
+from densepure_rt.runtime.gpu_noise import best_noise
 from densepure_rt.runtime.host_device import HostDevice
 from densepure_rt.runtime.machine import processor
 
@@ -80,3 +81,4 @@ class TritonDevice(HostDevice):
             "callers": callers,
         }
         super().__init__(bundle, step, classify, batch, callers, facts)
+        self.draw_by(best_noise)
