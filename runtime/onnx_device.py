@@ -16,7 +16,8 @@ from densepure_rt.errors import CheckFailed, EnvironmentFault
 from densepure_rt.runtime import gpu, onnxruntime_gpu
 from densepure_rt.runtime.bundle import DATA_KEY, Bundle, Sidecar, data_mark, verified_engine
 from densepure_rt.runtime.device import CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, STEP_INPUTS, STEP_OUTPUTS, Floats, Provider
-from densepure_rt.runtime.host_device import Calls, HostDevice
+from densepure_rt.runtime.gpu_noise import best_noise
+from densepure_rt.runtime.host_device import Calls, HostDevice, Networks
 from densepure_rt.runtime.machine import gpu_libraries, instruction_sets, processor
 from densepure_rt.runtime.native_calls import stoppable
 from densepure_rt.runtime.onnxruntime_api import gpu_wheels, refuse_unrunnable
@@ -225,8 +226,8 @@ class Network:
 class OnnxDevice(HostDevice):
     """`threads` callers share one session; each runs whole batches.
 
-    With a GPU provider the networks run there; slots and noise stay with numpy. The TensorRT device keeps all on the
-    GPU.
+    With a GPU provider the networks run there, and so does the noise; slots stay with numpy. The TensorRT device keeps
+    all on the GPU.
     """
 
     def __init__(self, bundle: Bundle, batch: int, threads: int, provider: Provider = "cpu") -> None:
@@ -243,8 +244,10 @@ class OnnxDevice(HostDevice):
         facts |= gpu.find().facts | gpu_libraries() if place.on_gpu else cpu_facts()
         if provider == "tensorrt":
             facts["engines"] = onnxruntime_gpu.engines_sha256(step.engines, classify.engines)
-        any_batch = step.any_batch and classify.any_batch
-        super().__init__(bundle, step, classify, batch, threads, facts, any_batch, not place.on_gpu, calls)
+        networks = Networks(step, classify, step.any_batch and classify.any_batch, calls)
+        super().__init__(bundle, networks, batch, threads, facts, survives_fork=not place.on_gpu)
+        if place.on_gpu:
+            self.draw_by(best_noise)
 
 
 def cpu_facts() -> dict[str, str]:
