@@ -202,7 +202,7 @@ class KernelCache:
         self.path = plan.with_name(plan.name + CACHE_SUFFIX)
         self.known, self.cache = b"", config.create_runtime_cache()
         with contextlib.suppress(OSError, DensePureError):  # it is compiled again
-            if self.path.stat().st_uid == os.getuid():
+            if self.path.stat().st_uid == getattr(os, "getuid", int)():
                 self.known = files.content(self.path, "model")
                 self.cache.deserialize(self.known)
         config.set_runtime_cache(self.cache)

@@ -237,7 +237,13 @@ class TensorRTDevice:
         self.flavour, self._on_dla = plan.flavour, plan.dla_core is not None
         self.image_shape = bundle.unet.image
         self.size = int(np.prod(self.image_shape))
-        self.batch = refuse_misfit(bundle, batch, self.gpu.memory)
+        largest, self.batch = self.batch, refuse_misfit(bundle, batch, self.gpu.memory)
+        if self.batch < largest:
+            logs.say(
+                f"batches of {self.batch}: the states of {largest} may take more of the GPU's memory than there is for "
+                f"them; choose with `batch`",
+                logging.WARNING,
+            )
         self._cuda = import_cuda(self.gpu)
         self._device = self._cuda.Device(0)
         self._device.set_current()

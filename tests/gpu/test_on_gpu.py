@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from densepure_rt.commands.inspection import inspection
 from densepure_rt.errors import EnvironmentFault
 from densepure_rt.images.datasets import LabelledImage, open_images
 from densepure_rt.keys import seeded_secret
@@ -509,6 +510,46 @@ def test_labels_are_the_same_with_and_without_captured_graphs(
     facts = {"flavour": flavour, "precision": precision}
     report.add("Captured graphs", **facts, labels_that_differ=differ, equal_states=equal_states)
     assert captured == plain
+
+
+def test_a_plan_of_one_batch_runs_and_tells_its_layers_and_their_times(
+    plans: Plans,
+    tmp_path: Path,
+    images: list[LabelledImage],
+    labels_on_cpu: list[Outcome],
+    report: Report,
+    flavour: Flavour,
+) -> None:
+    """Built with fixed shapes and the promise for one profile; that of tensorrt for later versions, by the lean library
+    where it is installed. Opened twice: of tensorrt-rtx, the second time with the kernels that were kept."""
+    plans(flavour, "fp32")  # skips where there is none
+    for path in plans.folder.glob("*.onnx*"):
+        shutil.copy(path, tmp_path)
+    command = ["export", "--target", flavour, "--out", str(tmp_path), "--batch", "64"]
+    command += ["--version-compatible"] if flavour == "tensorrt" else []
+    command += ["--compute-capability", plans.here.compute_capability] if flavour == "tensorrt-rtx" else []
+    done = densepure_rt(*command)
+    assert done.returncode == 0, done.stderr
+    plan, seconds = open_bundle(plan_path(tmp_path / "unet.onnx", flavour)), []
+    for _ in range(2):
+        begun = time.monotonic()
+        with closing(on_gpu(plan)) as device:
+            seconds.append(time.monotonic() - begun)
+            found, library, times = outcomes(device, plan, images), str(device.library), device.layer_times(5)
+    layers = inspection(plan.unet_path, layers=True)["layers"]
+    differ = disagreements(found, labels_on_cpu)
+    report.add(
+        "Plan of one batch",
+        flavour=flavour,
+        library=library,
+        differ=differ,
+        seconds_to_open=seconds,
+        layers=len(layers),
+        ms_of_a_step=sum(times["step"].values()),
+        ms_of_a_classify_batch=sum(times["classify"].values()),
+    )
+    assert differ <= LABELS["fp32"] * len(found)
+    assert all("LayerType" in layer for layer in layers)
 
 
 def calls_a_second(run: Callable[[], object], items: int, wait: Callable[[], object] = lambda: None) -> float:

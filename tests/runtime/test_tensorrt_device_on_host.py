@@ -452,6 +452,17 @@ def test_no_batch_takes_more_of_the_gpus_memory_for_its_states_than_is_left_besi
         assert device.read([1])[0].shape == (1, *SHAPE)
 
 
+def test_a_batch_that_is_chosen_for_the_gpus_memory_is_said(
+    library: ctypes.CDLL, small: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(host_cuda, "GPU", dataclasses.replace(host_cuda.GPU, memory=200_000))
+    with opened_on_host(library, as_plans(small, "tensorrt", (4, 8))) as (device, _):
+        assert device.batch == 4
+    assert "batches of 4: the states of 8 may take more of the GPU's memory" in caplog.text
+    with opened_on_host(library, as_plans(small, "tensorrt", (4, 8)), batch=8) as (device, _):
+        assert device.batch == 8
+
+
 def test_the_states_that_were_held_are_freed_before_more_are_asked_for(
     library: ctypes.CDLL, small: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
