@@ -19,6 +19,7 @@ import onnxruntime
 import pytest
 
 from densepure_rt.errors import EnvironmentFault, UsageError
+from densepure_rt.runs.identity import arithmetic_of
 from densepure_rt.runtime import gpu, onnxruntime_api, onnxruntime_gpu
 from densepure_rt.runtime.bundle import open_bundle, shipped_engine
 from densepure_rt.runtime.device import STEP_INPUTS, STEP_OUTPUTS
@@ -365,6 +366,17 @@ def test_the_hash_of_the_engines_and_their_folder_change_with_what_they_are_of(
     assert len({own, engine_folder(b"other", 64), engine_folder(b"graph", 32)}) == 3
     here("H100", "9.0", "13.0", "580.2")
     assert engine_folder(b"graph", 64) != own
+
+
+def test_the_identity_of_a_run_holds_the_gpu_its_libraries_and_the_engines() -> None:
+    here = gpu.Gpu("NVIDIA H100", "9.0", "13.0", "580.65.06")
+    versions = {"cuda": "13000", "cudnn": "92000", "tensorrt": "101601"}
+    device: dict[str, str | int | bool] = {"onnxruntime": "1.31.1", "fingerprint": "f" * 64, "batch": 64}
+    device["independent_of_batch"] = False
+    found = arithmetic_of(device | here.facts | versions | {"engines": "e" * 64})
+    assert (found.driver, found.cuda, found.cudnn) == ("580.65.06, CUDA 13.0", "13000", "92000")
+    assert (found.tensorrt, found.batch) == (f"101601, engines {'e' * 64}", 64)
+    assert found != arithmetic_of(device | here.facts | versions | {"engines": "d" * 64})
 
 
 def test_a_gpu_has_two_callers_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
