@@ -60,17 +60,18 @@ class NumpyNoise:
     """See `Noise`."""
 
     def smooth(self, images: Sequence[OpenImage], drawn: Drawn) -> Floats:
-        def smoothed(image: OpenImage, sample: int) -> Floats:
+        found = np.empty((len(images), *images[0].pixels.shape), np.float32)
+        for i, (image, sample) in enumerate(zip(images, drawn.sample.tolist(), strict=True)):
             levels = image.pixels + smoothing_noise(image.law, image.key, sample, image.pixels.shape)
-            return first_state(levels, image.scale)
-
-        return np.stack([*map(smoothed, images, drawn.sample.tolist())])
+            found[i] = first_state(levels, image.scale)
+        return found
 
     def votes(self, images: Sequence[OpenImage], drawn: Drawn) -> Floats:
-        def noise(image: OpenImage, sample: int, vote: int, step: int) -> Floats:
-            return vote_noise(image.key, sample, vote, step, image.pixels.shape)
-
-        return np.stack([*map(noise, images, *(column.tolist() for column in drawn))])
+        found = np.empty((len(images), *images[0].pixels.shape), np.float32)
+        counters = zip(*(column.tolist() for column in drawn), strict=True)
+        for i, (image, (sample, vote, step)) in enumerate(zip(images, counters, strict=True)):
+            found[i] = vote_noise(image.key, sample, vote, step, image.pixels.shape)
+        return found
 
     def close(self) -> None:
         pass
