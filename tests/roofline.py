@@ -47,7 +47,9 @@ GPUS = (
 class Moved(TorchDispatchMode):
     """Counts the activations that convolutions, products and normalisations read and write."""
 
-    values = 0
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.values = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
