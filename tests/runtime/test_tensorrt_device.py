@@ -249,7 +249,15 @@ def test_a_plan_for_another_gpu_is_refused_with_the_command_that_builds_it_here(
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("flavour", "tensorflow"), ("batches", []), ("batches", [0]), ("batches", "64"), ("types", 3)]
+    ("field", "value"),
+    [
+        ("flavour", "tensorflow"),
+        ("batches", []),
+        ("batches", [0]),
+        ("batches", "64"),
+        ("types", 3),
+        ("compute_capabilities", ["new"]),
+    ],
 )
 def test_a_sidecar_whose_plan_makes_no_sense_is_refused(tmp_path: Path, field: str, value: object) -> None:
     plan = put_bundle(tmp_path)
