@@ -59,7 +59,7 @@ from densepure_rt.runtime.bundle import (
 )
 from densepure_rt.runtime.tensorrt_device import refuse_other_gpu
 from densepure_rt.serving.protocol import Model, Tensor, parse_request
-from tests.runtime.test_tensorrt_device import ADA, a_plan, put_bundle
+from tests.support.plans import ADA, a_plan, put_bundle
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "runs" / "fuzz"

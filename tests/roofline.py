@@ -48,7 +48,7 @@ class Moved(TorchDispatchMode):
     """Counts the activations that convolutions, products and normalisations read and write."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.values = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -74,7 +74,7 @@ class Call(NamedTuple):
 def call_of(network: nn.Module, image: tuple[int, int, int]) -> Call:
     """Count on shapes alone."""
     x, t = torch.zeros(1, *image, device="meta"), torch.ones(1, device="meta")
-    moved = Moved()  # type: ignore[no-untyped-call]
+    moved = Moved()
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, moved, torch.no_grad():
         network.to("meta").eval()(x, t)
     weights = sum(parameter.numel() for parameter in network.parameters())

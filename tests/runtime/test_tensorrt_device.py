@@ -27,14 +27,12 @@ from densepure_rt.runtime.bundle import (
     shipped_engine,
     sidecar_path,
 )
-from densepure_rt.runtime.gpu import Gpu
 from densepure_rt.runtime.open_device import open_device
 from densepure_rt.runtime.tensorrt_device import most_states, refuse_misfit, refuse_other_gpu
 from tests.runtime.host_cuda import plan_of
-from tests.support.plans import NOT_A_PLAN, a_plan, put_bundle
+from tests.support.plans import ADA, NOT_A_PLAN, a_plan, put_bundle
 
 SHIPPED = shipped_engine()
-ADA = Gpu("NVIDIA RTX 4090", "8.9", "12.6")
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[:-3], lambda content: b"w" + content[1:]])
