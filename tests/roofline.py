@@ -48,7 +48,7 @@ class Moved(TorchDispatchMode):
     """Counts the activations that convolutions, products and normalisations read and write."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.values = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
