@@ -101,7 +101,7 @@ class Plan:
     def dla_core(self) -> int | None:
         """Tell which DLA core of a Jetson runs the layers that it can, None where the GPU runs all."""
         core = self.recipe.get("use_dla_core", "")
-        return int(core) if core.isdecimal() else None
+        return int(core) if re.fullmatch(r"[0-9]{1,2}", core) else None
 
 
 @dataclass(frozen=True)

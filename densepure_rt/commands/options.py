@@ -74,7 +74,7 @@ class EngineOptions(TypedOptions):
     ] = None
     threads: Annotated[
         int | None,
-        typer.Option(help="Callers of the engine; default: one for each core.", rich_help_panel=ENGINES),
+        typer.Option(help="Callers of the engine; default: one for each core, two on a GPU.", rich_help_panel=ENGINES),
     ] = None
     engine_sha256: Annotated[
         str | None,

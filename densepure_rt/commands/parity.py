@@ -49,7 +49,9 @@ def parity(
     n: Annotated[int, typer.Option(help="Samples of each image.")] = 50,
     alpha: Annotated[float, typer.Option(help="Probability, at most, that an image gets a wrong certificate.")] = 0.001,
     batch: Annotated[int | None, typer.Option(help="Items a call of the engine.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Callers of the engine; default: one for each core.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Callers of the engine; default: one for each core, two on a GPU.")
+    ] = None,
     provider: ProviderName = "cpu",
     trust: Annotated[bool, typer.Option("--trust", help="Take a plan without a sidecar.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for parity.json and parity.png.")] = None,

@@ -22,9 +22,8 @@ from densepure_rt.images.formats import require_pixels
 from densepure_rt.keys import SECRET_BYTES, new_secret
 from densepure_rt.runtime.bundle import Bundle, open_bundle, shipped_engine
 from densepure_rt.runtime.device import CLOSED, MAX_BATCH, MAX_THREADS, Device
-from densepure_rt.runtime.machine import available_cores
 from densepure_rt.runtime.noise import image_key
-from densepure_rt.runtime.open_device import open_device, provider_of
+from densepure_rt.runtime.open_device import default_threads, open_device, provider_of
 from densepure_rt.runtime.schedule import Chain, make_chain
 from densepure_rt.smoothing.bounds import error_at_most
 from densepure_rt.smoothing.certificate import Certificate, Method
@@ -300,14 +299,14 @@ def load(
     """The engine at `engine`, or the one that ships with the package, and its classifier, ready to certify.
 
     classifier: instead of the one that the engine's sidecar names. secret: 32 bytes, else new ones from the system.
-    batch: items a call of the engine, else what suits it. threads: callers of the engine, else one for each core.
-    provider: of ONNX Runtime, "cpu", "cuda" or "tensorrt". engine_sha256: what the engine must hash to. trust: take
-    plans that have no sidecar.
+    batch: items a call of the engine, else what suits it. threads: callers of the engine, else one for each core, two
+    on a GPU. provider: of ONNX Runtime, "cpu", "cuda" or "tensorrt". engine_sha256: what the engine must hash to.
+    trust: take plans that have no sidecar.
 
     Raises UsageError, CheckFailed or EnvironmentFault; each says what to do next.
     """
-    threads = available_cores() if threads is None else threads
     known = provider_of(provider)
+    threads = default_threads(known) if threads is None else threads
     for name, count, most in (("batch", 1 if batch is None else batch, MAX_BATCH), ("threads", threads, MAX_THREADS)):
         if not 1 <= count <= most:
             raise UsageError(f"`{name}` is a count from 1 up to {most}, got {count}")
