@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import re
@@ -93,8 +94,14 @@ def _lines(work: Iterable[T], total: int, text: Callable[[], str], before: int) 
 
 
 def needs_pytorch(command: str) -> AbstractContextManager[None]:
-    """For the imports of a command that needs the extra `export`."""
-    return optional(command, "PyTorch and what goes with it", "run \"pip install 'densepure-rt[cpu,export]'\"")
+    """For the imports of a command that needs the extra `export`. Raises EnvironmentFault where PyTorch is not there.
+
+    It is looked for first: what else the extra brings is missing then too, and would be named in its place.
+    """
+    cure = "run \"pip install 'densepure-rt[cpu,export]'\""
+    if importlib.util.find_spec("torch") is None:
+        raise EnvironmentFault(f"{command} needs PyTorch, and torch is not installed: {cure}")
+    return optional(command, "PyTorch and what goes with it", cure)
 
 
 OPTIONS = {  # of parameters that have another name

@@ -41,7 +41,10 @@ RunImages = Annotated[
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]  # of every command
 EngineFile = Annotated[
-    Path | None, typer.Option("--engine", help="Step engine, ONNX file or plan; default: the one that ships.")
+    Path | None,
+    typer.Option(
+        "--engine", help="Step engine, ONNX file or plan, or the folder of its bundle; default: the one that ships."
+    ),
 ]
 
 
@@ -52,7 +55,8 @@ class EngineOptions(TypedOptions):
     engine: Annotated[
         Path | None,
         typer.Option(
-            help="Step engine, such as engines/unet.onnx; default: the one that ships.", rich_help_panel=ENGINES
+            help="Step engine, such as mymodel/unet.onnx, or the folder of its bundle; default: the one that ships.",
+            rich_help_panel=ENGINES,
         ),
     ] = None
     classifier: Annotated[

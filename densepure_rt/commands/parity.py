@@ -64,7 +64,8 @@ def parity(
     """
     with needs_pytorch("parity"):
         from densepure_rt.export.compare.agreement import agree, draw, failures
-        from densepure_rt.export.models.sources import comparison_images, open_models
+        from densepure_rt.export.models.sources import comparison_images, open_models, refuse_other_models
+    from densepure_rt.runtime.bundle import open_bundle, shipped_engine
     from densepure_rt.smoothing.classifier import load
     from densepure_rt.smoothing.settings import Settings
 
@@ -72,6 +73,7 @@ def parity(
     if out is not None:
         make_folder(out)  # first: what follows may take long
     opened = open_models(models)
+    refuse_other_models(*opened, open_bundle(engine or shipped_engine(), trust=trust))  # before their images are read
     chosen = comparison_images(opened, images, limit, say, COMPARED)
     with load(engine, batch=batch, threads=threads, provider=provider, trust=trust) as smoothed:
         found = agree(smoothed, opened, track(chosen, len(chosen)), settings)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from densepure_rt.errors import UsageError
+from densepure_rt.errors import CheckFailed, UsageError
 from densepure_rt.images.datasets import ImageSet, LabelledImage, open_images
 from densepure_rt.images.formats import Pixels
 from densepure_rt.runs.identity import settings_of
@@ -38,10 +38,16 @@ def gallery(run: Run, count: int, secret: bytes, engine: Path | None, images: Pa
     identity, chosen = run.manifest.identity, choose(run.records, count)
     found = find(open_images(images, identity.image, identity.class_names), chosen)
     settings = settings_of(identity)
-    with load(engine, secret=secret, engine_sha256=identity.engine.sha256) as classifier:
+    with load(engine, secret=secret) as classifier:
+        if (ref := classifier.bundle.unet.file).sha256 != identity.engine.sha256:
+            raise CheckFailed(
+                f"{classifier.bundle.unet_path} has the SHA-256 {ref.sha256[:16]}, the run used {identity.engine.name} "
+                f"of {identity.engine.sha256[:16]}: name that one with `engine`"
+            )
         if (ref := classifier.bundle.classifier.file).sha256 != identity.classifier.sha256:
             raise UsageError(
-                f"{ref.name} is not the classifier of the run, {identity.classifier.name}: name its engine"
+                f"{ref.name} is not the classifier of the run, {identity.classifier.name} of "
+                f"{identity.classifier.sha256[:16]}: name the engine that it lies beside with `engine`"
             )
         return [
             Shown(record, image.pixels, replay(classifier, image, settings, SAMPLE))
