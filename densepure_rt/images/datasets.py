@@ -74,11 +74,20 @@ class LeftOut:
 
 @dataclass(frozen=True, eq=False)
 class LabelledImage:
-    """One image: `idx` names it in results, `pixels` is uint8 [C, H, W], `label` is None where it is not known."""
+    """One image: `idx` names it in results, `pixels` is uint8 [C, H, W], `label` is None where it is not known.
+
+    name: of its file, where it has one; untrusted text, and part of no identity.
+    """
 
     idx: int
     pixels: Pixels
     label: int | None
+    name: str | None = None
+
+    def __repr__(self) -> str:
+        named = "" if self.name is None else f", name={self.name!r}"
+        shape = "x".join(map(str, self.pixels.shape))
+        return f"LabelledImage(idx={self.idx}, pixels={self.pixels.dtype} {shape}, label={self.label}{named})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +108,9 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.positions)
+
+    def __repr__(self) -> str:
+        return f"ImageSet({self.name!r}, {plural(len(self), 'image')}, {'labelled' if self.labelled else 'no labels'})"
 
     def __iter__(self) -> Iterator[LabelledImage]:
         for i in self.positions:

@@ -106,17 +106,6 @@ def require_pixels(given: object, shape: Shape) -> Pixels:
         return given
     if isinstance(given, np.ndarray):
         found, moves = f"{given.dtype} {list(given.shape)}", [*_dtype_moves(given), *_shape_moves(given.shape, shape)]
-    elif isinstance(given, Image.Image):
-        array = "np.asarray(image)[None]" if shape[0] == 1 else "np.asarray(image).transpose(2, 0, 1)"
-        found, moves = (
-            f"a Pillow image of mode {given.mode}, {given.width} x {given.height} pixels",
-            [f"{array} of one of mode {'L' if shape[0] == 1 else 'RGB'}"],
-        )
-    elif isinstance(given, str | bytes | os.PathLike):
-        found, moves = (
-            f"the name {os.fsdecode(given)!r}",
-            ["what densepure_rt.images.datasets.open_images reads of the file"],
-        )
     else:
         found = f"an object of type {type(given).__qualname__}"
         moves = ["np.array(image, dtype=np.uint8) of whole levels from 0 to 255"]
@@ -173,7 +162,6 @@ def check_image(path: Path, shape: Shape) -> bool:
 
 def read_image(path: Path, shape: Shape) -> Pixels:
     """The pixels of an image file, uint8 [C, H, W]."""
-    channels, height, width = shape
     with reading(path, "an image"), opened(path, "picture") as file:
         image = _open_image(file, path, shape)
         if image.format in ("JPEG", "MPO"):  # MPO: what Pillow makes of a JPEG that says it has several pictures
@@ -183,21 +171,35 @@ def read_image(path: Path, shape: Shape) -> Pixels:
             image.verify()  # checksums: loading skips those of the pixel data; then the image must be opened anew
             file.seek(0)
             image = _open_image(file, path, shape)
-        pixels = np.asarray(image.convert("L" if image.mode == "1" else "RGB" if image.mode == "P" else image.mode))
+        return _pixels_of(image, str(path), shape)
+
+
+def picture_pixels(picture: Image.Image, shape: Shape) -> Pixels:
+    """Return the pixels of a Pillow image, uint8 [C, H, W], as `read_image` does those of a file that holds it."""
+    what = "the Pillow image"
+    with reading(what, "an image"):  # one of a file is decoded now
+        _require_channels(shape)
+        require_shape(what, (shape[0], picture.height, picture.width), shape)
+        _require_plain(picture, what, shape)
+        return _pixels_of(picture, what, shape)
+
+
+def _pixels_of(image: Image.Image, what: str, shape: Shape) -> Pixels:
+    """Decode an image that `_require_plain` takes."""
+    channels, height, width = shape
+    pixels = np.asarray(image.convert("L" if image.mode == "1" else "RGB" if image.mode == "P" else image.mode))
     if pixels.ndim == 2 and channels == 3:
         pixels = np.repeat(pixels[..., None], 3, axis=2)
     if pixels.ndim == 3 and channels == 1:
         if (pixels != pixels[..., :1]).any():
-            raise UsageError(f"{path} is in colour, the engine takes grey; convert it, or use a colour engine")
+            raise UsageError(f"{what} is in colour, the engine takes grey; convert it, or use a colour engine")
         pixels = pixels[..., 0]
     return np.ascontiguousarray(pixels.reshape(height, width, channels).transpose(2, 0, 1), dtype=np.uint8)
 
 
 def _open_image(file: IO[bytes], path: Path, shape: Shape) -> Image.Image:
     """An image whose header promises the right size and a mode that converts without loss; pixels not yet decoded."""
-    modes = (*GREY_MODES, "P", "RGB")
-    if shape[0] not in (1, 3):
-        raise UsageError(f"the engine takes {shape[0]} channels, image files hold 1 or 3; give the images as .npz")
+    _require_channels(shape)
     start = file.read(PNG_DEPTH_AT + 1)
     file.seek(0)
     image = Image.open(file, formats=FILE_FORMATS)
@@ -207,13 +209,24 @@ def _open_image(file: IO[bytes], path: Path, shape: Shape) -> Image.Image:
         _require_plain_tiff(image, path)
     require_shape(str(path), (shape[0], image.height, image.width), shape)
     deep = image.format == "PNG" and start[PNG_DEPTH_AT] == 16  # Pillow would drop the low byte of RGB in silence
-    if image.mode not in modes or deep or "transparency" in image.info or getattr(image, "n_frames", 1) > 1:
+    _require_plain(image, str(path), shape, deep)
+    return image
+
+
+def _require_channels(shape: Shape) -> None:
+    if shape[0] not in (1, 3):
+        raise UsageError(f"the engine takes {shape[0]} channels, image files hold 1 or 3; give the images as .npz")
+
+
+def _require_plain(image: Image.Image, what: str, shape: Shape, deep: bool = False) -> None:
+    """Refuse an image of a mode that does not convert without loss. deep: of more than 8 bits, whatever its mode."""
+    several_pages = getattr(image, "n_frames", 1) > 1
+    if image.mode not in (*GREY_MODES, "P", "RGB") or deep or "transparency" in image.info or several_pages:
         kind = ", 16 bits" * deep + ", with transparency" * ("transparency" in image.info)
         several = "several pages" if image.format == "TIFF" else "animated"
-        kind += f", {several}" * (getattr(image, "n_frames", 1) > 1)
+        kind += f", {several}" * several_pages
         wanted = "8-bit grey" if shape[0] == 1 else "8-bit RGB"
-        raise UsageError(f"{path} has pixels of mode {image.mode}{kind}; convert it to {wanted}")
-    return image
+        raise UsageError(f"{what} has pixels of mode {image.mode}{kind}; convert it to {wanted}")
 
 
 def _require_netpbm(file: IO[bytes], path: Path) -> None:
