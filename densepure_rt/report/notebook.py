@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import pandas
     from matplotlib.axes import Axes
 
-Answers: TypeAlias = "Iterable[Certificate] | Iterable[Certified] | Iterable[Predicted]"
+Answers: TypeAlias = "Iterable[Certificate | Certified | Predicted] | Certificate | Certified | Predicted"
 Results: TypeAlias = "str | os.PathLike[str] | Run | ImportedRun"  # a path: of a run's folder, or an imported one
 
 

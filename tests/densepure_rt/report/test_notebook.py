@@ -61,7 +61,7 @@ def test_rows_hold_the_label_the_answer_and_the_cost() -> None:
 def test_a_frame_has_a_row_for_each_image(monkeypatch: pytest.MonkeyPatch) -> None:
     frame = SimpleNamespace(from_records=lambda rows: rows)
     monkeypatch.setitem(sys.modules, "pandas", SimpleNamespace(DataFrame=frame))
-    assert densepure_rt.to_dataframe(GRID) == rows_of(GRID)  # type: ignore[comparison-overlap]
+    assert densepure_rt.to_dataframe(GRID) == rows_of(GRID)
 
 
 def test_a_frame_of_the_real_pandas() -> None:
