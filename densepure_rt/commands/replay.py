@@ -56,7 +56,7 @@ def replay(
                     f"name that one with --engine or --classifier"
                 )
         warn_of_other_arithmetic(identity, str(smoothed.device.describe()["fingerprint"]))
-        chosen = open_images(images, identity.image, identity.class_names)
+        chosen = open_images(images, identity.image, identity.class_names, identity.images.preparation)
         found = draw(smoothed, the_image(chosen, image, run), settings, sample)
     folder = out or run / f"replay-{image}-{sample}"
     save_pictures(found, folder)
@@ -90,7 +90,7 @@ def the_image(chosen: ImageSet, idx: int, run: Path) -> LabelledImage:
     from densepure_rt.runs.reader import read_run
     from densepure_rt.runtime.noise import image_sha256
 
-    found = next((image for image in chosen if image.idx == idx), None)
+    found = next((image for image in chosen.readable() if image.idx == idx), None)
     if found is None:
         raise UsageError(f"{chosen.name} has no image {idx}: name what was certified with --images")
     record = next((record for record in read_run(run).records if record.idx == idx), None)

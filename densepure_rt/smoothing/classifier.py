@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -96,6 +97,12 @@ class SmoothedClassifier(AbstractContextManager["SmoothedClassifier"]):
     @property
     def class_names(self) -> tuple[str, ...]:
         return self.bundle.classifier.class_names
+
+    def name_classes(self, names: Sequence[str]) -> None:
+        """Take other names for the classes, in their order. Raises UsageError for another number of them."""
+        if len(names) != len(self.class_names):
+            raise UsageError(f"{len(names)} class names were given, the classifier has {len(self.class_names)} classes")
+        self.bundle = replace(self.bundle, classifier=replace(self.bundle.classifier, class_names=tuple(names)))
 
     def chain(self, settings: Settings) -> Chain:
         return chain_of(self.bundle, settings)
