@@ -31,7 +31,7 @@ from densepure_rt.json_files import adapter, strict
 from densepure_rt.runtime import gpu
 from densepure_rt.runtime.schedule import Schedule, TimestepRule, Variance
 from densepure_rt.runtime.transport import transfer_fault
-from densepure_rt.text import all_printable
+from densepure_rt.text import all_printable, printable
 
 SCHEMA_VERSION = 1
 PIXEL_RANGE = (-1.0, 1.0)  # what the runtime feeds
@@ -447,6 +447,18 @@ def verified_engine(path: Path, sidecar: Sidecar) -> bytes:
                 f"damaged or belongs to another engine; copy it again, or export the bundle again"
             )
     return verified_bytes(path, sidecar.file.sha256)
+
+
+def read_class_names(path: Path, count: int) -> tuple[str, ...]:
+    """Return the names of so many classes, one a line of a file. Raises UsageError for another number of them."""
+    try:
+        lines = files.text(path, "table").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the class names in {path} ({error})") from error
+    names = tuple(printable(line.strip()) for line in lines if line.strip())
+    if len(names) != count:
+        raise UsageError(f"{path} names {len(names)} classes, the classifier has {count}: one name a line, in order")
+    return names
 
 
 def open_bundle(

@@ -173,7 +173,10 @@ def counted(value: float) -> str:
 def notes_on(images: ImageSet) -> dict[str, str]:
     """Name what was left out of the images' source, and how many grey images were repeated to colour."""
     repeated = f"{plural(images.repeated, 'grey image')} repeated to three channels" if images.repeated else ""
-    notes = {"grey": repeated, "left out": "; ".join(map(str, images.left_out))}
+    how = images.prepared
+    done = [f"fit {how.fit}"] * (how.fit is not None) + [f"converted, on {how.background}"] * how.convert
+    prepared = f"{', '.join(done)}, by Pillow: radii are in these pixels" if done else ""
+    notes = {"grey": repeated, "prepared": prepared, "left out": "; ".join(map(str, images.left_out))}
     return {name: note for name, note in notes.items() if note}
 
 

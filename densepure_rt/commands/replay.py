@@ -48,7 +48,7 @@ def replay(
     if batch is None and identity.arithmetic is not None:
         batch = identity.arithmetic.batch
     place = sample + (identity.rule.n0 or 0)
-    chosen = open_images(images, identity.image, identity.class_names)
+    chosen = open_images(images, identity.image, identity.class_names, identity.images.preparation)
     idx = idx_of(image, chosen, run)
     counted = counted_label(run, idx, place, identity.rule.most_samples)
     with load(engine, classifier, secret=secret_of(run, manifest), batch=batch, threads=1) as smoothed:
@@ -117,7 +117,7 @@ def the_image(chosen: ImageSet, idx: int, run: Path) -> LabelledImage:
     from densepure_rt.runs.reader import read_run
     from densepure_rt.runtime.noise import image_sha256
 
-    found = next((image for image in chosen if image.idx == idx), None)
+    found = next((image for image in chosen.readable() if image.idx == idx), None)
     if found is None:
         raise UsageError(f"{chosen.name} has no image {idx}: name what was certified with --images")
     record = next((record for record in read_run(run).records if record.idx == idx), None)

@@ -36,7 +36,8 @@ def gallery(run: Run, count: int, secret: bytes, engine: Path | None, images: Pa
     if count < 1:
         raise UsageError(f"`count` {count}: ask for one image at least")
     identity, chosen = run.manifest.identity, choose(run.records, count)
-    found = find(open_images(images, identity.image, identity.class_names), chosen)
+    opened = open_images(images, identity.image, identity.class_names, identity.images.preparation)
+    found = find(opened, chosen)
     settings = settings_of(identity)
     with load(engine, secret=secret) as classifier:
         if (ref := classifier.bundle.unet.file).sha256 != identity.engine.sha256:
@@ -65,7 +66,7 @@ def choose(records: Sequence[ImageRecord], count: int) -> list[ImageRecord]:
 def find(images: ImageSet, records: Sequence[ImageRecord]) -> list[LabelledImage]:
     """The image of each record, by its pixels."""
     wanted = {record.image_sha256 for record in records}
-    found = {sha: image for image in images if (sha := image_sha256(image.pixels).hex()) in wanted}
+    found = {sha: image for image in images.readable() if (sha := image_sha256(image.pixels).hex()) in wanted}
     if missing := [record for record in records if record.image_sha256 not in found]:
         raise UsageError(
             f"image {missing[0]} of the run is not among {images.name}: name the images it certified with `images`"

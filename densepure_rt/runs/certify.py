@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -17,6 +18,7 @@ from densepure_rt.runs.falsifier import Falsification
 from densepure_rt.runs.falsify import Proposals, attack_each, attacked, no_proposals
 from densepure_rt.runs.folder import RunFolder
 from densepure_rt.runs.identity import manifest_of
+from densepure_rt.runs.layout import MANIFEST, read_manifest
 from densepure_rt.runs.records import Summary
 from densepure_rt.runs.shards import Shard
 from densepure_rt.runs.summary import accuracy_so_far, radii_of, summarize
@@ -74,6 +76,8 @@ def certify_images(
     Ctrl-C, or a signal that means the same, ends it after the images that are done. proposals: gives an attack further
     candidates. watch: passes the work on, item by item, and shows how far it is.
     """
+    known = unreadable_of(request.out)
+    request = replace(request, images=request.images.hashed_as(known))
     settings, images = request.settings, request.mine
     secret = classifier.secret if request.seed is None else None
     reach = require_reach(settings, math.prod(classifier.bundle.unet.image))
@@ -83,7 +87,9 @@ def certify_images(
     interrupted = True
 
     def summary() -> Summary:
-        return summarize(folder.done, len(images), interrupted, radii_of(settings), reach, classifier.failed)
+        done = {record.idx for record, _ in folder.done}
+        failed = sorted({*classifier.failed, *images.unreadable}.intersection(images.order) - done)
+        return summarize(folder.done, len(images), interrupted, radii_of(settings), reach, failed)
 
     def progress() -> str:
         said = (classifier.sampler.status(), accuracy_so_far(summary()) if images.labelled else "")
@@ -98,7 +104,7 @@ def certify_images(
                 images=len(images),
                 done=len(finished),
             )
-            left = (image for image in images if image.idx not in finished)
+            left = (image for image in images.readable() if image.idx not in finished)
             work = classifier.certify_each(left, settings, request.budget, folder.ledger)
             for result in watch(work, len(images), progress, before=len(finished)):
                 folder.add(result, places[result.image.idx])
@@ -113,6 +119,11 @@ def certify_images(
         folder.finish(found)
         logs.say(f"{found.done} of {found.asked} images are done", interrupted=interrupted, abstained=found.abstained)
         return found, attacks
+
+
+def unreadable_of(path: Path) -> tuple[int, ...] | None:
+    """Return which images could not be read when the run in a folder began; None where there is no run."""
+    return read_manifest(path).identity.images.unreadable if os.path.exists(path / MANIFEST) else None
 
 
 def report(result: Certified) -> None:

@@ -12,6 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from PIL import __version__ as PILLOW
+
 from densepure_rt._version import __version__
 from densepure_rt.errors import UsageError
 from densepure_rt.images.datasets import ImageSet
@@ -25,6 +27,7 @@ from densepure_rt.runs.records import (
     Manifest,
     NamedFile,
     NoiseIdentity,
+    PreparedIdentity,
     Provenance,
     RuleIdentity,
 )
@@ -93,7 +96,7 @@ def identity_of(
         clip=bundle.unet.clip,
         class_names=bundle.classifier.class_names,
         image=bundle.unet.image,
-        images=ImagesIdentity(len(images), images.sha256()),
+        images=images_identity(images),
         sigma=settings.sigma,
         sigma_in_network_units=2 * settings.sigma,
         steps=settings.steps,
@@ -111,6 +114,14 @@ def identity_of(
         public_seed=seed,
         arithmetic=arithmetic_of(device),
     )
+
+
+def images_identity(images: ImageSet) -> ImagesIdentity:
+    """Hash the images, all being read; those that cannot be are named."""
+    sha256, how = images.sha256(), images.prepared
+    unreadable = tuple(idx for idx in images.order if idx in images.unhashed or idx in images.unreadable)
+    prepared = PreparedIdentity(how.fit, how.convert, how.background, PILLOW)
+    return ImagesIdentity(len(images), sha256, unreadable or None, prepared if how else None)
 
 
 def arithmetic_of(device: Mapping[str, str | int | bool]) -> ArithmeticIdentity:
