@@ -117,14 +117,22 @@ def bench_step(
     """Time a reverse step. options: of `densepure_rt.export.compare.bench.bench`."""
     with needs_pytorch("bench"):
         from densepure_rt.export.compare.bench import bench as measure
-        from densepure_rt.export.models.sources import comparison_images, open_models
+        from densepure_rt.export.models.check_images import comparison_images
+        from densepure_rt.export.models.sources import open_models
     import numpy as np
 
     from densepure_rt.runtime.bundle import open_bundle, shipped_engine
 
     unet, classifier = open_models(models)
     pixels = np.stack([image.pixels for image in comparison_images(unet, classifier, images, None, say)])
-    found = measure(unet, classifier, open_bundle(engine or shipped_engine()), pixels, say=say, **options)
+    found = measure(
+        unet,
+        classifier,
+        open_bundle(engine or shipped_engine(options["provider"] != "cpu")),
+        pixels,
+        say=say,
+        **options,
+    )
     if as_json:
         print(json.dumps(dataclasses.asdict(found)))
     else:
@@ -143,7 +151,8 @@ def bench_procedure(
     """Compare whole certifications. options: of `densepure_rt.export.compare.procedure.compare`."""
     with needs_pytorch("bench"):
         from densepure_rt.export.compare.procedure import compare
-        from densepure_rt.export.models.sources import comparison_images, open_models
+        from densepure_rt.export.models.check_images import comparison_images
+        from densepure_rt.export.models.sources import open_models
     from densepure_rt.runtime.bundle import open_bundle, shipped_engine
 
     if out is not None:
@@ -151,7 +160,13 @@ def bench_procedure(
     unet, classifier = open_models(models)
     chosen = comparison_images(unet, classifier, images, limit, say, CERTIFIED)
     found = compare(
-        unet, classifier, open_bundle(engine or shipped_engine()), chosen, say=say, watch=watched, **options
+        unet,
+        classifier,
+        open_bundle(engine or shipped_engine(options["provider"] != "cpu")),
+        chosen,
+        say=say,
+        watch=watched,
+        **options,
     )
     report = finite(dataclasses.asdict(found))
     if as_json:

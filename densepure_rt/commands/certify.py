@@ -40,6 +40,7 @@ from densepure_rt.commands.options import (
     open_classifier,
     open_image_set,
     radii_of,
+    say_precision,
     seconds_of,
     secret_of,
     was_typed,
@@ -258,6 +259,7 @@ def open_on_cluster(
 
     with optional("--cluster", "Ray", "run \"pip install 'densepure-rt[cluster]'\""):
         from densepure_rt.cluster import ray_workers as ray_cluster
+    say_precision(engine, provider)
     engine, classifier = (None if path is None else path.absolute() for path in (engine, classifier))
     recipe = ray_cluster.Recipe(engine, classifier, batch, none_as(1, threads), provider, sha256, trust)
     key = secret if seed is None else seeded_secret(seed)

@@ -107,11 +107,11 @@ def next_command(
         return "pip install --force-reinstall --no-deps densepure-rt"
     if isinstance(here, Gpu):
         if plans["tensorrt"].state == "ok":
-            return "densepure-rt export --target tensorrt && densepure-rt certify --engine engines/unet.plan"
+            return "densepure-rt export --target tensorrt && densepure-rt certify --engine engines/unet.fp16.plan"
         if plans["tensorrt-rtx"].state == "ok":
             return (
                 f"densepure-rt export --target tensorrt-rtx --compute-capability {here.compute_capability} && "
-                f"densepure-rt certify --engine engines/unet.rtx.plan"
+                f"densepure-rt certify --engine engines/unet.fp16.rtx.plan"
             )
         return f"pip install 'densepure-rt[{'tensorrt-jetson' if platform.machine() == 'aarch64' else 'tensorrt'}]'"
     return "densepure-rt certify" if runtime.state == "ok" else "pip install 'densepure-rt[cpu]'"

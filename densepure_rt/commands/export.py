@@ -20,7 +20,7 @@ from densepure_rt.rounding import exact, floored_share, raised
 from densepure_rt.text import plural
 
 if TYPE_CHECKING:
-    from densepure_rt.export.convert.to_onnx import Exported
+    from densepure_rt.export.convert.parity import Exported
     from densepure_rt.runtime.bundle import Denoising
 
 CHECKS, PLANS, TRITON = "Checks", "Plans", "Triton"  # the panels of --help
@@ -42,12 +42,17 @@ def export(
     engine: Annotated[
         Path | None,
         typer.Option(
-            help="triton: step engine, ONNX file or plan; default: the one that ships.", rich_help_panel=TRITON
+            help="A bundle in place of PyTorch models. onnx: its float32 engines in each --precision, without PyTorch; "
+            "tensorrt: plans of it; triton: it is packaged, ONNX files or plans; default: the one that ships."
         ),
     ] = None,
     precision: Annotated[
-        str, typer.Option(help="fp32, fp16, bf16, int8, int8-cpu or fp8; several with commas, a bundle each.")
-    ] = "fp32",
+        str | None,
+        typer.Option(
+            help="fp32, fp16, bf16, int8, int8-cpu or fp8; several with commas, a bundle each. Default: fp32; plans of "
+            "the model that ships: fp16."
+        ),
+    ] = None,
     keep_fp32: Annotated[
         list[str] | None,
         typer.Option("--keep-fp32", help="Keep the modules of these names float32; a shell pattern, repeatable."),
@@ -126,13 +131,13 @@ def export(
 ) -> None:
     """Export a UNet and a classifier from PyTorch to ONNX engines, checked against PyTorch, and build TensorRT plans.
 
-    Without options it is the model that ships. ONNX engines need densepure-rt\\[export], plans densepure-rt\\[tensorrt]
-    or densepure-rt\\[tensorrt-rtx], and a model repository of Triton none of them.
+    Without options it is the model that ships. ONNX engines need densepure-rt\\[export], but those of --engine do not;
+    plans need densepure-rt\\[tensorrt] or densepure-rt\\[tensorrt-rtx], and a model repository of Triton none of them.
     """
     from densepure_rt.runtime.bundle import PLAN_SUFFIXES
 
     targets = words(target, "--target", ("onnx", *sorted(PLAN_SUFFIXES), "triton"))
-    kinds = [kind.strip() for kind in precision.split(",")]
+    kinds = [kind.strip() for kind in precision.split(",")] if precision else []
     report: dict[str, Any] = {}
     checks = {
         "--keep-fp32": keep_fp32,
@@ -145,7 +150,7 @@ def export(
     unused = [*map(in_options, models.given().values()), *(name for name, value in checks.items() if value)]
     if "triton" in targets:
         of_plans = {
-            "--precision": kinds != ["fp32"],
+            "--precision": kinds,
             "--compute-capability": compute_capability,
             "--workspace": workspace,
             "--builder-level": builder_level,
@@ -163,14 +168,17 @@ def export(
             )
         export_triton(engine, out or Path("models"), batch, force, as_json)
         return
-    if engine is not None:
-        raise UsageError(f"--engine {engine} is what --target triton packages, and {target} was asked for")
+    if engine is not None and (said := [*map(in_options, models.given().values()), *(["--strict"] if strict else [])]):
+        raise UsageError(f"{', '.join(said)}: these are of PyTorch models, and --engine {engine} is a bundle: give one")
     if "onnx" not in targets and unused:
         raise UsageError(f"{', '.join(unused)}: these change the ONNX engines; add onnx to --target")
     out = out or Path("engines")
     if "onnx" in targets:
         on = (images, calibration_images, parity_images, parity_samples)
-        report["onnx"] = export_onnx(models, out, force, as_json, kinds, keep_fp32 or (), *on, strict)
+        if engine is not None:
+            report["onnx"] = lower(engine, out, force, as_json, kinds, keep_fp32 or (), on)
+        else:
+            report["onnx"] = export_onnx(models, out, force, as_json, kinds or ["fp32"], keep_fp32 or (), *on, strict)
     for flavour in PLAN_SUFFIXES:
         if flavour in targets:
             with optional("building plans", "onnx", f"run \"pip install 'densepure-rt[{flavour}]'\""):
@@ -187,8 +195,11 @@ def export(
                 version_compatible=version_compatible,
             )
             report[flavour] = []
-            for kind in kinds:
-                bundle = source_bundle(out, kind)
+            asked: list[str | None] = [*kinds] or (["fp32"] if "onnx" in targets else [None])
+            for kind in asked:
+                bundle = source_bundle(
+                    out, kind, None if "onnx" in targets else engine, lambda line: say(in_options(line))
+                )
                 plans = build_plans(bundle, out, flavour, options, force, say)
                 report[flavour] += [str(plan) for plan in plans]
                 if not as_json:
@@ -242,7 +253,8 @@ def export_onnx(
         from densepure_rt.export.compare.denoising import judge
         from densepure_rt.export.convert.precision import OPSETS, QUANTIZED
         from densepure_rt.export.convert.to_onnx import export_bundle
-        from densepure_rt.export.models.sources import check_images, open_models
+        from densepure_rt.export.models.check_images import check_images
+        from densepure_rt.export.models.sources import open_models
     words(",".join(precisions), "--precision", tuple(OPSETS))
     unet, classifier = open_models(models)
     checks = check_images(unet, classifier, images, calibration, parity_images, parity_samples, say)
@@ -267,6 +279,40 @@ def export_onnx(
         print_denoising(denoising)
     if doubted:
         stderr.print(f"warning: {doubted}")
+    return report
+
+
+def lower(
+    engine: Path,
+    out: Path,
+    force: bool,
+    quiet: bool,
+    precisions: Sequence[str],
+    keep: Sequence[str],
+    on: tuple[Path | None, Path | None, int | None, int],
+) -> dict[str, Any]:
+    """Write a float32 bundle in other precisions, without PyTorch; what was found, by precision.
+
+    on: the images, those for calibration, how many labels are compared on, and noisy copies of each.
+    """
+    with optional("another precision", "ONNX Runtime and onnx", "run \"pip install 'densepure-rt[cpu]' onnx\""):
+        from densepure_rt.export.convert.precision import OPSETS
+        from densepure_rt.export.convert.to_precision import lower_bundle
+        from densepure_rt.export.models.check_images import check_images
+    from densepure_rt.runtime.bundle import open_bundle
+
+    known = [kind for kind in OPSETS if kind != "fp32"]
+    if not precisions:
+        raise UsageError(f"--engine {engine}: say in which --precision it is to be written: {', '.join(known)}")
+    words(",".join(precisions), "--precision", known)
+    bundle = open_bundle(engine)
+    checks = check_images(bundle.unet, bundle.classifier, *on, say)
+    report = {}
+    for kind in dict.fromkeys(precisions):
+        done = lower_bundle(bundle, out, kind, checks, keep, force, say)
+        report[kind] = dataclasses.asdict(done)
+        if not quiet:
+            print_exported(done)
     return report
 
 

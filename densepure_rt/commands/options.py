@@ -171,6 +171,7 @@ def open_classifier(
     from densepure_rt.keys import seeded_secret
     from densepure_rt.smoothing.classifier import load
 
+    say_precision(engine, provider)
     return load(
         engine,
         classifier,
@@ -181,6 +182,17 @@ def open_classifier(
         engine_sha256=sha256,
         trust=trust,
     )
+
+
+def say_precision(engine: Path | None, provider: str) -> None:
+    """Say that the model that ships is no float32 one on a GPU."""
+    from densepure_rt.runtime.bundle import ON_GPU, shipped_engine
+    from densepure_rt.runtime.open_device import provider_of
+
+    if engine is None and provider_of(provider) != "cpu":
+        stderr.print(
+            f"with --provider {provider} the model that ships runs in {ON_GPU}: --engine {shipped_engine()} is float32"
+        )
 
 
 def open_image_set(path: Path | None, smoothed: SmoothedClassifier, skip: int, limit: int | None) -> ImageSet:

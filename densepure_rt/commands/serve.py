@@ -25,6 +25,7 @@ from densepure_rt.commands.options import (
     Trust,
     Votes,
     radii_of,
+    say_precision,
     seconds_of,
 )
 from densepure_rt.errors import EnvironmentFault
@@ -129,6 +130,7 @@ def serve(
     asked |= {"sigma": sigma, "steps": steps, "votes": votes, "n": n, "alpha": alpha, "timestep_rule": timestep_rule}
     settings = Settings(**asked)
     deadlines = api.Deadlines(seconds_of(deadline, "--deadline"), seconds_of(max_deadline, "--max-deadline"))
+    say_precision(engine, provider)
     drain_seconds, lifetime = seconds_of(drain, "--drain"), seconds_of(rotate, "--rotate")
     pictures = Decoders(decoders)
     secret = RotatingSecret(key, lifetime, None if seed is None else seeded_secret(seed))

@@ -303,6 +303,8 @@ def load(
 ) -> SmoothedClassifier:
     """The engine at `engine`, or the one that ships with the package, and its classifier, ready to certify.
 
+    The one that ships is float32 on the CPU and fp16 on a GPU; `engine` is taken as it is.
+
     classifier: instead of the one that the engine's sidecar names. secret: 32 bytes, else new ones from the system.
     batch: items a call of the engine, else what suits it. threads: callers of the engine, else one for each core.
     provider: of ONNX Runtime, "cpu", "cuda" or "tensorrt". engine_sha256: what the engine must hash to. trust: take
@@ -316,7 +318,7 @@ def load(
         if not 1 <= count <= most:
             raise UsageError(f"`{name}` is a count from 1 up to {most}, got {count}")
     bundle = open_bundle(
-        shipped_engine() if engine is None else Path(engine),
+        shipped_engine(on_gpu=known != "cpu") if engine is None else Path(engine),
         None if classifier is None else Path(classifier),
         engine_sha256,
         trust,

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import cast
 
-from densepure_rt.export.models.sources import made_up
+from densepure_rt.export.models.check_images import made_up
 from densepure_rt.runtime.bundle import Bundle
 from densepure_rt.runtime.device import Device
 from densepure_rt.runtime.metered_device import MeteredDevice

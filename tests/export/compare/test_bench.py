@@ -39,8 +39,8 @@ from densepure_rt.export.compare.bench import (
 )
 from densepure_rt.export.convert.to_onnx import export_bundle
 from densepure_rt.export.models import reference
+from densepure_rt.export.models.check_images import made_up
 from densepure_rt.export.models.classifiers import ClassifierModel, zoo_classifier
-from densepure_rt.export.models.sources import made_up
 from densepure_rt.export.models.unets import DiffusionModel, zoo_unet
 from densepure_rt.runtime.bundle import Bundle, open_bundle, shipped_engine
 from densepure_rt.runtime.device import STEP_INPUTS, Batch

@@ -17,12 +17,14 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 
 from densepure_rt.errors import CheckFailed, UsageError
-from densepure_rt.export.convert import parity, precision
-from densepure_rt.export.convert.precision import Feeds, cast, check_types, quantize_int8, to_fp8
-from densepure_rt.export.convert.to_onnx import Exported, classifier_onnx, export_bundle, step_onnx
+from densepure_rt.export.convert import casting, parity, precision
+from densepure_rt.export.convert.casting import cast
+from densepure_rt.export.convert.parity import Exported
+from densepure_rt.export.convert.precision import Feeds, check_types, quantize_int8, to_fp8
+from densepure_rt.export.convert.to_onnx import classifier_onnx, export_bundle, step_onnx
+from densepure_rt.export.models.check_images import Images
 from densepure_rt.export.models.classifiers import ClassifierModel
 from densepure_rt.export.models.onnx_graph import PRODUCT_OPS, nodes_within, refuse_for_tensorrt, types_of
-from densepure_rt.export.models.sources import Images
 from densepure_rt.export.models.unets import DiffusionModel
 from densepure_rt.images.datasets import LabelledImage
 from densepure_rt.runtime.bundle import open_bundle
@@ -280,7 +282,7 @@ def test_a_pattern_that_matches_no_module_is_refused() -> None:
 def test_the_exported_graph_computes_in_the_type_that_was_asked(kind: str, name: str) -> None:
     """The standard's own evaluator on the file, against the lowered module in PyTorch, and against float32."""
     model = diffusion()
-    network = cast(model.network, precision.DTYPES[kind])
+    network = cast(model.network, casting.DTYPES[kind])
     opset = precision.OPSETS[kind]
     content = step_onnx(
         DiffusionModel(network, IMAGE, model.schedule, "fixed_small", "epsilon", model.clip, "0" * 64), opset
@@ -305,8 +307,8 @@ def test_the_exported_graph_computes_in_the_type_that_was_asked(kind: str, name:
     for i in range(2):
         found = parity.eps_of(run, x[i : i + 1].numpy(), np.float32(t[i]))
         with torch.no_grad():
-            assert relative(found, network(x[i : i + 1], t[i : i + 1])) < TINY[precision.DTYPES[kind]]
-            assert relative(found, model.network(x[i : i + 1], t[i : i + 1])) < 2 * TINY[precision.DTYPES[kind]]
+            assert relative(found, network(x[i : i + 1], t[i : i + 1])) < TINY[casting.DTYPES[kind]]
+            assert relative(found, model.network(x[i : i + 1], t[i : i + 1])) < 2 * TINY[casting.DTYPES[kind]]
 
 
 def test_float32_graph_that_is_called_fp16_is_found(toy: Toy) -> None:

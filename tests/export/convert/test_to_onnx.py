@@ -21,12 +21,12 @@ from torch import Tensor, nn
 import densepure_rt
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.export.convert import to_onnx
-from densepure_rt.export.convert.parity import file_labels, noisy_labels, torch_labels
+from densepure_rt.export.convert.parity import Exported, file_labels, noisy_labels
 from densepure_rt.export.convert.step_graph import StepGraph
-from densepure_rt.export.convert.to_onnx import Exported, classifier_onnx, export_bundle, step_onnx
+from densepure_rt.export.convert.to_onnx import classifier_onnx, export_bundle, step_onnx, torch_labels
 from densepure_rt.export.convert.to_tensorrt import BuildOptions, build_plans
+from densepure_rt.export.models.check_images import Images
 from densepure_rt.export.models.classifiers import ClassifierModel, zoo_classifier
-from densepure_rt.export.models.sources import Images
 from densepure_rt.export.models.unets import DiffusionModel, no_unet, zoo_unet
 from densepure_rt.export.zoo.models import ZOO
 from densepure_rt.images.datasets import LabelledImage, open_images
@@ -703,7 +703,10 @@ def test_sidecars_count_the_labels_that_a_smaller_precision_changes(pixels: NDAr
     wanted, found = (
         noisy_labels(label, chain, list(pixels), 8)
         for label in (
-            torch_labels(dataclasses.replace(model, network=model.network.eval()), labels.network.eval()),
+            torch_labels(
+                dataclasses.replace(model, network=model.network.eval()),
+                dataclasses.replace(labels, network=labels.network.eval()),
+            ),
             file_labels(exported.unet, exported.classifier, "fp16"),
         )
     )

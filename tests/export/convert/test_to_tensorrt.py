@@ -20,9 +20,9 @@ from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.export.convert import to_onnx
 from densepure_rt.export.convert.to_onnx import contents, lowered
 from densepure_rt.export.convert.to_tensorrt import BuildOptions, build, build_plans, source_bundle
+from densepure_rt.export.models.check_images import CALIBRATION, Images
 from densepure_rt.export.models.classifiers import zoo_classifier
 from densepure_rt.export.models.onnx_graph import SCOPES, scopes
-from densepure_rt.export.models.sources import CALIBRATION, Images
 from densepure_rt.export.models.unets import zoo_unet
 from densepure_rt.runtime.bundle import (
     Bundle,
