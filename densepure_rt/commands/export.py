@@ -303,7 +303,10 @@ def lower(
 
     known = [kind for kind in OPSETS if kind != "fp32"]
     if not precisions:
-        raise UsageError(f"--engine {engine}: say in which --precision it is to be written: {', '.join(known)}")
+        raise UsageError(
+            f"--engine {engine}: say in which --precision it is to be written ({', '.join(known)}), or with --target "
+            f"triton or tensorrt what else is to be made of it"
+        )
     words(",".join(precisions), "--precision", known)
     bundle = open_bundle(engine)
     checks = check_images(bundle.unet, bundle.classifier, *on, say)

@@ -204,12 +204,14 @@ def step_differences(
     pixels: NDArray[np.uint8],
     precision: str = "fp32",
     counts: Sequence[int] = STEPS,
+    run: Run | None = None,
 ) -> Iterator[Difference]:
     """Walk whole chains with the engine, comparing every step with the reference, from the same state and noise.
 
     counts: the numbers of steps of the chains. Compared are mean and std, and eps itself, read through the step graph.
+    run: what evaluates the engine, if `step_runner` does not.
     """
-    run, model = step_runner(engine, precision), reference.model
+    run, model = run or step_runner(engine, precision), reference.model
 
     def draw(step: int) -> Floats:
         return np.stack([vote_noise(KEY, i, 0, step, image.shape) for i, image in enumerate(pixels)])
@@ -258,10 +260,14 @@ def eps_of(run: Run, x: Floats, t: np.float32) -> Floats:
 
 
 def classifier_differences(
-    engine: Path, reference: Callable[[Floats], Floats], pixels: NDArray[np.uint8], precision: str = "fp32"
+    engine: Path,
+    reference: Callable[[Floats], Floats],
+    pixels: NDArray[np.uint8],
+    precision: str = "fp32",
+    run: Run | None = None,
 ) -> Iterator[Difference]:
-    """Compare an engine's logits with those of a reference. pixels: uint8 [n, C, H, W]."""
-    run = classify_runner(engine, precision)
+    """Compare an engine's logits with those of a reference. pixels: uint8 [n, C, H, W]. run: see `step_differences`."""
+    run = run or classify_runner(engine, precision)
     x = first_state(pixels.astype(np.int32), 1.0)
     expected = reference(x)
     for batch in sorted({len(x), 1}, reverse=True):

@@ -20,7 +20,15 @@ from densepure_rt.errors import CheckFailed, UsageError
 from densepure_rt.export.convert import parity, precision
 from densepure_rt.export.convert.lowering import computed_in_float32, lowered
 from densepure_rt.export.convert.parity import Difference, Exported
-from densepure_rt.export.convert.precision import CAST, CPU_ONLY, OPSETS, PREPROCESSING, QUANTIZED, TIME_EMBEDDING
+from densepure_rt.export.convert.precision import (
+    CAST,
+    CPU_ONLY,
+    OPSETS,
+    PREPROCESSING,
+    QUANTIZED,
+    STEPS,
+    TIME_EMBEDDING,
+)
 from densepure_rt.export.convert.publish import LARGE, Publication, data_path, data_ref, file_names, refuse_replacement
 from densepure_rt.export.models.check_images import Images
 from densepure_rt.export.models.onnx_graph import (
@@ -34,6 +42,7 @@ from densepure_rt.export.models.onnx_graph import (
     scopes,
     types_of,
 )
+from densepure_rt.files import content as content_of
 from densepure_rt.runtime.bundle import (
     DATA_KEY,
     Accuracy,
@@ -48,7 +57,9 @@ from densepure_rt.runtime.device import CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, STEP_
 from densepure_rt.runtime.machine import installed_versions
 from densepure_rt.runtime.onnx_device import new_session, run_session
 
-ROUNDED = "ONNX Runtime on the CPU, products in float32 and rounded to bfloat16"  # it has no kernels of bf16
+ROUNDED = "ONNX Runtime on the CPU in float32, each result rounded to "  # and the precision
+INPUTS, OUTPUTS = (STEP_INPUTS, CLASSIFY_INPUTS), (STEP_OUTPUTS, CLASSIFY_OUTPUTS)
+Files = tuple[Path, Path]  # of the step graph and the classifier
 S = TypeVar("S", bound=Sidecar)
 ADVICE = "the precision is at fault: keep more in float32 with `keep`, or ask for another one"
 
@@ -97,7 +108,7 @@ def lower_bundle(
                 sidecar,
                 file=ref,
                 precision=kind,
-                opset=opset_of(file.read_bytes()),
+                opset=opset_of(content_of(file, "model")),
                 versions=dict(sidecar.versions) | {"densepure-rt": __version__} | used,
                 data=data_ref(file),
                 accuracy=Accuracy(by, count, worst.relative_l2, *found),
@@ -106,7 +117,9 @@ def lower_bundle(
         publication.add(changed(bundle.classifier, classifier_ref, files[1], len(logits), worst[1]))
         unet = dataclasses.replace(bundle.unet, classifier=classifier_ref)
         publication.add(changed(unet, step_ref, files[0], len(steps), worst[0]))
-        types = {part: types_of(file.read_bytes()) for part, file in zip(("unet", "classifier"), files, strict=True)}
+        types = {
+            part: types_of(content_of(file, "model")) for part, file in zip(("unet", "classifier"), files, strict=True)
+        }
         against = f"{sources[0].name} and {sources[1].name}"
         say("publishing")
     return Exported(out / names[0], out / names[1], kind, by, *worst, len(steps) + len(logits), types, labels, against)
@@ -171,7 +184,8 @@ def written(publication: Publication, name: str, model: onnx.ModelProto, kind: s
         with publication.writing():
             onnx.save_model(model, str(path), save_as_external_data=True, location=data.name)
             graph = onnx.load_model(str(path), load_external_data=False)
-            onnx.helper.set_model_props(graph, {DATA_KEY: data_mark(FileRef(data.name, sha256_of(data)))})
+            if data.exists():  # small tensors stay in the graph
+                onnx.helper.set_model_props(graph, {DATA_KEY: data_mark(FileRef(data.name, sha256_of(data)))})
             content = checked(graph, path)
         ref = FileRef(name, sha256_of(path))
     if any(scopes(node) for node in model.graph.node):  # else it was an ONNX file, and nothing says what is what
@@ -181,30 +195,51 @@ def written(publication: Publication, name: str, model: onnx.ModelProto, kind: s
     return ref
 
 
+def rounding(file: Path) -> onnx.ModelProto:
+    return computed_in_float32(onnx.load_model(str(file)))
+
+
+def rounded_runs(files: Files) -> tuple[parity.Run, parity.Run]:
+    """What evaluates the step graph and the classifier of a smaller type as a GPU would."""
+    step, classify = (
+        parity.runner(rounding(file).SerializeToString(), file.name, inputs, outputs, "fp32")
+        for file, inputs, outputs in zip(files, INPUTS, OUTPUTS, strict=True)
+    )
+    return step, classify
+
+
 def differences(
-    bundle: Bundle, files: tuple[Path, Path], kind: str, pixels: NDArray[np.uint8]
+    bundle: Bundle, files: Files, kind: str, pixels: NDArray[np.uint8]
 ) -> tuple[list[Difference], list[Difference]]:
-    """Compare the numbers of two files with those of the float32 bundle."""
-    size = max(path.stat().st_size for path in bundle.unet_path.parent.glob(f"{bundle.unet_path.name}*"))
-    pixels, counts = parity.comparable(pixels, kind, size)
+    """Compare the numbers of two files with those of the float32 bundle, and find what would overflow on a GPU."""
+    size = sum(path.stat().st_size for path in (bundle.unet_path, data_path(bundle.unet_path)) if path.exists())
     reference = parity.EngineReference(parity.step_runner(bundle.unet_path, "fp32"), bundle.unet)
     classify = parity.classify_runner(bundle.classifier_path, "fp32")
-    with naming_overflow(files[0], reference.run):
-        steps = list(parity.step_differences(files[0], reference, pixels, kind, counts))
-    with naming_overflow(files[1], classify):
-        logits = list(parity.classifier_differences(files[1], parity.logits_of(classify), pixels, kind))
-    return steps, logits
+
+    def compare(
+        pixels: NDArray[np.uint8], counts: Sequence[int], runs: Sequence[parity.Run | None]
+    ) -> tuple[list[Difference], list[Difference]]:
+        with naming_overflow(files[0], kind, reference.run):
+            steps = list(parity.step_differences(files[0], reference, pixels, kind, counts, runs[0]))
+        with naming_overflow(files[1], kind, classify):
+            logits = list(parity.classifier_differences(files[1], parity.logits_of(classify), pixels, kind, runs[1]))
+        return steps, logits
+
+    if kind == "fp16" and not any(data_path(file).exists() for file in files):
+        compare(pixels[:2], STEPS[:1], rounded_runs(files))
+    return compare(*parity.comparable(pixels, kind, size), (None, None))
 
 
 @contextmanager
-def naming_overflow(file: Path, source: parity.Run) -> Iterator[None]:
+def naming_overflow(file: Path, kind: str, source: parity.Run) -> Iterator[None]:
     """Let a file that gives NaN or Inf where its float32 source does not be told by the first node that does."""
     try:
         yield
     except parity.NotFinite as error:
         if not all(np.isfinite(value).all() for value in source(error.feed)):
             raise CheckFailed(f"{error}, as the float32 engine itself does. Nothing was published") from error
-        node = first_not_finite(file, error.feed)
+        model = rounding(file) if kind in CAST else onnx.load_model(str(file))
+        node = first_not_finite(model, error.feed)
         what, module = (described(node), (scopes(node) or ["MODULE"])[-1]) if node else ("no node alone", "MODULE")
         raise CheckFailed(
             f"{error}, first in {what}, and the float32 engine does not: keep that part in float32 with `keep` "
@@ -212,9 +247,9 @@ def naming_overflow(file: Path, source: parity.Run) -> Iterator[None]:
         ) from error
 
 
-def first_not_finite(file: Path, feed: Mapping[str, Floats]) -> onnx.NodeProto | None:
+def first_not_finite(model: onnx.ModelProto, feed: Mapping[str, Floats]) -> onnx.NodeProto | None:
     """Find the first node of a graph that gives NaN or Inf for these inputs."""
-    model = onnx.shape_inference.infer_shapes(onnx.load_model(str(file)))
+    model = onnx.shape_inference.infer_shapes(model)
     floating = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
     known = {value.name for value in model.graph.output}
     inner = [v for v in model.graph.value_info if v.type.tensor_type.elem_type in floating and v.name not in known]
@@ -229,21 +264,18 @@ def first_not_finite(file: Path, feed: Mapping[str, Floats]) -> onnx.NodeProto |
 
 
 def compared_labels(
-    bundle: Bundle, files: tuple[Path, Path], kind: str, images: Images, say: Callable[[str], None]
+    bundle: Bundle, files: Files, kind: str, images: Images, say: Callable[[str], None]
 ) -> parity.LabelParity | None:
     """Compare the labels of two files with those of the float32 bundle, on equal noise."""
     if not (images.labelled and images.samples):
         return None
     say(f"comparing labels with {bundle.unet_path.name} and {bundle.classifier_path.name}")
-    if kind == "bf16":
-        step, classify = (
-            parity.runner(checked(computed_in_float32(onnx.load_model(str(file)))), file.name, inputs, outputs, "fp32")
-            for file, inputs, outputs in (
-                (files[0], STEP_INPUTS, STEP_OUTPUTS),
-                (files[1], CLASSIFY_INPUTS, CLASSIFY_OUTPUTS),
-            )
+    if kind in CAST:
+        step, classify = rounded_runs(files)
+        second, by = (
+            parity.labeller(lambda *state: step(parity.fed(*state)), parity.logits_of(classify)),
+            ROUNDED + kind,
         )
-        second, by = parity.labeller(lambda *state: step(parity.fed(*state)), parity.logits_of(classify)), ROUNDED
     else:
         second, by = parity.file_labels(*files, kind), parity.evaluator(kind)
     found = parity.compare_labels(
