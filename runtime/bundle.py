@@ -88,10 +88,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How far an ONNX file was from float32 PyTorch when it was exported.
+    """How far an ONNX file was from its float32 source when it was made: from PyTorch, or from a float32 bundle.
 
     by: what evaluated it. relative_l2: the worst of so many comparisons of its outputs. labels: how many labels of its
-    bundle were compared, on equal noise, and labels_differ: how many were not PyTorch's; both 0 where none were.
+    bundle were compared, on equal noise, and labels_differ: how many were not the source's; both 0 where none were.
     """
 
     by: str

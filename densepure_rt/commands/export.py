@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from densepure_rt.export.convert.parity import Exported
     from densepure_rt.runtime.bundle import Denoising
 
-CHECKS, PLANS, TRITON = "Checks", "Plans", "Triton"  # the panels of --help
+CHECKS, PLANS = "Checks", "Plans"  # the panels of --help
 
 
 @with_models
