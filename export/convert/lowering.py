@@ -19,7 +19,7 @@ import onnx
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 from onnx.defs import OpSchema
 
-from densepure_rt.errors import CheckFailed, UsageError
+from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.export.convert.precision import OPSETS, PREPROCESSING, TIME_EMBEDDING
 from densepure_rt.export.models.onnx_graph import SCOPES, described, scopes
 from densepure_rt.runtime.device import Floats
@@ -46,7 +46,7 @@ def lowered(model: onnx.ModelProto, kind: str, keep: Sequence[str] = ()) -> onnx
     keep: shell patterns of module names that stay float32 as well. Weights that lie in another file must be loaded.
 
     Raises CheckFailed for weights beyond what `kind` holds, UsageError for graphs within the graph, or operators that
-    are others in the opset that knows `kind`.
+    are others in the opset that knows `kind`, EnvironmentFault for bf16 where onnx is too old.
     """
     return _Lowering(model, kind, keep).run()
 
@@ -66,6 +66,8 @@ class _Lowering:
     def __init__(self, model: onnx.ModelProto, kind: str, keep: Sequence[str]) -> None:
         self.kind, self.islands = kind, (*TIME_EMBEDDING, PREPROCESSING, *keep)
         self.dtype = helper.tensor_dtype_to_np_dtype(TYPES[kind])
+        if self.dtype.itemsize != 2:  # before onnx 1.19 float32 stands for bfloat16
+            raise EnvironmentFault(f"onnx {onnx.__version__} cannot write {kind}: run \"pip install -U 'onnx>=1.19'\"")
         self.model, self.weights = without_weights(model)
         raise_opset(self.model, OPSETS[kind])
         self.floats = float_tensors(self.model, self.weights)

@@ -22,6 +22,7 @@ import onnx
 
 from densepure_rt.errors import CheckFailed
 from densepure_rt.export.models.onnx_graph import PRODUCT_OPS, checked, nodes_within, products, scopes
+from densepure_rt.optional import optional
 from densepure_rt.runtime.bundle import Prediction
 from densepure_rt.runtime.device import CLASSIFY_INPUTS, STEP_INPUTS, STEP_OUTPUTS, Floats
 from densepure_rt.runtime.noise import first_state, image_key, smoothing_law, smoothing_noise, vote_noise
@@ -135,9 +136,10 @@ def quantize_int8(
     asks; or, with `cpu`, U8 with a zero point, behind it too, which is what onnxruntime's CPU kernels are fused from.
     method: of finding ranges, "minmax" or "percentile" (99.999).
     """
-    from onnxruntime.quantization import CalibrationMethod, QuantType, create_calibrator
-    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
-    from onnxruntime.quantization.quant_utils import save_and_reload_model_with_shape_infer
+    with optional("a quantized precision", "ml_dtypes", 'run "pip install ml_dtypes"'):  # with onnx before 1.19
+        from onnxruntime.quantization import CalibrationMethod, QuantType, create_calibrator
+        from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+        from onnxruntime.quantization.quant_utils import save_and_reload_model_with_shape_infer
 
     methods = {
         "minmax": (CalibrationMethod.MinMax, {}),
