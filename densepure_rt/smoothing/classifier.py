@@ -24,7 +24,7 @@ from densepure_rt.runtime.bundle import Bundle, open_bundle, shipped_engine
 from densepure_rt.runtime.device import CLOSED, MAX_BATCH, MAX_THREADS, Device
 from densepure_rt.runtime.noise import image_key
 from densepure_rt.runtime.open_device import default_threads, open_device, provider_of
-from densepure_rt.runtime.schedule import Chain, make_chain
+from densepure_rt.runtime.schedule import Chain
 from densepure_rt.smoothing.bounds import error_at_most
 from densepure_rt.smoothing.certificate import Certificate, Method
 from densepure_rt.smoothing.decider import Decider, Phases
@@ -76,8 +76,7 @@ def chain_of(bundle: Bundle, settings: Settings) -> Chain:
             f"{bundle.unet_path.name} holds no diffusion network, so there is nothing to take "
             f"{settings.steps} steps with: ask for 0 steps, plain randomized smoothing"
         )
-    rule = settings.timestep_rule or unet.timestep_rule
-    return make_chain(unet.schedule, unet.variance, settings.sigma, settings.steps, rule)
+    return unet.chain(settings.sigma, settings.steps, settings.timestep_rule)
 
 
 class SmoothedClassifier(AbstractContextManager["SmoothedClassifier"]):
@@ -298,6 +297,8 @@ def load(
 ) -> SmoothedClassifier:
     """The engine at `engine`, or the one that ships with the package, and its classifier, ready to certify.
 
+    The one that ships is float32 on the CPU and fp16 on a GPU; `engine` is taken as it is.
+
     classifier: instead of the one that the engine's sidecar names. secret: 32 bytes, else new ones from the system.
     batch: items a call of the engine, else what suits it. threads: callers of the engine, else one for each core, two
     on a GPU. provider: of ONNX Runtime, "cpu", "cuda" or "tensorrt". engine_sha256: what the engine must hash to.
@@ -311,7 +312,7 @@ def load(
         if not 1 <= count <= most:
             raise UsageError(f"`{name}` is a count from 1 up to {most}, got {count}")
     bundle = open_bundle(
-        shipped_engine() if engine is None else Path(engine),
+        shipped_engine(on_gpu=known != "cpu") if engine is None else Path(engine),
         None if classifier is None else Path(classifier),
         engine_sha256,
         trust,
