@@ -89,6 +89,7 @@ class EngineOptions(TypedOptions):
         """Open the engines. secret: what keys the noise; None for a new one."""
         from densepure_rt.smoothing.classifier import load
 
+        self.say_precision()
         return load(
             self.engine,
             self.classifier,
@@ -99,6 +100,17 @@ class EngineOptions(TypedOptions):
             engine_sha256=self.engine_sha256,
             trust=self.trust,
         )
+
+    def say_precision(self) -> None:
+        """Say that the model that ships is no float32 one on a GPU."""
+        from densepure_rt.runtime.bundle import ON_GPU, shipped_engine
+        from densepure_rt.runtime.open_device import provider_of
+
+        if self.engine is None and provider_of(self.provider) != "cpu":
+            stderr.print(
+                f"with --provider {self.provider} the model that ships runs in {ON_GPU}: --engine {shipped_engine()} "
+                f"is float32"
+            )
 
 
 @dataclass(frozen=True)
@@ -394,6 +406,7 @@ class ClusterOptions(TypedOptions):
             return engines.open(secret)
         with optional("--cluster", "Ray", "run \"pip install 'densepure-rt[cluster]'\""):
             from densepure_rt.cluster import ray_workers
+        engines.say_precision()
         engine, classifier = (path and path.absolute() for path in (engines.engine, engines.classifier))
         threads = none_as(1, engines.threads)
         recipe = ray_workers.WorkerEngines(

@@ -39,6 +39,7 @@ def replay(
     from densepure_rt.runs.identity import settings_of
     from densepure_rt.runs.layout import read_manifest
     from densepure_rt.runs.secret import secret_of
+    from densepure_rt.runtime.bundle import shipped_engine_of
     from densepure_rt.smoothing.classifier import load
     from densepure_rt.smoothing.replay import replay as draw
 
@@ -51,6 +52,7 @@ def replay(
     chosen = open_images(images, identity.image, identity.class_names, identity.images.preparation)
     idx = idx_of(image, chosen, run)
     counted = counted_label(run, idx, place, identity.rule.most_samples)
+    engine = engine or shipped_engine_of(identity.engine.sha256)
     with load(engine, classifier, secret=secret_of(run, manifest), batch=batch, threads=1) as smoothed:
         bundle = smoothed.bundle
         for ref, known in ((bundle.unet.file, identity.engine), (bundle.classifier.file, identity.classifier)):

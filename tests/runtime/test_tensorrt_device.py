@@ -270,6 +270,6 @@ def test_the_command_that_builds_a_plan_again_has_the_options_of_its_recipe(tmp_
     recipe = {"tf32": "true", "workspace": "512", "version_compatible": "false", "hw_compat": "ampere-plus"}
     bundle = open_bundle(put_bundle(tmp_path, a_plan("tensorrt", batches=(8, 64), recipe=recipe)))
     assert rebuild_command(bundle.unet_path, bundle.unet) == (
-        f"densepure-rt export --target tensorrt --out {tmp_path} --batch 8,64 --hw-compat ampere-plus "
+        f"densepure-rt export --target tensorrt --out {tmp_path} --precision fp32 --batch 8,64 --hw-compat ampere-plus "
         f"--tf32 --workspace 512"
     )
