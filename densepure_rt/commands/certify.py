@@ -116,7 +116,8 @@ def certify(
         raise UsageError(f"--shard {part} needs the secret that all shards share: name one file for all of them, --key")
     with elsewhere.open(engines, secret) as smoothed:
         folder = output.out or Path("runs") / datetime.datetime.now().strftime("certify-%Y%m%d-%H%M%S")
-        request = RunRequest(source.open(smoothed), settings, folder, noise.seed, seconds, part, falsify)
+        images = source.open(smoothed)
+        request = RunRequest(images, settings, folder, noise.seed, seconds, part, falsify, asked.to_keep(settings))
         expected = forecast(smoothed, settings, len(request.mine), request.images.labelled)
         if not messages.quiet:
             print_forecast(smoothed, request.images, settings, expected, part)

@@ -134,6 +134,11 @@ def speak_for(app: typer.Typer) -> None:
     known_options.cache_clear()
 
 
+def command(name: str) -> Any:
+    """Return a command of the application, as Click has it."""
+    return getattr(typer.main.get_command(_apps[0]), "commands")[name]  # noqa: B009  of a group, which mypy cannot know
+
+
 @cache
 def known_options() -> frozenset[str]:
     """Every option of every command, as it is typed."""

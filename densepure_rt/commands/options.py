@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
@@ -10,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from densepure_rt import logs
-from densepure_rt.commands.console import in_options, stderr
-from densepure_rt.commands.groups import TypedOptions
+from densepure_rt.commands.console import command, in_options, stderr
+from densepure_rt.commands.from_run import FILES, OF_A_CALL, options_of, say, there
+from densepure_rt.commands.groups import Elsewhere, TypedOptions, Value, named
 from densepure_rt.commands.values import folder_of, none_as, radii_of
 from densepure_rt.errors import UsageError
 from densepure_rt.optional import optional
@@ -341,6 +343,17 @@ class RunOptions(CertificateOptions):
             raise UsageError(f"--n0 is of --method fixed alone, and {self.method} was asked for: leave it out")
         return noted(dataclasses.replace(found, n0=self.n0))
 
+    def to_keep(self, settings: Settings) -> dict[str, Value]:
+        """Return the options that a run is made again by, those of a preset by what it stands for in the settings."""
+        from densepure_rt.smoothing.settings import RULES
+
+        given = {name: value for name, value in self.given.items() if name not in OF_A_CALL}
+        if given.pop("preset", None) is not None:
+            given |= {name: getattr(settings, name) for name in PRESET}
+        if RULES[settings.method].anytime:
+            given.pop("n0", None)
+        return given
+
 
 @dataclass(frozen=True)
 class SecretOptions(TypedOptions):
@@ -459,7 +472,7 @@ class OutputOptions(TypedOptions):
         bool,
         typer.Option(
             "--resume",
-            help="Go on with the run in --out, which happens anyway: for scripts that say so.",
+            help="Go on with the run in --out, with its own options: no other is needed.",
             rich_help_panel=RESULTS,
         ),
     ] = False
@@ -475,6 +488,24 @@ class OutputOptions(TypedOptions):
         """Raise UsageError for a run that goes on nowhere."""
         if self.resume and self.out is None:
             raise UsageError("--resume goes on with a run: name its folder with --out")
+
+    def elsewhere(self) -> Iterator[Elsewhere]:
+        """Take the options of a run that goes on, or is attacked once it is there, from its manifest, and say so."""
+        from densepure_rt.runs.layout import MANIFEST
+
+        if self.out is None or not (self.resume or "falsify" in self.typed) or not (self.out / MANIFEST).exists():
+            return
+        known = named(command("certify"))
+        options = {
+            name: value
+            for name, value in options_of(self.out).items()
+            if name not in known or known[name] not in self.typed
+        }
+        say(self.out, options)
+        for name in FILES:
+            if name in options:
+                there(self.out, name, options[name])
+        yield Elsewhere(f"the run in {self.out}", options, as_typed=False)
 
 
 def noted(settings: Settings) -> Settings:

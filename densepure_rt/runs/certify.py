@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,6 +50,7 @@ class RunRequest:
 
     images: all that the run is about. shard: the part of them to certify here; None for all. seed: public; None where a
     secret keys the noise. falsify: the share of their samples to attack the certificates with, once all are there.
+    options: what it was asked for by, for the manifest.
     """
 
     images: ImageSet
@@ -59,6 +60,7 @@ class RunRequest:
     budget: Budget = UNLIMITED
     shard: Shard | None = None
     falsify: float | None = None
+    options: Mapping[str, str | int | float | bool] | None = None
 
     @property
     def mine(self) -> ImageSet:
@@ -81,7 +83,9 @@ def certify_images(
     settings, images = request.settings, request.mine
     secret = classifier.secret if request.seed is None else None
     reach = require_reach(settings, math.prod(classifier.bundle.unet.image))
-    manifest = manifest_of(classifier, request.images, settings, request.budget, request.seed, request.shard)
+    manifest = manifest_of(
+        classifier, request.images, settings, request.budget, request.seed, request.shard, request.options
+    )
     places = {idx: place for place, idx in enumerate(request.images.order)}
     attacks: list[Falsification] = []
     interrupted = True

@@ -151,7 +151,7 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         """Take over the manifest that is there, unless it is that of another run, or of one that must not go on."""
         there = read_manifest(self.path)
         refuse_unrecorded_arithmetic(there.identity, self.path)
-        if differs := differences(there.identity, self.manifest.identity, "there", "now"):
+        if differs := differences(there, self.manifest, "there", "now"):
             raise UsageError(
                 f"{self.path} already holds a run of another identity ({differs}): choose another folder with "
                 f"`out`, or ask for what that run was started with"
