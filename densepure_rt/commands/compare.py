@@ -109,5 +109,5 @@ def change_table(name: str, changes: Sequence[Change]) -> Table:
     for change in changes[:MOST_CHANGES]:
         idx = str(change.idx_a) if change.idx_a == change.idx_b else f"{change.idx_a} / {change.idx_b}"
         radii = ("-" if radius is None else floored(radius) for radius in (change.a, change.b))
-        table.add_row(idx, "-" if change.label is None else str(change.label), *radii)
+        table.add_row(idx, "no label" if change.label is None else str(change.label), *radii)
     return table

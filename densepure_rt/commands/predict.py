@@ -30,6 +30,7 @@ def predict(
     """Label images with the smoothed classifier, or abstain (-1). Without --seed every call draws new noise.
 
     An image is sampled until one class has more than half of all votes but for probability alpha, or n are taken.
+    Without a label, label is -1 and correct is -.
     """
     MessageOptions().set_up()
     settings = asked.settings()
@@ -54,7 +55,7 @@ def print_prediction(found: Predicted, names: Sequence[str], as_json: bool) -> N
         image.idx,
         none_as(-1, image.label),
         none_as(-1, label),
-        int(label is not None and label == image.label),
+        "-" if image.label is None else int(label == image.label),
         "abstain" if label is None else names[label],
         f"{found.votes.max()}/{found.n}",
         "-" if found.error_bound is None else raised(found.error_bound, figures=2),
