@@ -31,6 +31,16 @@ def is_fit(character: str) -> bool:
     return unicodedata.category(character) not in UNFIT and character not in TURNING
 
 
+def numbered(idx: int, name: str | None) -> str:
+    """Speak of an image by its number, and by its name where it has one: 7 (cats/tom.png)."""
+    return str(idx) if name is None else f"{idx} ({printable(name)})"
+
+
+def tsv_cell(text: str) -> str:
+    """Fit a text into a table of tabs, with no quote in it that would open a quoted field: `\\x22`, `\\x27`."""
+    return printable(text).replace('"', "\\x22").replace("'", "\\x27")
+
+
 def all_printable(value: Any) -> Any:
     """Make all text in a value of JSON `printable`, names of fields too."""
     if isinstance(value, str):

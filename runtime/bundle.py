@@ -55,6 +55,7 @@ UNKNOWN = "unknown"  # the version of a plan that has no sidecar
 # Fields of a sidecar that may be absent.
 OPTIONAL = ("plan", "data", "accuracy", "preprocessing", "attention", "denoising")
 Positive = Annotated[int, Field(ge=1)]
+Capability = Annotated[str, Field(pattern=r"^[0-9]{1,3}\.[0-9]{1,3}$")]  # such as "8.6"
 MAY_BE_ABSENT = Field(default=None)  # from a file that is read
 T = TypeVar("T")
 
@@ -87,7 +88,7 @@ class Plan:
     flavour: Flavour
     version: str
     batches: Annotated[tuple[Positive, ...], Field(min_length=1)]  # of one that is read
-    compute_capabilities: tuple[str, ...]
+    compute_capabilities: tuple[Capability, ...]
     gpu: Annotated[str | None, MAY_BE_ABSENT]
     onnx: FileRef
     types: Mapping[str, int]

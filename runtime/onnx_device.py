@@ -188,7 +188,10 @@ class Network:
     ) -> None:
         self.outputs, self.place, self.calls = outputs, place, calls or OnnxCalls()
         content, folder = verified_engine(path, sidecar), path.parent if sidecar.data else None
-        open_at = partial(open_session, content, path.name, inputs, outputs, folder=folder)
+
+        def open_at(at: Place) -> onnxruntime.InferenceSession:
+            return open_session(content, path.name, inputs, outputs, at, folder)
+
         if place.provider == "tensorrt":
             refuse_absent(place.provider)
             self.engines = onnxruntime_gpu.engine_folder(content, place.batch)

@@ -99,6 +99,16 @@ def import_flavour(flavour: Flavour) -> Any:
         ) from error
 
 
+def import_lean(package: str) -> Any:
+    """The Python module of the lean runtime. Raises EnvironmentFault with the repair when it cannot be imported."""
+    try:
+        return importlib.import_module(LEAN_MODULE)
+    except Exception as error:
+        raise EnvironmentFault(
+            f"{LEAN} is installed and cannot be imported ({first_line(error)}): run {package}"
+        ) from error
+
+
 def library_for(plan: Plan, name: str, rebuild: str) -> Library:
     """Find the library that runs a plan. Raises EnvironmentFault when none that is installed does.
 
@@ -123,14 +133,17 @@ def compatible_library(plan: Plan, name: str, rebuild: str) -> Library:
 
     A later version's bindings load it (`load_runtime`), no earlier one's do.
     """
-    if any(same_release(plan.version, found) for found in installed_versions(*LEAN_PACKAGES).values()):
-        bindings = importlib.import_module(LEAN_MODULE)
-        return Library(LEAN, bindings.__version__, bindings)
     package = f'"pip install tensorrt-lean-cu12=={plan.version}" (-cu13 where the driver runs CUDA 13)'
-    here = [module for module in (MODULES["tensorrt"], LEAN_MODULE) if find_spec(module)]
+    if any(same_release(plan.version, found) for found in installed_versions(*LEAN_PACKAGES).values()):
+        bindings = import_lean(package)
+        return Library(LEAN, bindings.__version__, bindings)
+    here = [import_flavour("tensorrt")] if find_spec(MODULES["tensorrt"]) else []
+    here += [import_lean(package)] if find_spec(LEAN_MODULE) else []
     if not here:
         raise EnvironmentFault(f"{name} runs on the lean library of tensorrt {plan.version}: run {package}")
-    bindings = importlib.import_module(here[0]) if here[0] == LEAN_MODULE else import_flavour("tensorrt")
+    bindings = max(
+        here, key=lambda module: (same_release(plan.version, module.__version__), release(module.__version__))
+    )
     if same_release(plan.version, bindings.__version__):
         return Library(plan.flavour, bindings.__version__, bindings)
     if release(plan.version) > release(bindings.__version__):

@@ -74,7 +74,8 @@ class Call(NamedTuple):
 def call_of(network: nn.Module, image: tuple[int, int, int]) -> Call:
     """Count on shapes alone."""
     x, t = torch.zeros(1, *image, device="meta"), torch.ones(1, device="meta")
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, Moved() as moved, torch.no_grad():
+    moved = Moved()
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, moved, torch.no_grad():
         network.to("meta").eval()(x, t)
     weights = sum(parameter.numel() for parameter in network.parameters())
     return Call(counter.get_total_flops() / 1e9, moved.values * BYTES / 1e6, weights * BYTES / 1e6)

@@ -89,8 +89,8 @@ def bench(
     step_options = {"rounds": rounds, "compile": compiled}
     procedure_options = {"max": limit, "steps": steps, "votes": votes, "n": n, "seed": seed, "out": out}
     if host or profile:
-        others = {"images": images, "sigma": sigma, "threads": threads, "compile": compiled, **procedure_options}
-        others |= {"procedure": procedure or None, "profile": (host and profile) or None}
+        others = {"images": images, "sigma": sigma, "threads": threads, "compile": compiled}
+        others |= {"profile": (host and profile) or None, "procedure": procedure or None, **procedure_options}
     if host:
         refuse_given({"engine": engine, **others}, "an engine, and --host runs none: leave them out")
         bench_host(batch, rounds, as_json)

@@ -9,7 +9,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
@@ -23,7 +23,7 @@ from rich.text import Text
 from densepure_rt.errors import PARAMETER, CheckFailed, EnvironmentFault
 from densepure_rt.optional import optional
 from densepure_rt.rounding import exact
-from densepure_rt.text import duration, plural, printable
+from densepure_rt.text import duration, numbered, plural, printable
 
 if TYPE_CHECKING:
     from densepure_rt.runs.falsifier import Falsification
@@ -40,8 +40,8 @@ class PlainConsole(Console):
         super().print(*(printable(one, keep="\n") if isinstance(one, str) else one for one in objects), **options)
 
 
-stderr = PlainConsole(stderr=True, highlight=False, markup=False, soft_wrap=True)
-stdout = PlainConsole(highlight=False, markup=False, soft_wrap=True)
+stderr = PlainConsole(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+stdout = PlainConsole(highlight=False, markup=False, emoji=False, soft_wrap=True)
 T = TypeVar("T")
 
 
@@ -257,12 +257,13 @@ def watched(work: Iterable[T], total: int) -> Iterable[T]:
     return track(work, total)
 
 
-def print_attacks(attacks: Sequence[Falsification]) -> None:
-    """Exit code 1 when a certificate is broken."""
+def print_attacks(attacks: Sequence[Falsification], names: Mapping[int, str]) -> None:
+    """Exit code 1 when a certificate is broken. names: by the images' idx."""
     broken = [attack for attack in attacks if attack.broken]
     for attack in broken:
+        image = numbered(attack.idx, names.get(attack.idx))
         stderr.print(
-            f"error: image {attack.idx}: {attack.votes} of {attack.n} samples are for class {attack.label} at a "
+            f"error: image {image}: {attack.votes} of {attack.n} samples are for class {attack.label} at a "
             f"distance of {attack.distance}, inside the certified radius {exact(attack.radius)}"
         )
     samples = sum(attack.samples for attack in attacks)

@@ -38,7 +38,7 @@ from densepure_rt.images.formats import (
     size_text,
 )
 from densepure_rt.json_files import STRICT, Count, Text
-from densepure_rt.text import plural, printable
+from densepure_rt.text import numbered, plural, printable
 
 SHIPPED, SHIPPED_SHAPE = "fashion_mnist_test.npz", (1, 28, 28)
 FORMATS = (
@@ -74,11 +74,19 @@ class LeftOut:
 
 @dataclass(frozen=True, eq=False)
 class LabelledImage:
-    """One image: `idx` names it in results, `pixels` is uint8 [C, H, W], `label` is None where it is not known."""
+    """One image: `idx` numbers it in results, `pixels` is uint8 [C, H, W], `label` is None where it is not known.
+
+    name: its file, relative to the source, and `FILE:POSITION` in a file of several; as whoever made it wrote it, and
+    part of no hash. None for an image of no file.
+    """
 
     idx: int
     pixels: Pixels
     label: int | None
+    name: str | None = None
+
+    def __str__(self) -> str:
+        return numbered(self.idx, self.name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +94,7 @@ class ImageSet:
     """Images in a fixed order, read one at a time. `name` is what to print.
 
     left_out: what lies in the source beside its images. grey: positions of the grey images that are repeated to three
-    channels for an engine of colour.
+    channels for an engine of colour. name_at: the name of the image at a position; None where they have none.
     """
 
     name: str
@@ -96,6 +104,7 @@ class ImageSet:
     positions: Sequence[int]  # those that belong to this set, into `indices`, `labels` and `read`
     left_out: tuple[LeftOut, ...] = ()
     grey: frozenset[int] = frozenset()
+    name_at: Callable[[int], str] | None = None
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -103,12 +112,18 @@ class ImageSet:
     def __iter__(self) -> Iterator[LabelledImage]:
         for i in self.positions:
             pixels = np.ascontiguousarray(self.read(i))
-            yield LabelledImage(self.indices[i], pixels, None if self.labels is None else self.labels[i])
+            label = None if self.labels is None else self.labels[i]
+            yield LabelledImage(self.indices[i], pixels, label, None if self.name_at is None else self.name_at(i))
 
     @property
     def order(self) -> list[int]:
         """The `idx` of each image."""
         return [self.indices[i] for i in self.positions]
+
+    @property
+    def names(self) -> dict[int, str]:
+        """The name of each image that has one, by its `idx`."""
+        return {} if self.name_at is None else {self.indices[i]: self.name_at(i) for i in self.positions}
 
     @property
     def repeated(self) -> int:
@@ -142,7 +157,9 @@ def open_images(path: Path | None, shape: Shape, class_names: Sequence[str]) -> 
             sizes = f"the images that ship are {size_text(SHIPPED_SHAPE)}, the engine takes {size_text(shape)}"
             raise UsageError(f"{sizes}; name images of that size with `images`")
         with resources.as_file(resources.files("densepure_rt") / "data" / SHIPPED) as shipped:
-            return replace(_from_npz(shipped, shape, class_names), name="Fashion-MNIST test images (shipped)")
+            images = _from_npz(shipped, shape, class_names)
+            named = _places_in(Path(SHIPPED))
+            return replace(images, name="Fashion-MNIST test images (shipped)", name_at=named)
     with reading(path, "images"):
         if path.is_dir():
             return _from_folder(path, shape, class_names)
@@ -155,9 +172,9 @@ def open_images(path: Path | None, shape: Shape, class_names: Sequence[str]) -> 
         return _from_cifar([path], str(path), shape, class_names)
     if start == GZIP or start == IDX_IMAGES[:2] or "idx3" in path.name:
         pixels, labels = read_idx(path, shape)
-        return _from_array(str(path), pixels, labels, class_names)
+        return replace(_from_array(str(path), pixels, labels, class_names), name_at=_places_in(path))
     if suffix in IMAGE_SUFFIXES:
-        return _from_files(str(path), [path], None, shape)
+        return _from_files(str(path), path.parent, [path], None, shape)
     if start[:1] == PICKLE:
         raise UsageError(f"{path} is a pickle, which can run any code and is never opened; {UNPICKLED}")
     raise UsageError(f"{path} is none of the formats that can be read; give {FORMATS}")
@@ -167,14 +184,21 @@ def _from_npz(path: Path, shape: Shape, class_names: Sequence[str]) -> ImageSet:
     pixels, labels, indices = read_npz(path, shape)
     if indices is not None and (len(set(indices)) < len(indices) or any(not 0 <= i < 2**63 for i in indices)):
         raise UsageError(f"index in {path} has negative, huge or repeated values; number the images from 0 up")
-    images = _from_array(str(path), pixels, labels, class_names)
+    images = replace(_from_array(str(path), pixels, labels, class_names), name_at=_places_in(path))
     return images if indices is None else replace(images, indices=indices)
 
 
 def _from_cifar(paths: Sequence[Path], name: str, shape: Shape, class_names: Sequence[str]) -> ImageSet:
     parts = [read_cifar(path, shape) for path in paths]
     labels = [label for _, part in parts for label in part]
-    return _from_array(name, np.concatenate([pixels for pixels, _ in parts]), labels, class_names)
+    names = [f"{path.name}:{i}" for path, (_, part) in zip(paths, parts, strict=True) for i in range(len(part))]
+    images = _from_array(name, np.concatenate([pixels for pixels, _ in parts]), labels, class_names)
+    return replace(images, name_at=names.__getitem__)
+
+
+def _places_in(path: Path) -> Callable[[int], str]:
+    """Name the images of one file by their positions in it."""
+    return partial("{}:{}".format, path.name)
 
 
 def _from_array(name: str, pixels: Pixels, labels: Sequence[int] | None, class_names: Sequence[str]) -> ImageSet:
@@ -190,9 +214,19 @@ def _from_array(name: str, pixels: Pixels, labels: Sequence[int] | None, class_n
     return ImageSet(name, range(n), labels, pixels.__getitem__, range(n))
 
 
-def _from_files(name: str, files: Sequence[Path], labels: Sequence[int] | None, shape: Shape) -> ImageSet:
+def _from_files(name: str, folder: Path, files: Sequence[Path], labels: Sequence[int] | None, shape: Shape) -> ImageSet:
+    """folder: what they are named relative to."""
     grey = frozenset(i for i, file in enumerate(files) if check_image(file, shape))
-    return ImageSet(name, range(len(files)), labels, partial(_read_nth, files, shape), range(len(files)), grey=grey)
+    names = [file.relative_to(folder).as_posix() for file in files]
+    return ImageSet(
+        name,
+        range(len(files)),
+        labels,
+        partial(_read_nth, files, shape),
+        range(len(files)),
+        grey=grey,
+        name_at=names.__getitem__,
+    )
 
 
 def _read_nth(files: Sequence[Path], shape: Shape, i: int) -> Pixels:
@@ -215,7 +249,7 @@ def _from_folder(folder: Path, shape: Shape, class_names: Sequence[str]) -> Imag
     taken = set(images or cifar)
     beside = {NO_FORMAT: [file.name for file in files if file not in taken], HIDDEN: [h.name for h in hidden]}
     if images:
-        return replace(_from_files(str(folder), images, None, shape), left_out=_left_out(beside))
+        return replace(_from_files(str(folder), folder, images, None, shape), left_out=_left_out(beside))
     if cifar:
         return replace(_from_cifar_folder(folder, cifar, shape, class_names), left_out=_left_out(beside))
     if folders:
@@ -325,7 +359,7 @@ def _from_class_folders(
     inside = (file.relative_to(folder) for _, file in found)
     _refuse_splits(f"the class folders of {folder} hold", inside, class_names)
     found.sort()
-    images = _from_files(str(folder), [file for _, file in found], [label for label, _ in found], shape)
+    images = _from_files(str(folder), folder, [file for _, file in found], [label for label, _ in found], shape)
     return replace(images, left_out=_left_out(others))
 
 
@@ -351,7 +385,7 @@ def _from_labels_csv(folder: Path, shape: Shape, class_names: Sequence[str]) -> 
     _refuse_splits(f"{table} lists files of", (file.relative_to(folder) for file in files), class_names)
     distinct = list(dict.fromkeys(values))
     label_of = dict(zip(distinct, _labels_of(distinct, class_names, f"the labels in {table}"), strict=True))
-    images = _from_files(str(folder), files, [label_of[value] for value in values], shape)
+    images = _from_files(str(folder), folder, files, [label_of[value] for value in values], shape)
     return replace(images, left_out=_left_out(_unlisted(folder, {table, *files})))
 
 

@@ -66,7 +66,7 @@ def find(images: ImageSet, records: Sequence[ImageRecord]) -> list[LabelledImage
     """The image of each record, by its pixels."""
     wanted = {record.image_sha256 for record in records}
     found = {sha: image for image in images if (sha := image_sha256(image.pixels).hex()) in wanted}
-    if missing := [record.idx for record in records if record.image_sha256 not in found]:
+    if missing := [record for record in records if record.image_sha256 not in found]:
         raise UsageError(
             f"image {missing[0]} of the run is not among {images.name}: name the images it certified with `images`"
         )

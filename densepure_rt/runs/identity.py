@@ -68,6 +68,7 @@ def manifest_of(
         parity=bundle.unet.accuracy,
         left_out=images.left_out,
         grey_repeated=images.repeated,
+        images_named=images.name_at is not None,
     )
     return Manifest(SCHEMA_VERSION, identity.sha256, identity, provenance)
 

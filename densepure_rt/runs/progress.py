@@ -59,7 +59,7 @@ class Progress:
         oldest = next((image for image in self._held() if not image.decided), None)
         if oldest is None or self._clock() - oldest.opened < SLOW_SECONDS:
             return ""
-        return f"image {oldest.image.idx} at {oldest.cost.samples:,} of {self._rule.samples[1]:,} samples at most"
+        return f"image {oldest.image} at {oldest.cost.samples:,} of {self._rule.samples[1]:,} samples at most"
 
     def _held(self) -> tuple[ImageProgress[Any], ...]:
         scheduler = self._classifier.scheduler

@@ -263,7 +263,7 @@ class SmoothedClassifier(AbstractContextManager["SmoothedClassifier"]):
                             self._close(closed)
                         for ready in scheduler.finished():
                             if ready.failed:
-                                logs.say(f"image {ready.image.idx} has failed: none can draw it", logging.WARNING)
+                                logs.say(f"image {ready.image} has failed: none can draw it", logging.WARNING)
                                 self.failed.append(ready.image.idx)
                                 continue
                             ready.cost.seconds, answered = time.perf_counter() - answered, time.perf_counter()

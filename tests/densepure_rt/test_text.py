@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from densepure_rt.runs.layout import read_manifest
 from densepure_rt.runtime.bundle import shipped_engine
-from densepure_rt.text import all_printable, printable
+from densepure_rt.text import all_printable, numbered, printable, tsv_cell
 from tests.support.cli import Done, in_a_process
 from tests.support.cli import densepure_rt as cli
 
@@ -46,6 +46,18 @@ def test_any_text_fits_utf_8_and_one_line_and_is_changed_once(text: str) -> None
     assert shown.encode("utf-8").decode() == printable(shown) == shown
     assert len(f"{shown}.".splitlines()) == 1
     assert "\t" not in shown
+
+
+@given(st.text(st.characters(exclude_categories=())))
+def test_any_text_is_one_cell_of_a_table_also_for_a_reader_of_quotes(text: str) -> None:
+    for quotes in (csv.QUOTE_MINIMAL, csv.QUOTE_NONE):
+        line = f"{tsv_cell(text)}\t1"
+        assert list(csv.reader([line], delimiter="\t", quoting=quotes)) == [line.split("\t")]
+    assert not set("\t\r\n\"'") & set(tsv_cell(text))
+
+
+def test_an_image_is_spoken_of_by_its_number_and_its_name() -> None:
+    assert (numbered(7, None), numbered(7, "a\tb.png")) == ("7", "7 (a\\tb.png)")
 
 
 @given(

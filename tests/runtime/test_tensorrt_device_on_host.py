@@ -444,6 +444,7 @@ def test_no_batch_takes_more_of_the_gpus_memory_for_its_states_than_is_left_besi
     with opened_on_host(library, as_plans(small, "tensorrt", (4,))) as (device, trt):
         device.reserve(2)
         monkeypatch.setattr(device, "size", imagenet)
+        monkeypatch.setattr(trt.cuda, "allocate", None)
         live = dict(trt.cuda.memory.live)
         with pytest.raises(UsageError, match=r"26880 states, 39\.4 GiB .*use `batch` 1 or less.*fewer `votes`"):
             device.reserve(4 * slots)

@@ -133,6 +133,34 @@ def test_skip_and_limit_select_by_position_and_count(tmp_path: Path) -> None:
             images.select(skip, limit)
 
 
+def test_images_are_named_by_their_files_and_by_their_positions_in_a_file_of_several(tmp_path: Path) -> None:
+    for file in ("flat/b.png", "flat/\u00e4 a.png", "classes/trouser/deep/x.png", "classes/ankle-boot/x.png"):
+        save(tmp_path / file, DRAWING[0])
+    save(tmp_path / "listed/in/x.png", DRAWING[0])
+    (tmp_path / "listed/labels.csv").write_text("file,label\nin/x.png,1\n")
+    (tmp_path / "parts").mkdir()
+    for part in (1, 2):
+        (tmp_path / f"parts/data_batch_{part}.bin").write_bytes(cifar_bytes())
+    (tmp_path / "t10k-images-idx3-ubyte").write_bytes(idx_bytes(DRAWING))
+    npz(tmp_path, x=DRAWING, index=np.arange(4) * 10)
+
+    def names(path: Path | None, shape: tuple[int, int, int] = GREY) -> list[str | None]:
+        images = open_images(path, shape, TEN if path is None or shape[0] == 3 else CLASSES)
+        found = images.select(2)
+        assert list(found.names.items()) == [(image.idx, image.name) for image in found]
+        return [image.name for image in images]
+
+    assert names(tmp_path / "flat") == ["b.png", "\u00e4 a.png"]
+    assert names(tmp_path / "flat" / "b.png") == ["b.png"]
+    assert names(tmp_path / "classes") == ["trouser/deep/x.png", "ankle-boot/x.png"]
+    assert names(tmp_path / "listed") == ["in/x.png"]
+    assert names(tmp_path / "images.npz") == [f"images.npz:{i}" for i in range(4)]
+    assert names(tmp_path / "t10k-images-idx3-ubyte") == [f"t10k-images-idx3-ubyte:{i}" for i in range(4)]
+    joined = [f"data_batch_{part}.bin:{i}" for part in (1, 2) for i in (0, 1)]
+    assert names(tmp_path / "parts", (3, 32, 32)) == joined
+    assert names(None, (1, 28, 28))[:2] == ["fashion_mnist_test.npz:0", "fashion_mnist_test.npz:1"]
+
+
 def test_hash_covers_pixels_labels_indices_and_order(tmp_path: Path) -> None:
     def hashed(**arrays: Any) -> str:
         return open_images(npz(tmp_path, **arrays), GREY, CLASSES).sha256()

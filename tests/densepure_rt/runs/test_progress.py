@@ -5,9 +5,10 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 
-from densepure_rt.images.datasets import ImageSet, open_images
+from densepure_rt.images.datasets import ImageSet, LabelledImage, open_images
 from densepure_rt.keys import seeded_secret
 from densepure_rt.runs.progress import SLOW_SECONDS, Progress
 from densepure_rt.smoothing.classifier import SmoothedClassifier, load
@@ -60,8 +61,8 @@ def test_samples_are_counted_while_an_image_takes_many_and_the_time_ends_at_none
 
 def test_the_image_that_a_run_waits_for_is_named() -> None:
     def image(idx: int, opened: float, decided: bool) -> SimpleNamespace:
-        cost = SimpleNamespace(samples=3200)
-        return SimpleNamespace(image=SimpleNamespace(idx=idx), cost=cost, decided=decided, opened=opened)
+        named = LabelledImage(idx, np.zeros((1, 28, 28), np.uint8), None, "cat\x1b.png")
+        return SimpleNamespace(image=named, cost=SimpleNamespace(samples=3200), decided=decided, opened=opened)
 
     held = (image(4, 0.0, decided=True), image(7, 1.0, decided=False), image(9, 0.5, decided=False))
     clock = [0.0]
@@ -69,7 +70,7 @@ def test_the_image_that_a_run_waits_for_is_named() -> None:
     progress = Progress(told, SETTINGS.rule(784, labelled=True), 20, lambda: done_with(32), lambda: clock[0])
     assert progress.slow() == ""
     clock[0] = 1.0 + SLOW_SECONDS
-    assert progress.slow() == "image 7 at 3,200 of 400 samples at most"
+    assert progress.slow() == "image 7 (cat\\x1b.png) at 3,200 of 400 samples at most"
 
 
 def test_what_earlier_calls_of_a_run_took_is_no_speed_of_this_one() -> None:
