@@ -115,7 +115,7 @@ def certify_images(
             others = (image for image in images if image.idx not in finished)
             work = classifier.certify_each(others, settings, request.budget, folder.ledger)
             rule = settings.rule(math.prod(classifier.bundle.unet.image), images.labelled)
-            progress = Progress(classifier, rule, len(images), lambda: folder.done)
+            progress = Progress(classifier, rule, len(images), lambda: folder.done, request.budget)
             for result in watch(work, len(images), status, before=len(finished), left=progress.left):
                 folder.add(result, places[result.image.idx])
                 report(result)

@@ -11,6 +11,7 @@ from densepure_rt.smoothing.classifier import SmoothedClassifier
 from densepure_rt.smoothing.decider import Rule
 from densepure_rt.smoothing.forecast import Range, samples_left
 from densepure_rt.smoothing.scheduling import ImageProgress
+from densepure_rt.smoothing.settings import UNLIMITED, Budget
 
 SLOW_SECONDS = 10.0  # after which an image that is being sampled is named
 Done = Sequence[tuple[ImageRecord, TimingRecord]]
@@ -24,6 +25,7 @@ class Progress:
         rule: How it judges them.
         asked: Images of the run, with those that are done.
         done: Returns those that are done.
+        budget: Beyond which nothing is sampled.
         clock: Of the seconds.
     """
 
@@ -33,9 +35,11 @@ class Progress:
         rule: Rule,
         asked: int,
         done: Callable[[], Done],
+        budget: Budget = UNLIMITED,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._classifier, self._rule, self._asked, self._done, self._clock = classifier, rule, asked, done, clock
+        self._budget = budget
         self._started, self._before = clock(), sum(timing.samples for _, timing in done())
 
     def samples(self) -> int:
@@ -52,7 +56,9 @@ class Progress:
         taken = [image.cost.samples for image in held if not image.decided]
         untouched = max(0, self._asked - len(seen) - len(taken) - len(self._classifier.failed))
         found = samples_left(self._rule, seen, taken, untouched)
-        return Range(*(samples * seconds / came for samples in found))
+        rest = untouched + len(taken)
+        most = min(max(0.0, self._budget.run - seconds), rest * self._budget.image if rest else 0.0)
+        return Range(*(min(most, samples * seconds / came) for samples in found))
 
     def slow(self) -> str:
         """Name the image that has been sampled longest, where that is long; else nothing."""

@@ -12,7 +12,7 @@ from densepure_rt.images.datasets import ImageSet, LabelledImage, open_images
 from densepure_rt.keys import seeded_secret
 from densepure_rt.runs.progress import SLOW_SECONDS, Progress
 from densepure_rt.smoothing.classifier import SmoothedClassifier, load
-from densepure_rt.smoothing.settings import Settings
+from densepure_rt.smoothing.settings import Budget, Settings
 
 SETTINGS = Settings(sigma=0.5, steps=0, n=400, alpha=0.05)
 
@@ -67,20 +67,25 @@ def test_the_image_that_a_run_waits_for_is_named() -> None:
     held = (image(4, 0.0, decided=True), image(7, 1.0, decided=False), image(9, 0.5, decided=False))
     clock = [0.0]
     told = cast(SmoothedClassifier, SimpleNamespace(failed=[], scheduler=SimpleNamespace(held=held)))
-    progress = Progress(told, SETTINGS.rule(784, labelled=True), 20, lambda: done_with(32), lambda: clock[0])
+    progress = Progress(told, SETTINGS.rule(784, labelled=True), 20, lambda: done_with(32), clock=lambda: clock[0])
     assert progress.slow() == ""
     clock[0] = 1.0 + SLOW_SECONDS
     assert progress.slow() == "image 7 (cat\\x1b.png) at 3,200 of 400 samples at most"
 
 
-def test_what_earlier_calls_of_a_run_took_is_no_speed_of_this_one() -> None:
+def test_what_earlier_calls_of_a_run_took_is_no_speed_of_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
     told = cast(SmoothedClassifier, SimpleNamespace(failed=[], scheduler=None))
     clock, done = [0.0], done_with(400, 400)
     rule = SETTINGS.rule(784, labelled=True)
-    progress = Progress(told, rule, 4, lambda: done, lambda: clock[0])
+    progress = Progress(told, rule, 4, lambda: done, clock=lambda: clock[0])
     clock[0] = 10.0
     assert progress.left() is None
     done += done_with(100)
     left = progress.left()
     assert left is not None
     assert 32 * 0.1 <= left.least <= left.expected <= left.most <= 400 * 0.1  # one image, at ten samples a second
+    for budget, most in ((Budget(run=12.0), 2.0), (Budget(image=0.5), 0.5)):
+        limited = Progress(told, rule, 4, lambda: done_with(400, 400), budget, lambda: 0.0)
+        monkeypatch.setattr(limited, "_clock", lambda: 10.0)
+        monkeypatch.setattr(limited, "_done", lambda: done_with(400, 400, 100))
+        assert limited.left() == (most, most, most)
