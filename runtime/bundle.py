@@ -425,7 +425,7 @@ def verified_bytes(path: Path, expected_sha256: str) -> bytes:
         if fault := transfer_fault(path):
             raise CheckFailed(f"{path} is no engine: {fault}")
         raise CheckFailed(
-            f"{path} has SHA-256 {found[:16]}..., its sidecar or `engine_sha256` says {expected_sha256[:16]}...: "
+            f"{path} has SHA-256 {found[:16]}..., its sidecar says {expected_sha256[:16]}...: "
             f"the file is damaged or is another engine; copy it again, or export the bundle again"
         )
     return content

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,7 +14,7 @@ import typer
 from rich.table import Table
 
 from densepure_rt import signals
-from densepure_rt.commands.console import print_attacks, rows, stderr, stdout, track
+from densepure_rt.commands.console import print_attacks, ranged, rows, stderr, stdout, track
 from densepure_rt.commands.groups import with_options
 from densepure_rt.commands.options import (
     CERTIFICATES,
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from densepure_rt.runtime.bundle import Bundle
     from densepure_rt.smoothing.certificate import Abstention, Certificate
     from densepure_rt.smoothing.classifier import SmoothedClassifier
-    from densepure_rt.smoothing.forecast import Forecast, Range
+    from densepure_rt.smoothing.forecast import Forecast
     from densepure_rt.smoothing.settings import Settings
 
 PROPOSALS = 2  # of gradients, to an attack
@@ -159,12 +159,6 @@ def print_ending(summary: Summary, folder: Path, names: Mapping[int, str]) -> No
         raise typer.Exit(signals.exit_code())
     if summary.failed:
         raise typer.Exit(CheckFailed.exit_code)
-
-
-def ranged(found: Range, show: Callable[[float], str]) -> str:
-    """Show what is expected, and how little or much it can be."""
-    least, expected, most = (show(value) for value in found)
-    return least if least == most else f"about {expected} ({least} to {most})"
 
 
 def counted(value: float) -> str:

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from densepure_rt import logs
 from densepure_rt.errors import EnvironmentFault, UsageError
@@ -53,12 +53,13 @@ class SmoothedClassifier(AbstractContextManager["SmoothedClassifier"]):
 
     secret: what all noise is keyed with. Noise belongs to (secret, image, sigma): the same image under the same secret
     gets the same certificate. failed: `idx` of the images of the last iteration that could not be sampled, and of which
-    nothing was said; see `scheduling.LostSample`.
+    nothing was said; see `scheduling.LostSample`. scheduler: of the last iteration, None before the first.
     """
 
     def __init__(self, bundle: Bundle, sampler: Sampler, secret: bytes | None = None) -> None:
         self.bundle, self.sampler = bundle, sampler
         self.failed: list[int] = []
+        self.scheduler: Scheduler[Any] | None = None
         if secret is not None and len(secret) < SECRET_BYTES:
             raise UsageError(f"a secret is {SECRET_BYTES} bytes or more, got {len(secret)}")
         self.secret = new_secret() if secret is None else secret
@@ -273,7 +274,7 @@ class SmoothedClassifier(AbstractContextManager["SmoothedClassifier"]):
         if self.busy:
             raise UsageError("this classifier is already at work: finish or close that iteration, or load another one")
         self._busy_in, self.failed = os.getpid(), []
-        scheduler = Scheduler(opened())
+        self.scheduler = scheduler = Scheduler(opened())
         try:
             while not scheduler.done:
                 with closing(self.sampler.decide(chain, scheduler, settings.ballot)) as outcomes:
