@@ -11,7 +11,8 @@ import typer
 from densepure_rt.commands.certify import notes_on
 from densepure_rt.commands.console import rows, stderr, track
 from densepure_rt.commands.groups import with_options
-from densepure_rt.commands.options import EngineOptions, ImageOptions, MessageOptions, PredictionOptions, SecretOptions
+from densepure_rt.commands.image_options import ImageOptions
+from densepure_rt.commands.options import EngineOptions, MessageOptions, PredictionOptions, SecretOptions
 from densepure_rt.commands.values import none_as
 from densepure_rt.errors import CheckFailed
 from densepure_rt.rounding import raised
