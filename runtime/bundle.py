@@ -42,6 +42,7 @@ Kind = Literal["step", "classify"]
 Prediction = Literal["epsilon", "v", "x0", "denoiser", "none"]
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 ONNX_SUFFIX = ".onnx"
+STEP_ENGINE = "unet.onnx"  # of a bundle in float32
 PLAN_SUFFIXES: dict[Flavour, str] = {"tensorrt-rtx": ".rtx.plan", "tensorrt": ".plan"}  # the longer first
 DATA_KEY = "densepure_rt.data"  # under which a graph's own metadata says which weights it reads: `data_mark`
 # How a plan begins: a tag, the version of the format, the plan's size and, a byte each, the library's version. Source:
@@ -54,6 +55,7 @@ UNKNOWN = "unknown"  # the version of a plan that has no sidecar
 # Fields of a sidecar that may be absent.
 OPTIONAL = ("plan", "data", "accuracy", "preprocessing", "attention", "denoising")
 Positive = Annotated[int, Field(ge=1)]
+Capability = Annotated[str, Field(pattern=r"^[0-9]{1,3}\.[0-9]{1,3}$")]  # such as "8.6"
 MAY_BE_ABSENT = Field(default=None)  # from a file that is read
 T = TypeVar("T")
 
@@ -86,7 +88,7 @@ class Plan:
     flavour: Flavour
     version: str
     batches: Annotated[tuple[Positive, ...], Field(min_length=1)]  # of one that is read
-    compute_capabilities: tuple[str, ...]
+    compute_capabilities: tuple[Capability, ...]
     gpu: Annotated[str | None, MAY_BE_ABSENT]
     onnx: FileRef
     types: Mapping[str, int]
@@ -100,7 +102,7 @@ class Plan:
     def dla_core(self) -> int | None:
         """Tell which DLA core of a Jetson runs the layers that it can, None where the GPU runs all."""
         core = self.recipe.get("use_dla_core", "")
-        return int(core) if core.isdecimal() else None
+        return int(core) if re.fullmatch(r"[0-9]{1,2}", core) else None
 
 
 @dataclass(frozen=True)
@@ -464,8 +466,8 @@ def open_bundle(
 ) -> Bundle:
     """The sidecars of a step engine and of its classifier (else `classifier`), found to fit together.
 
-    trust: take plans without sidecars for what their names say. Raises UsageError or CheckFailed; the engines
-    themselves are not read yet, unless to be trusted.
+    engine: its file, or the folder of its bundle; see `engine_file`. trust: take plans without sidecars for what their
+    names say. Raises UsageError or CheckFailed; the engines themselves are not read yet, unless to be trusted.
     """
 
     def sidecar_of(path: Path) -> StepSidecar | ClassifierSidecar:
@@ -473,6 +475,7 @@ def open_bundle(
             return trusted_sidecar(path)
         return read_sidecar(path)
 
+    engine = engine_file(engine)
     if not os.path.isfile(engine):  # unlike Path.exists, it takes any name for an answer
         raise UsageError(missing_engine(engine))
     unet = sidecar_of(engine)
@@ -521,6 +524,27 @@ def flavour_of(sidecar: Sidecar) -> str:
     return sidecar.plan.flavour if sidecar.plan else "onnxruntime"
 
 
+def engine_file(path: Path) -> Path:
+    """Return the step engine that a path means: of the folder of a bundle unet.onnx, or the only one; else the path.
+
+    Raises UsageError for a folder that holds none, or several and no unet.onnx.
+    """
+    if not os.path.isdir(path):
+        return path
+    suffixes = (ONNX_SUFFIX, *PLAN_SUFFIXES.values())
+    try:
+        found = sorted(name for name in os.listdir(path) if name.startswith("unet.") and name.endswith(suffixes))
+    except OSError as error:
+        raise UsageError(f"cannot read {path} ({error.strerror}): name the file of a step engine") from error
+    if STEP_ENGINE in found:
+        return path / STEP_ENGINE
+    if len(found) == 1:
+        return path / found[0]
+    if found:
+        raise UsageError(f"{path} holds several step engines, {', '.join(found)}: name the file of one")
+    raise UsageError(f'{path} holds no step engine, such as {STEP_ENGINE}: make a bundle with "densepure-rt export"')
+
+
 def missing_engine(engine: Path) -> str:
     if engine.name.endswith(PLAN_SUFFIXES["tensorrt"]):
         onnx, flavour = onnx_path(engine)
@@ -536,4 +560,4 @@ def missing_engine(engine: Path) -> str:
 
 def shipped_engine() -> Path:
     """The step engine that comes with the package."""
-    return Path(str(resources.files("densepure_rt"))) / "engines" / "unet.onnx"
+    return Path(str(resources.files("densepure_rt"))) / "engines" / STEP_ENGINE

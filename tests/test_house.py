@@ -24,7 +24,8 @@ else:
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("export", "runtime", "engines")
 ENGINE_LIBRARIES = {"cuda", "cupy", "onnxruntime", "pycuda", "tensorrt", "tensorrt_rtx"}
-DEVICE_MODULES = {ROOT / "runtime" / "onnx_device.py", ROOT / "runtime" / "tensorrt_device.py"}
+# What drives an engine library; onnxruntime_gpu is the part of onnx_device that is for GPUs.
+DEVICE_MODULES = {ROOT / "runtime" / f"{name}.py" for name in ("onnx_device", "onnxruntime_gpu", "tensorrt_device")}
 SEAM = ROOT / "runtime" / "onnxruntime_api.py"  # imports it late, when it is asked for
 
 

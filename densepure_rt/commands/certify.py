@@ -31,7 +31,7 @@ from densepure_rt.commands.values import seconds_of
 from densepure_rt.errors import CheckFailed, UsageError, raise_interrupt
 from densepure_rt.export.models.model_options import ModelOptions
 from densepure_rt.rounding import exact, floored_share, raised
-from densepure_rt.text import duration, plural
+from densepure_rt.text import duration, numbered, plural
 
 if TYPE_CHECKING:
     import numpy as np
@@ -127,9 +127,9 @@ def certify(
         proposals = no_proposals if falsify is None else gradient_proposals(smoothed.bundle, settings)
         summary, attacks = certify_images(smoothed, request, proposals, unwatched if messages.quiet else track)
         print_summary(summary, request.images.labelled, folder, output.as_json)
-        print_ending(summary, folder)
+        print_ending(summary, folder, request.images.names)
         if falsify is not None:
-            print_attacks(attacks)
+            print_attacks(attacks, request.images.names)
 
 
 def refuse_half_a_shard(shard: Shard, output: OutputOptions, falsify: float | None) -> None:
@@ -140,10 +140,13 @@ def refuse_half_a_shard(shard: Shard, output: OutputOptions, falsify: float | No
         raise UsageError(f"--falsify attacks a whole run, not shard {shard}: ask for it once more when all are merged")
 
 
-def print_ending(summary: Summary, folder: Path) -> None:
-    """Say which images are missing, and why. Raises typer.Exit where some failed, or the run was interrupted."""
+def print_ending(summary: Summary, folder: Path, names: Mapping[int, str]) -> None:
+    """Say which images are missing, and why. Raises typer.Exit where some failed, or the run was interrupted.
+
+    names: by the images' idx.
+    """
     if summary.failed:
-        which = ", ".join(map(str, summary.failed))
+        which = ", ".join(numbered(idx, names.get(idx)) for idx in summary.failed)
         stderr.print(
             f"error: {plural(len(summary.failed), 'image')} failed: {which}; {summary.done} of {summary.asked} are "
             f"kept in {folder}, and the same command tries the others again"

@@ -15,7 +15,7 @@ from densepure_rt.commands.console import rows, stdout
 from densepure_rt.commands.options import Json
 from densepure_rt.errors import CheckFailed, UsageError
 from densepure_rt.rounding import exact, floored, floored_share, raised
-from densepure_rt.text import plural
+from densepure_rt.text import plural, printable
 
 if TYPE_CHECKING:
     from densepure_rt.report.compare import Change, Comparison
@@ -106,8 +106,12 @@ def change_table(name: str, changes: Sequence[Change]) -> Table:
     table = Table(title=f"images that {name} radius{most}", title_justify="left", box=None)
     for column in ("image", "label", "A", "B"):
         table.add_column(column, justify="right")
+    if named := any(change.name_a or change.name_b for change in changes):
+        table.add_column("file", overflow="fold")
     for change in changes[:MOST_CHANGES]:
         idx = str(change.idx_a) if change.idx_a == change.idx_b else f"{change.idx_a} / {change.idx_b}"
         radii = ("-" if radius is None else floored(radius) for radius in (change.a, change.b))
-        table.add_row(idx, "-" if change.label is None else str(change.label), *radii)
+        names = dict.fromkeys(name for name in (change.name_a, change.name_b) if name)
+        files = [" / ".join(map(printable, names))] if named else []
+        table.add_row(idx, "-" if change.label is None else str(change.label), *radii, *files)
     return table

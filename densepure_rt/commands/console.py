@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
@@ -20,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from densepure_rt.errors import PARAMETER, CheckFailed, EnvironmentFault
 from densepure_rt.optional import optional
 from densepure_rt.rounding import exact
-from densepure_rt.text import duration, plural, printable
+from densepure_rt.text import duration, numbered, plural, printable
 
 if TYPE_CHECKING:
     from densepure_rt.runs.falsifier import Falsification
@@ -36,8 +37,8 @@ class PlainConsole(Console):
         super().print(*(printable(one, keep="\n") if isinstance(one, str) else one for one in objects), **options)
 
 
-stderr = PlainConsole(stderr=True, highlight=False, markup=False, soft_wrap=True)
-stdout = PlainConsole(highlight=False, markup=False, soft_wrap=True)
+stderr = PlainConsole(stderr=True, highlight=False, markup=False, emoji=False, soft_wrap=True)
+stdout = PlainConsole(highlight=False, markup=False, emoji=False, soft_wrap=True)
 T = TypeVar("T")
 
 
@@ -93,8 +94,14 @@ def _lines(work: Iterable[T], total: int, text: Callable[[], str], before: int) 
 
 
 def needs_pytorch(command: str) -> AbstractContextManager[None]:
-    """For the imports of a command that needs the extra `export`."""
-    return optional(command, "PyTorch and what goes with it", "run \"pip install 'densepure-rt[cpu,export]'\"")
+    """For the imports of a command that needs the extra `export`. Raises EnvironmentFault where PyTorch is not there.
+
+    It is looked for first: what else the extra brings is missing then too, and would be named in its place.
+    """
+    cure = "run \"pip install 'densepure-rt[cpu,export]'\""
+    if importlib.util.find_spec("torch") is None:
+        raise EnvironmentFault(f"{command} needs PyTorch, and torch is not installed: {cure}")
+    return optional(command, "PyTorch and what goes with it", cure)
 
 
 OPTIONS = {  # of parameters that have another name
@@ -193,12 +200,13 @@ def watched(work: Iterable[T], total: int) -> Iterable[T]:
     return track(work, total)
 
 
-def print_attacks(attacks: Sequence[Falsification]) -> None:
-    """Exit code 1 when a certificate is broken."""
+def print_attacks(attacks: Sequence[Falsification], names: Mapping[int, str]) -> None:
+    """Exit code 1 when a certificate is broken. names: by the images' idx."""
     broken = [attack for attack in attacks if attack.broken]
     for attack in broken:
+        image = numbered(attack.idx, names.get(attack.idx))
         stderr.print(
-            f"error: image {attack.idx}: {attack.votes} of {attack.n} samples are for class {attack.label} at a "
+            f"error: image {image}: {attack.votes} of {attack.n} samples are for class {attack.label} at a "
             f"distance of {attack.distance}, inside the certified radius {exact(attack.radius)}"
         )
     samples = sum(attack.samples for attack in attacks)

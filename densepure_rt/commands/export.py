@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -117,7 +118,11 @@ def export(
     checks: CheckOptions,
     plans: PlanOptions,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the bundle; default: engines, and models with triton.")
+        Path | None,
+        typer.Option(
+            help="Folder for the bundle; default: one named after the model (ddpm for --unet ddpm/, mymodel for "
+            "mymodel:unet), engines for the model that ships, and models with triton."
+        ),
     ] = None,
     target: Annotated[
         str,
@@ -209,11 +214,28 @@ def exported(request: Request) -> dict[str, Any]:
     request.refuse_unused()
     if "triton" in request.targets:
         return {"triton": export_triton(request, request.out or Path("models"))}
-    out = request.out or Path("engines")
+    out = request.out or folder_of_model(request.models)
     report: dict[str, Any] = {"onnx": export_onnx(request, out)} if "onnx" in request.targets else {}
     return report | {
         flavour: export_plans(request, flavour, out) for flavour in PLAN_SUFFIXES if flavour in request.targets
     }
+
+
+def folder_of_model(models: ModelOptions) -> Path:
+    """Return the folder for a bundle that names none: after the UNet or, without one of your own, the classifier.
+
+    `engines`, which a checkout tracks, is for the weights that ship alone.
+    """
+    if models.weights is not None:
+        return Path(models.weights.resolve().name)
+    spec = models.classifier if models.unet in (None, "none") else models.unet
+    if spec is None:
+        return Path("engines")
+    if os.path.exists(spec):
+        path = Path(spec).resolve()
+        return Path(path.name if path.is_dir() else path.stem)
+    package, _, name = spec.partition(":")
+    return Path(Path(name).name if package == "timm" else package.rpartition(".")[2])
 
 
 def export_plans(request: Request, flavour: Flavour, out: Path) -> list[str]:

@@ -35,7 +35,7 @@ def merge(
     attack has broken a certificate.
     """
     from densepure_rt.runs.merge import merge as merged
-    from densepure_rt.runs.reader import read_attacks
+    from densepure_rt.runs.reader import read_attacks, read_run
     from densepure_rt.runs.summary import accuracy_so_far
 
     summary, attacks = merged(shards, out), read_attacks(out)
@@ -49,4 +49,4 @@ def merge(
             stdout.print(accuracy_so_far(summary))
         stdout.print(f"results in {out}")
     if attacks is not None:
-        print_attacks(attacks)
+        print_attacks(attacks, read_run(out).names)

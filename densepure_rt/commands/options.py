@@ -39,7 +39,10 @@ RunImages = Annotated[
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]  # of every command
 EngineFile = Annotated[
-    Path | None, typer.Option("--engine", help="Step engine, ONNX file or plan; default: the one that ships.")
+    Path | None,
+    typer.Option(
+        "--engine", help="Step engine, ONNX file or plan, or the folder of its bundle; default: the one that ships."
+    ),
 ]
 
 
@@ -50,7 +53,8 @@ class EngineOptions(TypedOptions):
     engine: Annotated[
         Path | None,
         typer.Option(
-            help="Step engine, such as engines/unet.onnx; default: the one that ships.", rich_help_panel=ENGINES
+            help="Step engine, such as mymodel/unet.onnx, or the folder of its bundle; default: the one that ships.",
+            rich_help_panel=ENGINES,
         ),
     ] = None
     classifier: Annotated[
@@ -68,7 +72,7 @@ class EngineOptions(TypedOptions):
     ] = None
     threads: Annotated[
         int | None,
-        typer.Option(help="Callers of the engine; default: one for each core.", rich_help_panel=ENGINES),
+        typer.Option(help="Callers of the engine; default: one for each core, two on a GPU.", rich_help_panel=ENGINES),
     ] = None
     engine_sha256: Annotated[
         str | None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ from densepure_rt.commands.audit import warn_of_other_arithmetic
 from densepure_rt.commands.console import rows, stderr, stdout
 from densepure_rt.commands.options import Json, RunImages, RunPath
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
+from densepure_rt.text import all_printable, printable, tsv_cell
 
 if TYPE_CHECKING:
     from densepure_rt.images.datasets import ImageSet, LabelledImage
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 def replay(
     run: RunPath,
-    image: Annotated[int, typer.Option(help="Its idx in the results.")],
+    image: Annotated[str, typer.Option(metavar="IDX|NAME", help="Its idx in the results, or its name.")],
     sample: Annotated[int, typer.Option(help="Which of its samples, from 0; fixed: of the n, not of the n0.")] = 0,
     engine: Annotated[Path | None, typer.Option(help="The engine that was run; default: the one that ships.")] = None,
     classifier: Annotated[Path | None, typer.Option(help="The classifier engine, where it was named.")] = None,
@@ -46,7 +48,9 @@ def replay(
     if batch is None and identity.arithmetic is not None:
         batch = identity.arithmetic.batch
     place = sample + (identity.rule.n0 or 0)
-    counted = counted_label(run, image, place, identity.rule.most_samples)
+    chosen = open_images(images, identity.image, identity.class_names, identity.images.preparation)
+    idx = idx_of(image, chosen, run)
+    counted = counted_label(run, idx, place, identity.rule.most_samples)
     with load(engine, classifier, secret=secret_of(run, manifest), batch=batch, threads=1) as smoothed:
         bundle = smoothed.bundle
         for ref, known in ((bundle.unet.file, identity.engine), (bundle.classifier.file, identity.classifier)):
@@ -56,23 +60,46 @@ def replay(
                     f"name that one with --engine or --classifier"
                 )
         warn_of_other_arithmetic(identity, str(smoothed.device.describe()["fingerprint"]))
-        chosen = open_images(images, identity.image, identity.class_names, identity.images.preparation)
-        found = draw(smoothed, the_image(chosen, image, run), settings, sample)
-    folder = out or run / f"replay-{image}-{sample}"
+        the_one = the_image(chosen, idx, run)
+        found = draw(smoothed, the_one, settings, sample)
+    folder = out or run / f"replay-{idx}-{sample}"
     save_pictures(found, folder)
-    report = {"image": image, "sample": sample, "label": found.label, "votes": found.labels, "counted": counted}
+    report = {"image": idx, "sample": sample, "label": found.label, "votes": found.labels, "counted": counted}
     if as_json:
-        print(json.dumps(report | {"out": str(folder)}))
+        print(json.dumps(all_printable(report | {"out": str(folder), "name": the_one.name})))
     else:
         names = ["not finite" if label < 0 else identity.class_names[label] for label in found.labels]
-        rows(stdout, {"votes": ", ".join(names), "label": str(found.label), "pictures": str(folder)}.items())
+        told = {"votes": ", ".join(names), "label": str(found.label), "pictures": str(folder)}
+        rows(stdout, ({"image": str(the_one)} | told).items())
     if counted is None:
-        stderr.print(f"the run has not counted sample {sample} of image {image}: there is nothing to compare with")
+        stderr.print(f"the run has not counted sample {sample} of image {the_one}: there is nothing to compare with")
     elif counted != found.label:
         stderr.print(
             f"error: the run, on {identity.runs_on} ({identity.processor}), counted {counted}, not {found.label}"
         )
         raise typer.Exit(CheckFailed.exit_code)
+
+
+def idx_of(asked: str, chosen: ImageSet, run: Path) -> int:
+    """Return the idx of the image that was asked for, by it or by its name. Raises UsageError for none and for several.
+
+    A name is looked for in the results, else among the images.
+    """
+    from densepure_rt.runs.reader import read_run
+
+    if re.fullmatch(r"[0-9]{1,18}", asked):
+        return int(asked)
+    name = printable(asked)
+    for names in (read_run(run).names, {idx: printable(name) for idx, name in chosen.names.items()}):
+        found = [idx for idx, known in names.items() if name in (known, tsv_cell(known))]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise UsageError(f"{name} is the name of images {', '.join(map(str, found))}: ask for one by its idx")
+    raise UsageError(
+        f"no image of {run} has the idx or the name {name}, and none of {chosen.name}: see its results.tsv, or name "
+        f"what was certified with --images"
+    )
 
 
 def counted_label(run: Path, idx: int, place: int, most: int) -> int | None:
@@ -95,7 +122,7 @@ def the_image(chosen: ImageSet, idx: int, run: Path) -> LabelledImage:
         raise UsageError(f"{chosen.name} has no image {idx}: name what was certified with --images")
     record = next((record for record in read_run(run).records if record.idx == idx), None)
     if record is not None and record.image_sha256 != image_sha256(found.pixels).hex():
-        raise UsageError(f"image {idx} of {chosen.name} is not the one that was certified: name those with --images")
+        raise UsageError(f"image {found} of {chosen.name} is not the one that was certified: name those with --images")
     return found
 
 

@@ -28,13 +28,18 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Change:
-    """An image whose radius differs, as far as both runs were asked; None: not certified for its label."""
+    """An image whose radius differs, as far as both runs were asked; None: not certified for its label.
+
+    name_a, name_b: of its file, None where a run names none.
+    """
 
     idx_a: int
     idx_b: int
     label: int | None
     a: float | None
     b: float | None
+    name_a: str | None = None
+    name_b: str | None = None
 
     @property
     def gain(self) -> float:
@@ -138,7 +143,7 @@ def check_pairs(pairs: Sequence[Pair], a: Run, b: Run) -> None:
     for pair in pairs:
         if pair.a.label != pair.b.label:
             raise UsageError(
-                f"image {pair.a.idx} of {a.path} has label {pair.a.label} there and {pair.b.label} in {b.path}: the "
+                f"image {pair.a} of {a.path} has label {pair.a.label} there and {pair.b.label} in {b.path}: the "
                 f"two runs were asked different things; correct the labels and run again"
             )
 
@@ -181,7 +186,7 @@ def changes_of(pairs: Sequence[Pair], radii: Sequence[float] | None) -> list[Cha
     for a, b in pairs:
         had, has = told_radius(a, radii), told_radius(b, radii)
         if had != has:
-            changes.append(Change(a.idx, b.idx, a.label, had, has))
+            changes.append(Change(a.idx, b.idx, a.label, had, has, a.name, b.name))
     return changes
 
 

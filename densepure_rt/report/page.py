@@ -257,7 +257,7 @@ def shown_image(shown: Shown, classes: Sequence[str]) -> ShownImage:
     decided = class_name(shown.replayed.label, classes)
     votes = zip(shown.replayed.purified, shown.replayed.labels, strict=True)
     return ShownImage(
-        name=f"Image {shown.record.idx}",
+        name=f"Image {shown.record}",
         words=f": {answer(shown.record, classes)}. Ballot: {counted}; decided: {decided}.",
         pictures=[
             Picture(data_address(shown.pixels), class_name(shown.record.label, classes)),
@@ -282,11 +282,11 @@ def answer(record: ImageRecord, classes: Sequence[str]) -> str:
     return f"certified {class_name(record.predict, classes)} within {floored(record.radius)}{right}"
 
 
-def weakest_rows(run: Run) -> list[tuple[str, ...]]:
+def weakest_rows(run: Run) -> list[tuple[Cell, ...]]:
     samples, classes = {timing.idx: timing.samples for timing in run.timings}, run.manifest.identity.class_names
     return [
         (
-            str(record.idx),
+            str(record.idx) if record.name is None else (str(record.idx), record.name),
             class_name(record.label, classes),
             answer(record, classes),
             f"{record.n_a:,} of {record.n:,}",

@@ -59,6 +59,7 @@ from densepure_rt.runtime.schedule import Coefficients, make_chain
 from densepure_rt.smoothing.certificate import Certificate
 from densepure_rt.smoothing.forecast import reach_of
 from densepure_rt.smoothing.settings import Settings
+from densepure_rt.text import numbered
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def audit(path: Path, images: ImageSet | None = None) -> list[Finding]:
             checks += [
                 lambda: check_records(done, manifest),
                 *([lambda: check_shards(done, manifest)] if manifest.provenance.of_shards else []),
-                lambda: check_tables(path, done),
+                lambda: check_tables(path, done, bool(manifest.provenance.images_named)),
                 lambda: check_summary(path, done, manifest),
                 *([lambda: check_attacks(path, records_of(done))] if (path / ATTACKS).exists() else []),
                 lambda: check_seal(path, ledger, complete=len(done) == manifest.asked),
@@ -195,11 +196,11 @@ def check_records(done: list[DoneImage], manifest: Manifest) -> Finding:
         try:
             labels = image.labels()
             samples += len(labels)
-            faults += [f"image {image.idx}: {fault}" for fault in faults_of(image, labels, identity, settings)]
+            faults += [f"image {said(image)}: {fault}" for fault in faults_of(image, labels, identity, settings)]
         except DensePureError as fault:
-            faults.append(f"image {image.idx}: {fault}")
+            faults.append(f"image {said(image)}: {fault}")
     faults += [
-        f"image {image.idx} has place {image.place}, none of {shard_of(manifest)} of {identity.images.count} images"
+        f"image {said(image)} has place {image.place}, none of {shard_of(manifest)} of {identity.images.count} images"
         for image in done
         if image.place not in places
     ]
@@ -212,13 +213,20 @@ def check_shards(done: list[DoneImage], manifest: Manifest) -> Finding:
     if provenance.merged_from is None:
         return Finding("shard", f"{provenance.shard}: {len(done)} of its {manifest.asked} images, of {count}")
     merged = [Shard.parsed(part.shard) for part in provenance.merged_from]
-    said = f"merged from {len(merged)}"
+    words = f"merged from {len(merged)}"
     if provenance.shard is not None or len(done) != count:
-        return Finding("shard", said, ("what is merged is a whole run, and this is none",))
+        return Finding("shard", words, ("what is merged is a whole run, and this is none",))
     held = {place for shard in merged for place in shard.places(count)}
     if not len(held) == sum(shard.size(count) for shard in merged) == count:
-        return Finding("shard", said, ("they do not hold each image once",))
-    return Finding("shard", said)
+        return Finding("shard", words, ("they do not hold each image once",))
+    return Finding("shard", words)
+
+
+def said(image: DoneImage) -> str:
+    """Speak of an image by its number, and by its name where its record can be read and has one."""
+    with contextlib.suppress(CheckFailed):
+        return numbered(image.idx, parsed(ImageRecord, image.record, LEDGER).name)
+    return str(image.idx)
 
 
 def faults_of(image: DoneImage, labels: Labels, identity: Identity, settings: Settings) -> Iterator[str]:
@@ -233,7 +241,7 @@ def faults_of(image: DoneImage, labels: Labels, identity: Identity, settings: Se
     if certificate is None:
         yield f"{len(labels)} labels are not those that decide it"
         return
-    expected = record_of(record.idx, record.image_sha256, record.label, certificate)
+    expected = record_of(record.idx, record.image_sha256, record.label, certificate, record.name)
     for name, one, other in differing(asdict(record), asdict(expected)):
         yield f"{name} is {one}, and its labels give {other}"
     if record.stopped and identity.budget_seconds == BudgetIdentity(None, None):
@@ -254,14 +262,14 @@ def decided(labels: list[int], record: ImageRecord, settings: Settings, pixels: 
     return None if ended == record.stopped else decider.certificate(record.stopped)
 
 
-def check_tables(path: Path, done: list[DoneImage]) -> Finding:
-    """The results against what the ledger says of each image."""
+def check_tables(path: Path, done: list[DoneImage], named: bool) -> Finding:
+    """The results against what the ledger says of each image. named: whether the run names its images."""
     pairs = [(parsed(ImageRecord, i.record, LEDGER), parsed(TimingRecord, i.timing, LEDGER)) for i in done]
     faults = []
     for record, timing, image in ((*pair, image) for pair, image in zip(pairs, done, strict=True)):
-        if lines_of(record, timing)[1:] != (image.record, image.timing):
-            faults.append(f"{LEDGER}: image {image.idx} is not written as it would be")
-    for name, expected in zip(RESULTS, results_of(pairs), strict=True):
+        if lines_of(record, timing, named)[1:] != (image.record, image.timing):
+            faults.append(f"{LEDGER}: image {record} is not written as it would be")
+    for name, expected in zip(RESULTS, results_of(pairs, named), strict=True):
         with contextlib.suppress(OSError):  # `read` says why
             size, given = (path / name).stat().st_size, len(expected.encode())
             if size > given + files.MIB:  # not read: a sparse file costs nothing on the disk, and its size in memory
@@ -318,9 +326,11 @@ def check_attacks(path: Path, records: Mapping[int, ImageRecord]) -> Finding:
     for attack in attacks:
         record = records.get(attack.idx)
         if record is None or record.radius != attack.radius:
-            faults.append(f"image {attack.idx} has no certificate of radius {exact(attack.radius)}")
+            faults.append(f"image {record or attack.idx} has no certificate of radius {exact(attack.radius)}")
         if attack.broken:
-            faults.append(f"the certificate of image {attack.idx} is broken at a distance of {attack.distance}")
+            faults.append(
+                f"the certificate of image {record or attack.idx} is broken at a distance of {attack.distance}"
+            )
     return Finding("attacks", f"{len(attacks)} on certificates of this run", tuple(faults))
 
 
@@ -335,9 +345,9 @@ def check_images(images: ImageSet, manifest: Manifest, done: list[DoneImage]) ->
     for image in images.readable():
         record = records.get(image.idx)
         if record is not None and record.image_sha256 != image_sha256(image.pixels).hex():
-            faults.append(f"image {image.idx} is not the one that was certified")
+            faults.append(f"image {image} is not the one that was certified")
         if record is not None and record.label != image.label:
-            faults.append(f"image {image.idx} has the label {image.label}, not {record.label}")
+            faults.append(f"image {image} has the label {image.label}, not {record.label}")
     return Finding("images", f"{len(images)} of {images.name}", tuple(faults))
 
 

@@ -131,8 +131,9 @@ def report(result: Certified) -> None:
     image, certificate, cost = result
     radius = "abstains" if certificate.radius is None else f"radius {floored(certificate.radius)}"
     logs.say(
-        f"image {image.idx}: {radius}, {cost.samples} samples",
+        f"image {image}: {radius}, {cost.samples} samples",
         idx=image.idx,
+        name=image.name,
         label=image.label,
         predict=certificate.predict,
         radius=certificate.radius,
@@ -140,5 +141,5 @@ def report(result: Certified) -> None:
         **vars(cost),
     )
     if cost.not_finite:
-        lost = f"image {image.idx}: {cost.not_finite} samples were NaN or Inf and counted against the class"
-        logs.say(lost, logging.WARNING, idx=image.idx, not_finite=cost.not_finite)
+        lost = f"image {image}: {cost.not_finite} samples were NaN or Inf and counted against the class"
+        logs.say(lost, logging.WARNING, idx=image.idx, name=image.name, not_finite=cost.not_finite)

@@ -2,7 +2,8 @@
 
 manifest.json   what was run, on what, with which engines; written before the first sample
 ledger.sqlite   the truth while the run goes on: every label, and every certificate
-results.tsv     idx label predict radius correct time, the field's format (-1 and 0.0 abstain; radius rounded down)
+results.tsv     idx label predict radius correct time, the field's format (-1 and 0.0 abstain; radius rounded down),
+                then the name, of runs that name their images
 results.jsonl   the same with full precision and the counts, no times: equal for equal runs
 timing.jsonl    what each image took
 summary.json    the run in numbers; written when it ends
@@ -97,12 +98,18 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         if self._ledger is not None:
             self._ledger.close()
 
+    @property
+    def named(self) -> bool:
+        """Whether the run names its images: one that goes on keeps the columns that it began with."""
+        return bool(self.manifest.provenance.images_named)
+
     def add(self, result: Certified, place: int | None = None) -> None:
         """Keep an image. place: among the run's images; None for the next one."""
         image, certificate, cost = result
-        record = record_of(image.idx, image_sha256(image.pixels).hex(), image.label, certificate)
+        name = image.name if self.named else None
+        record = record_of(image.idx, image_sha256(image.pixels).hex(), image.label, certificate, name)
         timing = TimingRecord(image.idx, **vars(cost))
-        lines = lines_of(record, timing)
+        lines = lines_of(record, timing, self.named)
         with writing(self.path):
             place = len(self.done) if place is None else place
             self.ledger.finish(place, record.idx, timing.samples, lines.record, lines.timing)
@@ -181,7 +188,7 @@ class RunFolder(AbstractContextManager["RunFolder"]):
     def _write_results(self) -> None:
         for file in self._files.values():
             file.close()
-        for name, text in zip(RESULTS, results_of(self.done), strict=True):
+        for name, text in zip(RESULTS, results_of(self.done, self.named), strict=True):
             replaced(self.path / name, text)
             self._files[name] = (self.path / name).open("a", encoding="utf-8", newline="\n")
 

@@ -71,6 +71,7 @@ def manifest_of(
         parity=bundle.unet.accuracy,
         left_out=images.left_out,
         grey_repeated=images.repeated,
+        images_named=images.name_at is not None,
     )
     return Manifest(SCHEMA_VERSION, identity.sha256, identity, provenance)
 
@@ -126,8 +127,8 @@ def images_identity(images: ImageSet) -> ImagesIdentity:
 def arithmetic_of(device: Mapping[str, str | int | bool]) -> ArithmeticIdentity:
     """Read off a device's description how its engines compute."""
     told = {name: str(device[name]) for name in ("cuda", "cudnn") if name in device}
-    if "onnxruntime" in device and "tensorrt" in device:  # its provider; a plan's is in `runs_on`
-        told["tensorrt"] = str(device["tensorrt"])
+    if "engines" in device:  # of ONNX Runtime's provider; the TensorRT of a plan is in `runs_on`
+        told["tensorrt"] = f"{device.get('tensorrt', 'unknown')}, engines {device['engines']}"
     if "driver" in device:
         told["driver"] = f"{device['driver_release']}, CUDA {device['driver']}"
     return ArithmeticIdentity(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import json
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +15,7 @@ from densepure_rt.json_files import line, parsed
 from densepure_rt.rounding import floored
 from densepure_rt.runs.records import ImageRecord, Manifest, TimingRecord
 from densepure_rt.smoothing.certificate import Certificate
+from densepure_rt.text import printable, tsv_cell
 
 MANIFEST, SUMMARY, SEAL, KEY, REVEALED = "manifest.json", "summary.json", "seal.json", "secret.key", "secret.revealed"
 TSV_COLUMNS = ("idx", "label", "predict", "radius", "correct", "time")  # locuslab/smoothing
@@ -30,20 +33,25 @@ class Lines(NamedTuple):
     timing: str
 
 
-def record_of(idx: int, image_sha256: str, label: int | None, certificate: Certificate) -> ImageRecord:
-    """The record of one image; abstention is null, not a label."""
+def record_of(
+    idx: int, image_sha256: str, label: int | None, certificate: Certificate, name: str | None = None
+) -> ImageRecord:
+    """The record of one image; abstention is null, not a label. name: as others wrote it."""
     return ImageRecord(
         idx=idx,
         image_sha256=image_sha256,
         label=label,
         correct=None if label is None else certificate.covers(label, 0.0),
+        name=None if name is None else printable(name),
         **vars(certificate),
     )
 
 
-def tsv_line(record: ImageRecord, seconds: float) -> str:
+def tsv_line(record: ImageRecord, seconds: float, named: bool = False) -> str:
+    """named: whether the table has a column for names."""
     columns = tsv_columns(record.idx, record.label, record.predict, record.radius, record.correct)
-    return f"{columns}\t{datetime.timedelta(seconds=seconds)}\n"
+    name = f"\t{tsv_cell(record.name or '')}" if named else ""
+    return f"{columns}\t{datetime.timedelta(seconds=seconds)}{name}\n"
 
 
 def tsv_columns(idx: int, label: int | None, predict: int | None, radius: float | None, correct: bool | None) -> str:
@@ -52,14 +60,23 @@ def tsv_columns(idx: int, label: int | None, predict: int | None, radius: float 
     return "\t".join(map(str, (idx, *labels, "0.0" if radius is None else floored(radius), int(correct or False))))
 
 
-def lines_of(record: ImageRecord, timing: TimingRecord) -> Lines:
-    return Lines(tsv_line(record, timing.seconds), line(record), line(timing))
+def record_line(record: ImageRecord) -> str:
+    """Write a record; a name alone is left out where there is none, as it was before images had one."""
+    fields = asdict(record)
+    if record.name is None:
+        del fields["name"]
+    return json.dumps(fields, ensure_ascii=False) + "\n"
 
 
-def results_of(done: Iterable[tuple[ImageRecord, TimingRecord]]) -> Lines:
+def lines_of(record: ImageRecord, timing: TimingRecord, named: bool) -> Lines:
+    """named: whether the run names its images."""
+    return Lines(tsv_line(record, timing.seconds, named), record_line(record), line(timing))
+
+
+def results_of(done: Iterable[tuple[ImageRecord, TimingRecord]], named: bool) -> Lines:
     """The whole content of each of RESULTS."""
-    head = Lines("\t".join(TSV_COLUMNS) + "\n", "", "")
-    return Lines(*map("".join, zip(head, *(lines_of(record, timing) for record, timing in done), strict=True)))
+    head = Lines("\t".join((*TSV_COLUMNS, *(["name"] if named else []))) + "\n", "", "")
+    return Lines(*map("".join, zip(head, *(lines_of(record, timing, named) for record, timing in done), strict=True)))
 
 
 def broken_picture(idx: int) -> str:

@@ -210,6 +210,7 @@ def provenance_of(parts: Sequence[Part]) -> Provenance:
         shard=None,
         revealed_secret=None,
         merged_from=tuple(merged_from),
+        images_named=any(part.manifest.provenance.images_named for part in parts),
     )
 
 

@@ -26,6 +26,11 @@ class Run:
     def complete(self) -> bool:
         return len(self.records) == self.manifest.asked
 
+    @property
+    def names(self) -> dict[int, str]:
+        """The name of each image that is done and has one, by its idx."""
+        return {record.idx: record.name for record in self.records if record.name is not None}
+
 
 def read_run(path: Path) -> Run:
     """The run in a folder. Raises UsageError when there is none, CheckFailed when a file of it is damaged.

@@ -30,6 +30,7 @@ from densepure_rt.runs.shards import PATTERN, Shard
 from densepure_rt.runtime.bundle import Accuracy
 from densepure_rt.runtime.schedule import Schedule, TimestepRule, Variance
 from densepure_rt.smoothing.certificate import Abstention, EpsOutcome, Method
+from densepure_rt.text import numbered
 
 SCHEMA_VERSION: Literal[2] = 2
 Secret = Annotated[str, Field(pattern="^([0-9a-f]{2}){32,}$")]
@@ -41,7 +42,8 @@ class ImageRecord:
     """A line of results.jsonl: a certificate, full precision; see `densepure_rt.smoothing.certificate.Certificate`.
 
     label: None where it is not known; correct then too. predict, radius: None for an abstention. image_sha256: of
-    shape and pixels, as the noise's key takes it.
+    shape and pixels, as the noise's key takes it. name: of its file, see `LabelledImage`; None, and not written, where
+    the run names none.
     """
 
     __pydantic_config__ = STRICT
@@ -58,6 +60,10 @@ class ImageRecord:
     p_lower: Probability
     stopped: bool
     outcomes: tuple[EpsOutcome, ...] = ()
+    name: Text | None = None
+
+    def __str__(self) -> str:
+        return numbered(self.idx, self.name)
 
 
 @dataclass(frozen=True)
@@ -256,7 +262,7 @@ class Provenance:
     argv, started, host, python and platform are then those of the merge, and the rest that of its first shard.
     parity: how far the engine's ONNX file was from PyTorch when it was exported, where its sidecar says so.
     left_out: what lay beside the images in their source. grey_repeated: of all images, how many were grey and repeated
-    to three channels. Both are None in manifests of before.
+    to three channels. images_named: whether results name the images' files. All three are None in manifests of before.
     """
 
     __pydantic_config__ = STRICT
@@ -276,6 +282,7 @@ class Provenance:
     merged_from: tuple[MergedShard, ...] | None = None
     left_out: tuple[LeftOut, ...] | None = None
     grey_repeated: Count | None = None
+    images_named: bool | None = None
 
     @property
     def of_shards(self) -> bool:

@@ -21,9 +21,8 @@ from densepure_rt.images.given import ImageLike, Images, Layout, Watch, labelled
 from densepure_rt.keys import SECRET_BYTES, new_secret, seeded_secret, shared_key
 from densepure_rt.runtime.bundle import Bundle, open_bundle, shipped_engine
 from densepure_rt.runtime.device import CLOSED, MAX_BATCH, MAX_THREADS, Device
-from densepure_rt.runtime.machine import available_cores
 from densepure_rt.runtime.noise import image_key
-from densepure_rt.runtime.open_device import open_device, provider_of
+from densepure_rt.runtime.open_device import default_threads, open_device, provider_of
 from densepure_rt.runtime.schedule import Chain, make_chain
 from densepure_rt.smoothing.answers import Certified as Certified
 from densepure_rt.smoothing.answers import Predicted as Predicted
@@ -285,7 +284,7 @@ class SmoothedClassifier(AbstractContextManager["SmoothedClassifier"]):
                             self._close(closed)
                         for ready in scheduler.finished():
                             if ready.failed:
-                                logs.say(f"image {ready.image.idx} has failed: none can draw it", logging.WARNING)
+                                logs.say(f"image {ready.image} has failed: none can draw it", logging.WARNING)
                                 self.failed.append(ready.image.idx)
                                 continue
                             ready.cost.seconds, answered = time.perf_counter() - answered, time.perf_counter()
@@ -326,8 +325,8 @@ def load(
     classifier: instead of the one that the engine's sidecar names. What keys all noise, one of these: secret: 32
     bytes; seed: public, for reproduction; key: a file with the secret, made where there is none; else 32 new bytes
     from the system. batch: items a call of the engine, else what suits it. threads: callers of the engine, else one for
-    each core. provider: of ONNX Runtime, "cpu", "cuda" or "tensorrt". engine_sha256: what the engine must hash to.
-    trust: take plans that have no sidecar.
+    each core, two on a GPU. provider: of ONNX Runtime, "cpu", "cuda" or "tensorrt". engine_sha256: what the engine must
+    hash to. trust: take plans that have no sidecar.
 
     It has so many parameters because each is an option of the command line, and none follows from another.
 
@@ -335,8 +334,8 @@ def load(
     """
     if sum(given is not None for given in (secret, seed, key)) > 1:
         raise UsageError("`secret`, `seed` and `key` are three ways to say what keys the noise: give one")
-    threads = available_cores() if threads is None else threads
     known = provider_of(provider)
+    threads = default_threads(known) if threads is None else threads
     for name, count, most in (("batch", 1 if batch is None else batch, MAX_BATCH), ("threads", threads, MAX_THREADS)):
         if not 1 <= count <= most:
             raise UsageError(f"`{name}` is a count from 1 up to {most}, got {count}")

@@ -88,7 +88,7 @@ class ImageProgress(Generic[D]):
         saved = NOTHING if journal is None else journal.saved(image.idx)
         self._most = sum(samples for _, samples in decider.phases)
         if len(saved.labels) > self._most:
-            raise CheckFailed(f"image {image.idx} has {len(saved.labels)} labels, and takes {self._most} at most")
+            raise CheckFailed(f"image {image} has {len(saved.labels)} labels, and takes {self._most} at most")
         for label in saved.labels.tolist():
             if not NOT_FINITE <= label < classes:
                 raise CheckFailed(f"label {label} is none of the {classes} classes: the ledger is damaged")

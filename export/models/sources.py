@@ -313,16 +313,20 @@ def whole_image(options: ModelOptions, what: str) -> Image:
 def refuse_other_models(unet: DiffusionModel, classifier: ClassifierModel, bundle: Bundle) -> None:
     """Raise UsageError unless the bundle was exported from these two models, as they are declared."""
     prepared = classifier.preprocessing and json.loads(json.dumps(dataclasses.asdict(classifier.preprocessing)))
-    for path, sidecar, model, parameter in (
+    pairs_of_models = (
         (bundle.unet_path, bundle.unet, unet, "unet"),
         (bundle.classifier_path, bundle.classifier, classifier, "classifier"),
-    ):
-        if sidecar.weights_sha256 != model.weights_sha256:
-            raise UsageError(
-                f"{path} was exported from weights {sidecar.weights_sha256[:16]}..., the model that is given has "
-                f"{model.weights_sha256[:16]}...: give `{parameter}` the model that the engine was exported from, or "
-                f"`engine` an engine that was exported from this one"
-            )
+    )
+    others = [each for each in pairs_of_models if each[1].weights_sha256 != each[2].weights_sha256]
+    if others:
+        path, sidecar, model, _ = others[0]
+        raise UsageError(
+            f"{path} was exported from weights {sidecar.weights_sha256[:16]}..., the model that is given has "
+            f"{model.weights_sha256[:16]}...: give {' and '.join(f'`{parameter}`' for *_, parameter in others)} as the "
+            f"engine was exported, with the other options of that export, or `engine` an engine that was exported from "
+            f"what is given"
+        )
+    for path, sidecar, model, _ in pairs_of_models:
         pairs = {name: (getattr(sidecar, name), getattr(model, name)) for name in DECLARED if hasattr(model, name)}
         if model is classifier:
             pairs["preprocessing"] = bundle.classifier.preprocessing, prepared

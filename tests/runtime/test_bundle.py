@@ -28,6 +28,7 @@ from densepure_rt.runtime.bundle import (
     Sidecar,
     StepSidecar,
     Verdict,
+    engine_file,
     open_bundle,
     read_sidecar,
     sha256_of,
@@ -183,7 +184,7 @@ MAY_BE_ABSENT = [("clip",), ("accuracy",)]
 REQUIRED = [
     path
     for path in STEP_PLACES
-    if path not in MAY_BE_ABSENT and (path[0] not in ("versions", "clip") or path == ("versions",))
+    if path not in MAY_BE_ABSENT and (path[0] not in ("versions", "clip", "denoising") or path == ("versions",))
 ]
 
 
@@ -382,9 +383,25 @@ def test_missing_engine_is_a_usage_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", [Path("."), Path("/"), Path("tests")], ids=str)
-def test_folder_in_place_of_an_engine_is_a_usage_error(path: Path) -> None:
-    with pytest.raises(UsageError, match="no engine at"):
+def test_folder_without_an_engine_is_a_usage_error(path: Path) -> None:
+    with pytest.raises(UsageError, match="holds no step engine"):
         open_bundle(path)
+
+
+def test_the_folder_of_a_bundle_stands_for_its_step_engine(bundle: Path) -> None:
+    assert open_bundle(bundle.parent).unet_path == bundle
+    assert engine_file(bundle) == bundle  # whether there is one or not
+
+
+def test_of_several_step_engines_in_a_folder_the_one_in_float32_is_meant_or_one_is_asked_for(tmp_path: Path) -> None:
+    for name in ("unet.int8.onnx", "classifier.int8.onnx", "unet.int8.onnx.json", "unet.onnx.data"):
+        (tmp_path / name).touch()
+    assert engine_file(tmp_path) == tmp_path / "unet.int8.onnx"
+    (tmp_path / "unet.plan").touch()
+    with pytest.raises(UsageError, match=r"several step engines, unet\.int8\.onnx, unet\.plan: name the file"):
+        engine_file(tmp_path)
+    (tmp_path / "unet.onnx").touch()
+    assert engine_file(tmp_path) == tmp_path / "unet.onnx"
 
 
 @pytest.mark.parametrize("name", [ENGINE, CLASSIFIER])

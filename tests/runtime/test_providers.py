@@ -15,20 +15,18 @@ from densepure_rt.errors import EnvironmentFault, UsageError
 from densepure_rt.runtime.bundle import open_bundle, shipped_engine
 from densepure_rt.runtime.open_device import open_device
 from densepure_rt.smoothing.classifier import load
+from tests.runtime.stand_in_cuda import BUILT_FOR_GPUS
 
-BUILT_FOR_GPUS = (
-    Path(sys.prefix) / "onnxruntime-gpu"
-)  # an ONNX Runtime with the GPU providers; `make test` puts it there
 OPEN = """
 import json, sys
 import onnxruntime
 from densepure_rt.errors import DensePureError
 from densepure_rt.runtime.device import CLASSIFY_INPUTS, CLASSIFY_OUTPUTS
-from densepure_rt.runtime.onnx_device import open_session
+from densepure_rt.runtime.onnx_device import Place, open_session
 from densepure_rt.runtime.bundle import shipped_engine
 path = shipped_engine().with_name("classifier.onnx")
 try:
-    session = open_session(path.read_bytes(), path.name, CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, sys.argv[1])
+    session = open_session(path.read_bytes(), path.name, CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, Place(sys.argv[1]))
     found = {"used": session.get_providers()}
 except DensePureError as error:
     found = {"error": str(error), "exit_code": error.exit_code}
@@ -67,7 +65,7 @@ def test_the_same_wheel_serves_the_cpu_when_the_cpu_is_asked_for() -> None:
 
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
 def test_an_onnx_runtime_built_without_gpus_says_which_one_to_install(provider: str) -> None:
-    with pytest.raises(EnvironmentFault, match=rf"`provider` {provider}.*densepure-rt\[gpu\]"):
+    with pytest.raises(EnvironmentFault, match=rf"`provider` {provider}.*densepure-rt\[gpu-cu13\]'"):
         load(provider=provider)
 
 

@@ -27,14 +27,12 @@ from densepure_rt.runtime.bundle import (
     shipped_engine,
     sidecar_path,
 )
-from densepure_rt.runtime.gpu import Gpu
 from densepure_rt.runtime.open_device import open_device
 from densepure_rt.runtime.tensorrt_device import most_states, refuse_misfit, refuse_other_gpu
 from tests.runtime.host_cuda import plan_of
-from tests.support.plans import NOT_A_PLAN, a_plan, put_bundle
+from tests.support.plans import ADA, NOT_A_PLAN, a_plan, put_bundle
 
 SHIPPED = shipped_engine()
-ADA = Gpu("NVIDIA RTX 4090", "8.9", "12.6")
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[:-3], lambda content: b"w" + content[1:]])
@@ -249,7 +247,15 @@ def test_a_plan_for_another_gpu_is_refused_with_the_command_that_builds_it_here(
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("flavour", "tensorflow"), ("batches", []), ("batches", [0]), ("batches", "64"), ("types", 3)]
+    ("field", "value"),
+    [
+        ("flavour", "tensorflow"),
+        ("batches", []),
+        ("batches", [0]),
+        ("batches", "64"),
+        ("types", 3),
+        ("compute_capabilities", ["new"]),
+    ],
 )
 def test_a_sidecar_whose_plan_makes_no_sense_is_refused(tmp_path: Path, field: str, value: object) -> None:
     plan = put_bundle(tmp_path)

@@ -64,10 +64,11 @@ def certified(classifier: SmoothedClassifier, out: Path, images: ImageSet, setti
 
 
 def contents(folder: Path) -> dict[str, object]:
-    """What a run leaves but its times: results, the table without its last column, timings without COST, labels."""
+    """What a run leaves but its times: results, the table without its times, timings without COST, labels."""
     timings = [json.loads(line) for line in (folder / "timing.jsonl").read_text().splitlines()]
     kept = [{name: value for name, value in timing.items() if name not in COST} for timing in timings]
-    table = [line.rpartition("\t")[0] for line in (folder / "results.tsv").read_text().splitlines()]
+    rows = [line.split("\t") for line in (folder / "results.tsv").read_text().splitlines()]
+    table = [row[:5] + row[6:] for row in rows]
     summary = json.loads((folder / "summary.json").read_text()) | {"unet_calls": None}
     identity = json.loads((folder / "manifest.json").read_text())["identity_sha256"]
     return {

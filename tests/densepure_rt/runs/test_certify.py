@@ -128,16 +128,17 @@ def test_a_run_leaves_these_files(run: Run, first: Run) -> None:
 
 def test_the_table_has_the_header_of_the_field_and_a_line_an_image_in_index_order(run: Run) -> None:
     header, *lines = (run.out / "results.tsv").read_text().splitlines()
-    assert header == "idx\tlabel\tpredict\tradius\tcorrect\ttime"
+    assert header == "idx\tlabel\tpredict\tradius\tcorrect\ttime\tname"
     shipped = np.load(ROOT / "densepure_rt" / "data" / "fashion_mnist_test.npz")
     assert [int(line.split("\t")[0]) for line in lines] == shipped["index"][:12:3].tolist()
     assert [int(line.split("\t")[1]) for line in lines] == shipped["y"][:12:3].tolist()
-    assert all(line.count("\t") == 5 for line in lines)
+    assert [line.split("\t")[6] for line in lines] == [f"fashion_mnist_test.npz:{i}" for i in range(0, 12, 3)]
+    assert all(line.count("\t") == 6 for line in lines)
 
 
 def test_the_records_have_these_keys_and_no_times(run: Run) -> None:
     for record in run.records:
-        names = "idx image_sha256 label predict radius correct n0 n n_a alpha p_lower stopped outcomes"
+        names = "idx image_sha256 label predict radius correct n0 n n_a alpha p_lower stopped outcomes name"
         assert list(record) == names.split()
         assert (record["n0"], record["n"], record["alpha"]) == (N0, N, ALPHA)
 

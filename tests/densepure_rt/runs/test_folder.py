@@ -398,7 +398,7 @@ def test_a_wrong_label_is_not_correct() -> None:
 
 
 def test_the_record_has_these_keys_in_this_order_and_no_times() -> None:
-    names = "idx image_sha256 label predict radius correct n0 n n_a alpha p_lower stopped outcomes"
+    names = "idx image_sha256 label predict radius correct n0 n n_a alpha p_lower stopped outcomes name"
     assert list(asdict(record(result()))) == names.split()
 
 
@@ -443,7 +443,7 @@ def check_that_a_full_disk_loses_nothing(done: subprocess.CompletedProcess[str],
     assert "--out" in done.stderr
     assert json.loads((out / "manifest.json").read_text())["identity"]["images"]["count"] == 300
     table = complete_lines(out / "results.tsv")
-    assert table[0] + "\n" == HEADER
+    assert table[0] + "\n" == HEADER.replace("time", "time\tname")
     kept = [json.loads(line)["idx"] for line in complete_lines(out / "results.jsonl")]
     assert 0 < len(kept) < 300
     assert kept == sorted(kept)

@@ -228,7 +228,7 @@ def test_the_engine_without_a_network_is_the_update_alone(toy: Bundle, tmp_path:
     chain = unet.chain(0.5, 2)
     mean, std, noise = np.random.default_rng(0).standard_normal((3, 1, *IMAGE), np.float32)
     feed = dict(zip(STEP_INPUTS, (mean, std, noise, chain.t[:1], chain.coef[:1]), strict=True))
-    found = Network(empty.unet_path, empty.unet, STEP_INPUTS, ("mean_next", "std_next", "finite"), "cpu")(feed)
+    found = Network(empty.unet_path, empty.unet, STEP_INPUTS, ("mean_next", "std_next", "finite"))(feed)
     echo = nn.Module()
     echo.forward = lambda x, t: torch.cat([x, x], 1)
     expected = reference.reverse_step(

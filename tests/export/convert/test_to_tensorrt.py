@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
+from densepure_rt.commands.export import export
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.export.convert import to_onnx, to_tensorrt
 from densepure_rt.export.convert.build_options import TILING, BuildOptions
@@ -300,6 +302,27 @@ def test_trtexecs_options_reach_the_builder() -> None:
     }
     levels = [int(trt.TilingOptimizationLevel.__members__[name]) for name in TILING]
     assert levels == [0, 1, 2, 3]  # trtexec's numbers are the enum's
+
+
+def test_each_word_of_a_recipe_is_an_option_of_the_command_that_builds_the_plan_again() -> None:
+    options = BuildOptions(
+        compute_capabilities=("8.6",),
+        workspace=1,
+        level=1,
+        tf32=True,
+        timing_cache=Path("cache"),
+        timing_cache_strict=True,
+        hardware="ampere-plus",
+        version_compatible=True,
+        max_aux_streams=1,
+        tiling_optimization_level=1,
+        avg_timing=1,
+        use_dla_core=1,
+        allow_gpu_fallback=True,
+    )
+    recipe = options.recipe()
+    assert len(recipe) == 12
+    assert recipe.keys() <= inspect.signature(export).parameters.keys()
 
 
 def test_a_dla_core_that_is_not_there_is_refused_with_the_versions_that_have_any() -> None:
