@@ -16,12 +16,12 @@ from rich.table import Table
 from densepure_rt import signals
 from densepure_rt.commands.console import print_attacks, ranged, rows, stderr, stdout, track
 from densepure_rt.commands.groups import with_options
+from densepure_rt.commands.image_options import ImageOptions
 from densepure_rt.commands.options import (
     CERTIFICATES,
     IMAGES,
     ClusterOptions,
     EngineOptions,
-    ImageOptions,
     OutputOptions,
     RunMessageOptions,
     RunOptions,

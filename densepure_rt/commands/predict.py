@@ -11,7 +11,8 @@ import typer
 from densepure_rt.commands.certify import notes_on
 from densepure_rt.commands.console import rows, stderr, track
 from densepure_rt.commands.groups import with_options
-from densepure_rt.commands.options import EngineOptions, ImageOptions, MessageOptions, PredictionOptions, SecretOptions
+from densepure_rt.commands.image_options import ImageOptions
+from densepure_rt.commands.options import EngineOptions, MessageOptions, PredictionOptions, SecretOptions
 from densepure_rt.commands.values import none_as
 from densepure_rt.errors import CheckFailed
 from densepure_rt.rounding import raised
@@ -32,7 +33,7 @@ def predict(
     """Label images with the smoothed classifier, or abstain (-1). Without --seed every call draws new noise.
 
     An image is sampled until one class has more than half of all votes but for probability alpha, or n are taken.
-    Without a label, label is -1 and correct is -. Exit code 1 when an image could not be read.
+    Without a label, label and correct are -. Exit code 1 when an image could not be read.
     """
     MessageOptions().set_up()
     settings = asked.settings()

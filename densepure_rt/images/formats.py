@@ -105,45 +105,6 @@ def size_text(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
 
 
-def require_pixels(given: object, shape: Shape) -> Pixels:
-    """Return `given` if it is a uint8 array [C, H, W] of this shape already: nothing is converted.
-
-    Raises UsageError that says what was given, and how that becomes one.
-    """
-    if isinstance(given, np.ndarray) and given.dtype == np.uint8 and given.shape == shape:
-        return given
-    if isinstance(given, np.ndarray):
-        found, moves = f"{given.dtype} {list(given.shape)}", [*_dtype_moves(given), *_shape_moves(given.shape, shape)]
-    else:
-        found = f"an object of type {type(given).__qualname__}"
-        moves = ["np.array(image, dtype=np.uint8) of whole levels from 0 to 255"]
-    raise UsageError(
-        f"an image must be an array, uint8 {list(shape)} (channels, height, width), got {found}: "
-        f"give {'; '.join(moves)}"
-    )
-
-
-def _dtype_moves(given: NDArray[Any]) -> list[str]:
-    if given.dtype == np.uint8:
-        return []
-    if given.dtype.kind == "f":
-        return ["the original levels from 0 to 255, of floats in [0, 1] np.rint(255 * image).astype(np.uint8)"]
-    return ["image.astype(np.uint8), where all its levels are whole and from 0 to 255"]
-
-
-def _shape_moves(found: tuple[int, ...], shape: Shape) -> list[str]:
-    channels, *size = shape
-    if found == shape:
-        return []
-    if found == (*size, channels):
-        return ["image.transpose(2, 0, 1)"]
-    if found == tuple(size) and channels == 1:
-        return ["image[None], or a list of images where several are taken"]
-    if found[1:] == shape:
-        return ["one image of the batch, such as image[0]"]
-    return [f"one of {size_text(shape)}: nothing is resized or repeated here"]
-
-
 def require_few_scans(content: bytes, what: str) -> None:
     """Refuse a JPEG whose scans are so many that it was made to keep its decoder busy: each goes over all its pixels.
 

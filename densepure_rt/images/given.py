@@ -15,7 +15,7 @@ from PIL import Image
 
 from densepure_rt.errors import UsageError
 from densepure_rt.images.datasets import LabelledImage, open_images
-from densepure_rt.images.formats import Pixels, Shape, picture_pixels, read_image, require_pixels
+from densepure_rt.images.formats import Pixels, Shape, picture_pixels, read_image, size_text
 
 T = TypeVar("T")
 
@@ -139,3 +139,42 @@ def known(label: int, classes: int) -> int:
 
 def miscounted(found: str) -> UsageError:
     return UsageError(f"there are {found}: give one label for each image, None where it is not known")
+
+
+def require_pixels(given: object, shape: Shape) -> Pixels:
+    """Return `given` if it is a uint8 array [C, H, W] of this shape already: nothing is converted.
+
+    Raises UsageError that says what was given, and how that becomes one.
+    """
+    if isinstance(given, np.ndarray) and given.dtype == np.uint8 and given.shape == shape:
+        return given
+    if isinstance(given, np.ndarray):
+        found, moves = f"{given.dtype} {list(given.shape)}", [*_dtype_moves(given), *_shape_moves(given.shape, shape)]
+    else:
+        found = f"an object of type {type(given).__qualname__}"
+        moves = ["np.array(image, dtype=np.uint8) of whole levels from 0 to 255"]
+    raise UsageError(
+        f"an image must be an array, uint8 {list(shape)} (channels, height, width), got {found}: "
+        f"give {'; '.join(moves)}"
+    )
+
+
+def _dtype_moves(given: NDArray[Any]) -> list[str]:
+    if given.dtype == np.uint8:
+        return []
+    if given.dtype.kind == "f":
+        return ["the original levels from 0 to 255, of floats in [0, 1] np.rint(255 * image).astype(np.uint8)"]
+    return ["image.astype(np.uint8), where all its levels are whole and from 0 to 255"]
+
+
+def _shape_moves(found: tuple[int, ...], shape: Shape) -> list[str]:
+    channels, *size = shape
+    if found == shape:
+        return []
+    if found == (*size, channels):
+        return ["image.transpose(2, 0, 1)"]
+    if found == tuple(size) and channels == 1:
+        return ["image[None], or a list of images where several are taken"]
+    if found[1:] == shape:
+        return ["one image of the batch, such as image[0]"]
+    return [f"one of {size_text(shape)}: nothing is resized or repeated here"]

@@ -195,4 +195,4 @@ def test_a_command_without_a_stderr_keeps_its_table_clean(tmp_path: Path) -> Non
     shell = ["sh", "-c", 'exec "$@" 2>&-', "sh", *command]
     done = subprocess.run(shell, stdout=subprocess.PIPE, text=True, env=environment(), timeout=120)
     assert done.returncode == 0
-    assert [line.count("\t") for line in done.stdout.splitlines()] == [6, 6, 6]
+    assert [line.count("\t") for line in done.stdout.splitlines()] == [7, 7, 7]

@@ -87,7 +87,7 @@ def test_an_image_without_a_label_is_predicted_neither_right_nor_wrong(tmp_path:
     np.savez(tmp_path / "grey.npz", x=grey)
     for n, alpha in ((2, 0.001), (6, 0.49)):  # all abstained, and most answered
         for row in predicted("--images", tmp_path / "grey.npz", "--n", n, "--alpha", alpha):
-            assert row[1] == "-1"
+            assert row[1] == "-"
             assert row[3] == "-"
 
 
