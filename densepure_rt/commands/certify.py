@@ -14,7 +14,9 @@ import typer
 from rich.table import Table
 
 from densepure_rt import signals
+from densepure_rt.commands.config import write_config
 from densepure_rt.commands.console import print_attacks, ranged, rows, stderr, stdout, track
+from densepure_rt.commands.from_run import to_keep
 from densepure_rt.commands.groups import with_options
 from densepure_rt.commands.image_options import ImageOptions
 from densepure_rt.commands.options import (
@@ -108,6 +110,9 @@ def certify(
     seconds = Budget(seconds_of(budget, "--budget"), seconds_of(run_budget, "--run-budget"))
     settings = asked.settings()
     output.check()
+    kept = to_keep(asked, settings)
+    if output.save_config is not None:
+        write_config(output.save_config, kept)
     part = None if shard is None else Shard.parsed(shard)
     if part is not None:
         refuse_half_a_shard(part, output, falsify)
@@ -117,7 +122,7 @@ def certify(
     with elsewhere.open(engines, secret) as smoothed:
         folder = output.out or Path("runs") / datetime.datetime.now().strftime("certify-%Y%m%d-%H%M%S")
         images = source.open(smoothed)
-        request = RunRequest(images, settings, folder, noise.seed, seconds, part, falsify, asked.to_keep(settings))
+        request = RunRequest(images, settings, folder, noise.seed, seconds, part, falsify, kept)
         expected = forecast(smoothed, settings, len(request.mine), request.images.labelled)
         if not messages.quiet:
             print_forecast(smoothed, request.images, settings, expected, part)

@@ -18,7 +18,7 @@ from densepure_rt.text import printable
 
 Value = str | int | float | bool
 Command = Any  # Click's, which Typer has a copy of in some versions
-CLICK_ERROR: type[Exception] = typer.BadParameter.__mro__[1]  # Click's UsageError: of any option
+CLICK_ERROR: Any = typer.BadParameter.__mro__[1]  # Click's UsageError: of any option
 
 
 class Elsewhere(NamedTuple):
@@ -107,7 +107,7 @@ def fill(given: dict[str, Any], typed: frozenset[str], found: Elsewhere, command
     try:
         context = command.make_context("", arguments)
     except CLICK_ERROR as error:
-        raise UsageError(f"{found.where} does not fit: {printable(str(error))}") from None
+        raise UsageError(f"{found.where} does not fit: {printable(error.format_message())}") from None
     filled = {known[name] for name in found.options} - typed
     given |= {name: context.params[name] for name in filled}
     return frozenset(filled) if found.as_typed else frozenset()

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from densepure_rt import logs
-from densepure_rt.commands.console import command, in_options, stderr
-from densepure_rt.commands.from_run import FILES, OF_A_CALL, options_of, say, there
-from densepure_rt.commands.groups import Elsewhere, TypedOptions, Value, named
+from densepure_rt.commands.config import read_config
+from densepure_rt.commands.console import in_options, stderr
+from densepure_rt.commands.from_run import PRESET, taken
+from densepure_rt.commands.groups import Elsewhere, TypedOptions
 from densepure_rt.commands.values import folder_of, none_as, radii_of
 from densepure_rt.errors import UsageError
 from densepure_rt.optional import optional
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 # The panels of --help.
 IMAGES, SAMPLING, CERTIFICATES, ENGINES = "Images", "Noise and votes", "Certificates", "Engines"
 SECRET, CLUSTER, RESULTS, MESSAGES = "Secret", "Cluster", "Results", "Messages"
-PRESET = ("steps", "votes", "method", "n0", "n")  # what --preset says
 
 ProviderName = Annotated[
     str,
@@ -262,17 +262,6 @@ class RunOptions(CertificateOptions):
             raise UsageError(f"--n0 is of --method fixed alone, and {self.method} was asked for: leave it out")
         return noted(dataclasses.replace(found, n0=self.n0))
 
-    def to_keep(self, settings: Settings) -> dict[str, Value]:
-        """Return the options that a run is made again by, those of a preset by what it stands for in the settings."""
-        from densepure_rt.smoothing.settings import RULES
-
-        given = {name: value for name, value in self.given.items() if name not in OF_A_CALL}
-        if given.pop("preset", None) is not None:
-            given |= {name: getattr(settings, name) for name in PRESET}
-        if RULES[settings.method].anytime:
-            given.pop("n0", None)
-        return given
-
 
 @dataclass(frozen=True)
 class SecretOptions(TypedOptions):
@@ -402,6 +391,17 @@ class OutputOptions(TypedOptions):
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the result as JSON on stdout.", rich_help_panel=RESULTS)
     ] = False
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help='TOML file of options, such as sigma = 0.25 or run-budget = "2h"; what is typed counts before it.',
+            rich_help_panel=RESULTS,
+        ),
+    ] = None
+    save_config: Annotated[
+        Path | None,
+        typer.Option(help="Write the options of this run to a file for --config.", rich_help_panel=RESULTS),
+    ] = None
 
     def check(self) -> None:
         """Raise UsageError for a run that goes on nowhere."""
@@ -409,22 +409,12 @@ class OutputOptions(TypedOptions):
             raise UsageError("--resume goes on with a run: name its folder with --out")
 
     def elsewhere(self) -> Iterator[Elsewhere]:
-        """Take the options of a run that goes on, or is attacked once it is there, from its manifest, and say so."""
-        from densepure_rt.runs.layout import MANIFEST
-
-        if self.out is None or not (self.resume or "falsify" in self.typed) or not (self.out / MANIFEST).exists():
-            return
-        known = named(command("certify"))
-        options = {
-            name: value
-            for name, value in options_of(self.out).items()
-            if name not in known or known[name] not in self.typed
-        }
-        say(self.out, options)
-        for name in FILES:
-            if name in options:
-                there(self.out, name, options[name])
-        yield Elsewhere(f"the run in {self.out}", options, as_typed=False)
+        """Take options from --config, and those of a run that goes on, or is attacked, from its manifest."""
+        configured = {} if self.config is None else read_config(self.config)
+        if self.config is not None:
+            yield Elsewhere(str(self.config), configured, as_typed=True)
+        if self.out is not None and (self.resume or "falsify" in self.typed):
+            yield from taken(self.out, self.typed, frozenset(configured))
 
 
 def noted(settings: Settings) -> Settings:
