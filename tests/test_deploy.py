@@ -1,4 +1,4 @@
-"""docs/deploy.md: what a data set costs follows from its inputs, and those are what docs/performance.md says."""
+"""docs/deploy.md: capacity follows from what docs/performance.md states. docs/guides/serving.md: the systemd unit."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = (ROOT / "docs/deploy.md").read_text(encoding="utf-8")
+SERVING = (ROOT / "docs/guides/serving.md").read_text(encoding="utf-8")
 PERFORMANCE = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
 GFLOP = {"CIFAR-10": 16.8, "ImageNet": 2240.0}  # a UNet call
 TFLOPS = {"H100 SXM": 989.0, "A100": 312.0}  # dense, in 16 bit
@@ -96,7 +97,7 @@ def test_samples_and_calls_are_those_of_the_performance_page() -> None:
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
 def test_the_unit_is_one_that_systemd_takes(tmp_path: Path) -> None:
-    found = re.search(r"^```ini\n(\[Unit\].*?)^```", DEPLOY, re.DOTALL | re.MULTILINE)
+    found = re.search(r"^```ini\n(\[Unit\].*?)^```", SERVING, re.DOTALL | re.MULTILINE)
     assert found is not None
     program = re.search(r"^ExecStart=(\S+)", found[1], re.MULTILINE)
     assert program is not None
