@@ -42,8 +42,10 @@ mathjax_path = "tex-svg.js"
 smartquotes = False  # "--option" keeps its two dashes
 html_theme = "furo"
 html_title = f"densepure-rt {release}"
-html_static_path = [str(mathjax())]
+html_static_path = ["_static", str(mathjax())]
+html_css_files = ["tables.css"]
 html_copy_source = False
+html_show_copyright = False
 html_show_sphinx = False
 
 write_page(HERE / "_generated" / "command-line.md")
