@@ -18,7 +18,7 @@ PERFORMANCE = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
 GFLOP = {"CIFAR-10": 16.8, "ImageNet": 2240.0}  # a UNet call
 TFLOPS = {"H100 SXM": 989.0, "A100": 312.0}  # dense, in 16 bit
 SHARE_OF_PEAK = 0.4
-COLUMNS = ["data set, images", "GPU", "UNet calls a second (prediction)", "procedure", "UNet calls a certificate"]
+COLUMNS = ["data set, images", "GPU", "UNet calls per second (prediction)", "procedure", "UNet calls per certificate"]
 COLUMNS += ["GPU-hours", "GPUs for a day"]
 
 
@@ -84,7 +84,7 @@ def test_the_roofline_is_that_of_the_performance_page() -> None:
 
 def test_samples_and_calls_are_those_of_the_performance_page() -> None:
     assert {calls(row)[0] for row in ROWS} == {254, 100_100}
-    assert "with 254 samples in the mean" in PERFORMANCE
+    assert "with 254 samples on average" in PERFORMANCE
     assert "| published, priced     100,100  40,040,000".lstrip("| ") in PERFORMANCE
     assert 100_100 * 400 == 40_040_000
     for procedure, nothing_shared, agreeing in (("K = 5, b = 2", 10, 4), ("K = 40, b = 10", 400, 181)):

@@ -97,6 +97,12 @@ def test_every_command_in_a_page_parses(page: Path) -> None:
         known[name].make_context(name, arguments)  # raises on an option or a value that does not exist
 
 
+def test_pictures_are_small() -> None:
+    pictures = [path for path in (ROOT / "docs").rglob("*.png") if "_generated" not in path.parts]
+    assert pictures
+    assert max(path.stat().st_size for path in pictures) < 200 * 1024
+
+
 def test_pages_have_commands() -> None:
     assert sum(1 for page in PAGES for _ in commands_of(page)) > 60
 
