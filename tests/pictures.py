@@ -1,13 +1,18 @@
-"""Draw docs/pictures/certificate.png from a real certificate of a shipped image (`make pictures`)."""
+"""Make the pictures of README and docs (`make pictures`): one drawn from a real certificate, and two of real pages.
+
+The pages are photographed in Chromium; where there is none, their pictures stay as they are.
+"""
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
+from PIL import Image
 
 from densepure_rt.images.datasets import LabelledImage, open_images
 from densepure_rt.images.formats import Pixels
@@ -16,9 +21,12 @@ from densepure_rt.rounding import exact, floored
 from densepure_rt.smoothing.classifier import Certified, SmoothedClassifier, load
 from densepure_rt.smoothing.replay import Replayed, replay
 from densepure_rt.smoothing.settings import Settings
+from tests.support.browser import CHROMIUM, Tab, browser
+from tests.support.cli import in_a_process
+from tests.support.server import serving
 
 ROOT = Path(__file__).resolve().parent.parent
-FILE = ROOT / "docs" / "pictures" / "certificate.png"
+FOLDER = ROOT / "docs" / "pictures"
 IMAGE, SEED, SAMPLE = 200, 1, 2  # of the shipped images; of the run; of the samples that were counted
 SETTINGS = Settings(sigma=0.5)
 INK, QUIET, ACCENT = "#1f2933", "#52606d", "#1f6f5c"
@@ -80,14 +88,62 @@ def draw(image: LabelledImage, found: Certified, drawn: Replayed, names: tuple[s
     return figure
 
 
-def main() -> None:
+def certificate_picture() -> None:
+    """Draw what becomes of one image."""
     mpl.use("agg")
     with load(secret=seeded_secret(SEED)) as classifier:
         found, drawn = certified(classifier)
         names = classifier.class_names
-    FILE.parent.mkdir(parents=True, exist_ok=True)
-    draw(found.image, found, drawn, names).savefig(FILE, dpi=150, metadata={"Software": None})
-    print(f"wrote {FILE.relative_to(ROOT)}, {FILE.stat().st_size:,} bytes")
+    file = FOLDER / "certificate.png"
+    draw(found.image, found, drawn, names).savefig(file, dpi=150, metadata={"Software": None})
+    tell(file)
+
+
+def photograph(tab: Tab, file: Path, height: int) -> None:
+    """Save the upper part of the page, in few colours, which keeps the file small."""
+    tab.screenshot(file)
+    with Image.open(file) as page:
+        upper = page.convert("RGB").crop((0, 0, page.width, min(height, page.height)))
+    upper.quantize(128).save(file, optimize=True)
+    tell(file)
+
+
+def report_picture(tab: Tab, folder: Path) -> None:
+    """Photograph the report of ten images with a gallery."""
+    options = ("--sigma", 0.25, "--radii", "0,0.1,0.2,0.3", "--max", 10, "--seed", SEED)
+    for command in (("certify", *options, "--out", "run"), ("report", "run", "--gallery", 3)):
+        done = in_a_process(*command, cwd=folder)
+        assert done.returncode == 0, done.stderr
+    tab.open((folder / "report.html").as_uri())
+    tab.wait_for("document.readyState == 'complete' && document.body.innerText")
+    photograph(tab, FOLDER / "report.png", 970)
+
+
+def demo_picture(tab: Tab) -> None:
+    """Photograph the demo page after it has certified its first example."""
+    with serving("--sigma", SETTINGS.sigma, "--seed", SEED, "--method", "radius", "--n", 1000) as server:
+        tab.open(f"http://{server.host}:{server.port}/demo/")
+        tab.wait_for("document.querySelectorAll('#examples button').length")
+        tab.value("by('deadline').value = 120")
+        tab.value("document.querySelector('#examples button').click()")
+        tab.wait_for("by('meaning').textContent && document.querySelectorAll('#samples > li').length == SAMPLES")
+        photograph(tab, FOLDER / "demo.png", 1400)
+
+
+def tell(file: Path) -> None:
+    print(f"wrote {file.relative_to(ROOT)}, {file.stat().st_size:,} bytes")
+
+
+def main() -> None:
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    certificate_picture()
+    if CHROMIUM is None:
+        print("no chromium: the pictures of the report and the demo page stay as they are")
+        return
+    with tempfile.TemporaryDirectory() as name, browser(Path(name, "profile")) as tab:
+        tab.looks(1100, 900)
+        report_picture(tab, Path(name))
+        demo_picture(tab)
 
 
 if __name__ == "__main__":
