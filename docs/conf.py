@@ -11,6 +11,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 from command_line import write_page  # noqa: E402
+from notebook_pages import write_pages  # noqa: E402
 
 
 def mathjax() -> Path:
@@ -49,3 +50,4 @@ html_show_copyright = False
 html_show_sphinx = False
 
 write_page(HERE / "_generated" / "command-line.md")
+write_pages(HERE / "notebooks", HERE / "_generated")
