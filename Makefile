@@ -133,7 +133,7 @@ engines: $(DEV) ## export the default model's weights to engines/
 	$(ENV)/bin/densepure-rt export --out engines --force
 
 clean: ## remove build outputs and caches; runs/ stays
-	rm -rf build dist *.egg-info .mypy_cache .import_linter_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf build dist docs/_generated *.egg-info .mypy_cache .import_linter_cache .ruff_cache .pytest_cache .hypothesis
 	find densepure_rt export runtime tests -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## clean, and remove the virtual environments
