@@ -51,6 +51,7 @@ SOURCES = sorted(
     if not (top == "densepure_rt" and path.relative_to(ROOT).parts[1] in ("export", "runtime"))  # links
 )
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+NOISE = (ROOT / "docs" / "concepts" / "noise-and-secrets.md").read_text(encoding="utf-8")
 
 # What is rounded to the nearest where it is printed. None of it claims anything: times, speeds, counts, sizes, places
 # on a page, sigma, what a network was declared with. A claim goes through `densepure_rt.rounding` instead.
@@ -368,11 +369,11 @@ def test_the_server_claims_no_more_than_was_found() -> None:
     assert 0 <= 1 - Fraction(BOUND) - Fraction(float(confidence)) < Fraction(1, 10**15)
 
 
-# Figures of the README that follow from others
+# Figures of README and docs that follow from others
 
 
-def test_the_charge_in_the_readme_is_that_of_the_defaults_rounded_up() -> None:
-    (said,) = re.findall(r"([\d.]+e-\d+) at the defaults", README)
+def test_the_charge_in_the_docs_is_that_of_the_defaults_rounded_up() -> None:
+    (said,) = re.findall(r"([\d.]+e-\d+) at the defaults", NOISE)
     charge = Settings().rule(28 * 28, True).charge
     assert charge <= float(said) <= 1.1 * charge
 
