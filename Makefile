@@ -1,26 +1,25 @@
 # `make demo` and `make test` are all that a fresh machine with Python and make needs.
 # PYTHON=python3.12 picks the interpreter; PIP_FLAGS and PYTEST_ARGS are passed on; JOBS test files run at a time.
-# SECONDS is how long fuzz and soak take. CUDA=12 is for drivers of CUDA 12: it has pins and a development environment of its own.
+# SECONDS is how long fuzz and soak take.
 
 PYTHON ?= python3
 PIP_FLAGS ?=
 PYTEST_ARGS ?=
 JOBS ?= 2
-CUDA ?= 13
 UV ?= uv==0.13.9
 SECONDS ?= 600
 SBOM ?= cyclonedx-bom==7.5.0
 INSTALL_CHECKS ?=
+PACK ?= --part-size 1000
 DEMO ?= --max 10 --sigma 0.25 --seed 1 --out runs/demo
 FAST ?= runs/fast/unet.int8-cpu.onnx
 
 PIP_INSTALL = -m pip install --disable-pip-version-check $(PIP_FLAGS)
 PIP_FETCH = -m pip --disable-pip-version-check
 USE := .venv/.installed
-ENV := .venv-dev$(if $(filter 12,$(CUDA)),-cuda12)
-PINS := constraints$(if $(filter 12,$(CUDA)),-cuda12).txt
+ENV := .venv-dev
+PINS := constraints.txt
 DEV := $(ENV)/.installed
-GPU := $(ENV)/.installed-tensorrt
 TOOLS := .venv-tools/.installed
 EDGE := .venv-edge/.installed
 # Files in their order: those that take longest are not those with most tests, and come early.
@@ -29,7 +28,7 @@ DEV_EXTRAS := cpu,export,report,cluster,serve,dev
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo accuracy table paired load soak test test-fast test-slow fuzz test-gpu lint test-pythons demo-pythons \
+.PHONY: help demo accuracy table paired load soak test test-fast test-slow fuzz test-gpu pack-gpu lint test-pythons demo-pythons \
   lock check-install sbom licences zoo engines schemas clean distclean python
 
 help: ## list the targets
@@ -85,8 +84,11 @@ test-slow: $(DEV) ## the tests that take minutes each
 fuzz: $(DEV) ## damaged and invented input for every reader of foreign files, for SECONDS; inputs of faults in runs/fuzz
 	$(ENV)/bin/python -m tests.fuzz --seconds $(SECONDS) --jobs $(JOBS)
 
-test-gpu: $(DEV) $(GPU) ## the checks that need an NVIDIA GPU; writes runs/gpu-report.txt
-	$(ENV)/bin/python -m pytest -m gpu -rs $(PYTEST_ARGS) tests
+test-gpu: | python ## the checks that need an NVIDIA GPU, in .venv-gpu, which fits the driver; writes runs/gpu-report.txt
+	$(PYTHON) -m tests.gpu_box run --pip-flags "$(PIP_FLAGS)" --pytest-args "$(PYTEST_ARGS)" $(GPU_BOX)
+
+pack-gpu: $(TOOLS) ## the same for a machine without network, in parts: PACK="--part-size MIB --cuda 12 --python 3.12"
+	.venv-tools/bin/python -m tests.gpu_box pack --uv .venv-tools/bin/uv $(PACK)
 
 lint: $(DEV) ## formatting, lint, types, and which room may import from which
 	$(ENV)/bin/ruff format --check .
@@ -121,8 +123,9 @@ zoo: $(DEV) ## train the default model into runs/zoo, or go on where it stopped 
 schemas: $(DEV) ## write the JSON Schemas of a run's files to docs/schemas/
 	$(ENV)/bin/python -m densepure_rt.runs.records
 
-engines: $(DEV) ## export the default model's weights to engines/
+engines: $(DEV) ## export the default model's weights to engines/, and write them there in fp16
 	$(ENV)/bin/densepure-rt export --out engines --force
+	$(ENV)/bin/densepure-rt export --precision fp16 --engine engines/unet.onnx --out engines --force
 
 clean: ## remove build outputs and caches; runs/ stays
 	rm -rf build dist *.egg-info .mypy_cache .import_linter_cache .ruff_cache .pytest_cache .hypothesis
@@ -154,11 +157,9 @@ $(DEV): pyproject.toml $(PINS) Makefile | python
 	-for version in 10.3.0 10.16.1.11 11.4.0.106; do $(ENV)/bin/python $(PIP_FETCH) download --no-deps \
 	  --only-binary=:all: --python-version 3.11 --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 \
 	  --dest $(ENV)/tensorrt-bindings tensorrt-cu12-bindings==$$version || exit; done
-	@touch $@
-
-# What cannot be had here makes the tests of TensorRT skip.
-$(GPU): $(DEV)
-	-$(ENV)/bin/python $(PIP_INSTALL) -c $(PINS) -e ".[$(DEV_EXTRAS),tensorrt$(if $(filter 12,$(CUDA)),-cuda12)]"
+	@# The real lean runtime of two versions: each in a folder of its own, which no process imports beside another.
+	-for version in 10.16.1.11 11.4.0.106; do $(ENV)/bin/python $(PIP_FETCH) install --upgrade \
+	  --target $(ENV)/tensorrt-lean/$$version tensorrt-lean-cu12==$$version || exit; done
 	@touch $@
 
 # As a box at the edge: nothing but files whose hashes are known, then the package itself.

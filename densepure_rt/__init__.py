@@ -3,8 +3,12 @@
 import densepure_rt
 
 with densepure_rt.load() as classifier:  # the engines that ship; or load("engines/unet.onnx")
-    certificate = classifier.certify(image, sigma=0.5)  # uint8 [C, H, W]
+    certificate = classifier.certify(image, sigma=0.5)  # uint8 [C, H, W], a Pillow image or a path
     labels = classifier.predict(images)
+    found = classifier.certify_batch(images, labels)  # certify_iter yields each as it is decided
+
+densepure_rt.to_dataframe(found)  # or of a run's folder
+densepure_rt.plot_certified_accuracy(found)
 """
 
 from __future__ import annotations
@@ -22,9 +26,14 @@ if TYPE_CHECKING:
     from densepure_rt.errors import DensePureError as DensePureError
     from densepure_rt.errors import EnvironmentFault as EnvironmentFault
     from densepure_rt.errors import UsageError as UsageError
+    from densepure_rt.images.datasets import ImageSet as ImageSet
+    from densepure_rt.images.datasets import LabelledImage as LabelledImage
+    from densepure_rt.images.datasets import open_images as open_images
+    from densepure_rt.report.notebook import plot_certified_accuracy as plot_certified_accuracy
+    from densepure_rt.report.notebook import to_dataframe as to_dataframe
+    from densepure_rt.smoothing.answers import Certified as Certified
+    from densepure_rt.smoothing.answers import Predicted as Predicted
     from densepure_rt.smoothing.certificate import Certificate as Certificate
-    from densepure_rt.smoothing.classifier import Certified as Certified
-    from densepure_rt.smoothing.classifier import Predicted as Predicted
     from densepure_rt.smoothing.classifier import SmoothedClassifier as SmoothedClassifier
     from densepure_rt.smoothing.classifier import load as load
     from densepure_rt.smoothing.settings import Budget as Budget
@@ -37,26 +46,36 @@ __all__ = [
     "CheckFailed",
     "DensePureError",
     "EnvironmentFault",
+    "ImageSet",
+    "LabelledImage",
     "Predicted",
     "Settings",
     "SmoothedClassifier",
     "UsageError",
     "__version__",
     "load",
+    "open_images",
+    "plot_certified_accuracy",
+    "to_dataframe",
 ]
 
 _HOMES = {
     "Budget": "smoothing.settings",
     "Certificate": "smoothing.certificate",
-    "Certified": "smoothing.classifier",
+    "Certified": "smoothing.answers",
     "CheckFailed": "errors",
     "DensePureError": "errors",
     "EnvironmentFault": "errors",
-    "Predicted": "smoothing.classifier",
+    "ImageSet": "images.datasets",
+    "LabelledImage": "images.datasets",
+    "Predicted": "smoothing.answers",
     "Settings": "smoothing.settings",
     "SmoothedClassifier": "smoothing.classifier",
     "UsageError": "errors",
     "load": "smoothing.classifier",
+    "open_images": "images.datasets",
+    "plot_certified_accuracy": "report.notebook",
+    "to_dataframe": "report.notebook",
 }
 
 
@@ -67,3 +86,8 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """List what is imported on first use too, for `help` and completion."""
+    return sorted({*globals(), *__all__})

@@ -75,6 +75,14 @@ def canonical(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
+UNUSED = ("prepared", "unreadable")  # fields that files have only where they say something: those of before have none
+
+
+def without_unused(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a dataclass's fields a dict, for `asdict`."""
+    return {name: value for name, value in fields if value is not None or name not in UNUSED}
+
+
 def line(value: Any) -> str:
     """A record as a line of JSON, its fields in their order."""
     return json.dumps(asdict(value), ensure_ascii=False) + "\n"
@@ -82,7 +90,7 @@ def line(value: Any) -> str:
 
 def page(value: Any) -> str:
     """A manifest or a summary as a file."""
-    return json.dumps(asdict(value), indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(asdict(value, dict_factory=without_unused), indent=2, ensure_ascii=False) + "\n"
 
 
 def read_lines(path: Path, kind: type[T]) -> list[T]:

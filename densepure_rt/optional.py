@@ -45,6 +45,8 @@ def explained(error: Exception, what: str, packages: str, cure: str) -> str:
         )
     if (cause := torchvision_at_fault(error)) is not None:
         return f"{what}: {torchvision_cure(cause)}"
+    if isinstance(first, ModuleNotFoundError) and first.name and "." not in first.name:
+        return f"{what} needs {packages}, and {first.name} is not installed: {cure}"
     if isinstance(first, ImportError):
         return f"{what} needs {packages} ({import_cause(error)}): {cure}"
     return (

@@ -29,12 +29,13 @@ from densepure_rt import files
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.json_files import adapter, strict
 from densepure_rt.runtime import gpu
-from densepure_rt.runtime.schedule import Schedule, TimestepRule, Variance
+from densepure_rt.runtime.schedule import Chain, Schedule, TimestepRule, Variance, make_chain
 from densepure_rt.runtime.transport import transfer_fault
-from densepure_rt.text import all_printable
+from densepure_rt.text import all_printable, printable
 
 SCHEMA_VERSION = 1
 PIXEL_RANGE = (-1.0, 1.0)  # what the runtime feeds
+ON_GPU = "fp16"  # the precision of the model that ships where a GPU runs it, unless an engine is named
 MAX_STEPS = 1_000_000  # of a schedule; published ones have 1000 or 4000
 Kind = Literal["step", "classify"]
 # What a network gives: the noise (Ho et al. 2020), v (Salimans & Ho 2022) or the clean image; the clean image, but from
@@ -42,6 +43,7 @@ Kind = Literal["step", "classify"]
 Prediction = Literal["epsilon", "v", "x0", "denoiser", "none"]
 Flavour = Literal["tensorrt", "tensorrt-rtx"]
 ONNX_SUFFIX = ".onnx"
+STEP_ENGINE = "unet.onnx"  # of a bundle in float32
 PLAN_SUFFIXES: dict[Flavour, str] = {"tensorrt-rtx": ".rtx.plan", "tensorrt": ".plan"}  # the longer first
 DATA_KEY = "densepure_rt.data"  # under which a graph's own metadata says which weights it reads: `data_mark`
 # How a plan begins: a tag, the version of the format, the plan's size and, a byte each, the library's version. Source:
@@ -54,6 +56,7 @@ UNKNOWN = "unknown"  # the version of a plan that has no sidecar
 # Fields of a sidecar that may be absent.
 OPTIONAL = ("plan", "data", "accuracy", "preprocessing", "attention", "denoising")
 Positive = Annotated[int, Field(ge=1)]
+Capability = Annotated[str, Field(pattern=r"^[0-9]{1,3}\.[0-9]{1,3}$")]  # such as "8.6"
 MAY_BE_ABSENT = Field(default=None)  # from a file that is read
 T = TypeVar("T")
 
@@ -86,7 +89,7 @@ class Plan:
     flavour: Flavour
     version: str
     batches: Annotated[tuple[Positive, ...], Field(min_length=1)]  # of one that is read
-    compute_capabilities: tuple[str, ...]
+    compute_capabilities: tuple[Capability, ...]
     gpu: Annotated[str | None, MAY_BE_ABSENT]
     onnx: FileRef
     types: Mapping[str, int]
@@ -100,15 +103,15 @@ class Plan:
     def dla_core(self) -> int | None:
         """Tell which DLA core of a Jetson runs the layers that it can, None where the GPU runs all."""
         core = self.recipe.get("use_dla_core", "")
-        return int(core) if core.isdecimal() else None
+        return int(core) if re.fullmatch(r"[0-9]{1,2}", core) else None
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How far an ONNX file was from float32 PyTorch when it was exported.
+    """How far an ONNX file was from its float32 source when it was made: from PyTorch, or from a float32 bundle.
 
     by: what evaluated it. relative_l2: the worst of so many comparisons of its outputs. labels: how many labels of its
-    bundle were compared, on equal noise, and labels_differ: how many were not PyTorch's; both 0 where none were.
+    bundle were compared, on equal noise, and labels_differ: how many were not the source's; both 0 where none were.
     """
 
     by: str
@@ -187,6 +190,10 @@ class StepSidecar(Sidecar):
     timestep_rule: TimestepRule = field(default="nearest", kw_only=True)
     attention: str | None = field(default=None, kw_only=True)
     denoising: Denoising | None = field(default=None, kw_only=True)
+
+    def chain(self, sigma: float, steps: int, rule: TimestepRule | None = None) -> Chain:
+        """Make the chain of so many steps from smoothing noise `sigma`. rule: None for the network's own."""
+        return make_chain(self.schedule, self.variance, sigma, steps, rule or self.timestep_rule)
 
 
 @dataclass(frozen=True)
@@ -365,7 +372,7 @@ def _noises(schedule: Schedule) -> bool:
 def build_command(engine: Path, flavour: Flavour, sidecar: Sidecar | None, options: Iterable[str] = ()) -> str:
     """The command that builds the plan of this bundle on this machine."""
     words = ["densepure-rt export --target", flavour, "--out", str(engine.parent)]
-    if sidecar is not None and sidecar.precision != "fp32":
+    if sidecar is not None:
         words += ["--precision", sidecar.precision]
     words += options
     if flavour == "tensorrt-rtx":
@@ -418,7 +425,7 @@ def verified_bytes(path: Path, expected_sha256: str) -> bytes:
         if fault := transfer_fault(path):
             raise CheckFailed(f"{path} is no engine: {fault}")
         raise CheckFailed(
-            f"{path} has SHA-256 {found[:16]}..., its sidecar or `engine_sha256` says {expected_sha256[:16]}...: "
+            f"{path} has SHA-256 {found[:16]}..., its sidecar says {expected_sha256[:16]}...: "
             f"the file is damaged or is another engine; copy it again, or export the bundle again"
         )
     return content
@@ -447,13 +454,25 @@ def verified_engine(path: Path, sidecar: Sidecar) -> bytes:
     return verified_bytes(path, sidecar.file.sha256)
 
 
+def read_class_names(path: Path, count: int) -> tuple[str, ...]:
+    """Return the names of so many classes, one a line of a file. Raises UsageError for another number of them."""
+    try:
+        lines = files.text(path, "table").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the class names in {path} ({error})") from error
+    names = tuple(printable(line.strip()) for line in lines if line.strip())
+    if len(names) != count:
+        raise UsageError(f"{path} names {len(names)} classes, the classifier has {count}: one name a line, in order")
+    return names
+
+
 def open_bundle(
     engine: Path, classifier: Path | None = None, engine_sha256: str | None = None, trust: bool = False
 ) -> Bundle:
     """The sidecars of a step engine and of its classifier (else `classifier`), found to fit together.
 
-    trust: take plans without sidecars for what their names say. Raises UsageError or CheckFailed; the engines
-    themselves are not read yet, unless to be trusted.
+    engine: its file, or the folder of its bundle; see `engine_file`. trust: take plans without sidecars for what their
+    names say. Raises UsageError or CheckFailed; the engines themselves are not read yet, unless to be trusted.
     """
 
     def sidecar_of(path: Path) -> StepSidecar | ClassifierSidecar:
@@ -461,6 +480,7 @@ def open_bundle(
             return trusted_sidecar(path)
         return read_sidecar(path)
 
+    engine = engine_file(engine)
     if not os.path.isfile(engine):  # unlike Path.exists, it takes any name for an answer
         raise UsageError(missing_engine(engine))
     unet = sidecar_of(engine)
@@ -509,6 +529,27 @@ def flavour_of(sidecar: Sidecar) -> str:
     return sidecar.plan.flavour if sidecar.plan else "onnxruntime"
 
 
+def engine_file(path: Path) -> Path:
+    """Return the step engine that a path means: of the folder of a bundle unet.onnx, or the only one; else the path.
+
+    Raises UsageError for a folder that holds none, or several and no unet.onnx.
+    """
+    if not os.path.isdir(path):
+        return path
+    suffixes = (ONNX_SUFFIX, *PLAN_SUFFIXES.values())
+    try:
+        found = sorted(name for name in os.listdir(path) if name.startswith("unet.") and name.endswith(suffixes))
+    except OSError as error:
+        raise UsageError(f"cannot read {path} ({error.strerror}): name the file of a step engine") from error
+    if STEP_ENGINE in found:
+        return path / STEP_ENGINE
+    if len(found) == 1:
+        return path / found[0]
+    if found:
+        raise UsageError(f"{path} holds several step engines, {', '.join(found)}: name the file of one")
+    raise UsageError(f'{path} holds no step engine, such as {STEP_ENGINE}: make a bundle with "densepure-rt export"')
+
+
 def missing_engine(engine: Path) -> str:
     if engine.name.endswith(PLAN_SUFFIXES["tensorrt"]):
         onnx, flavour = onnx_path(engine)
@@ -522,6 +563,21 @@ def missing_engine(engine: Path) -> str:
     return f'no engine at {engine}: make one with "densepure-rt export", or leave `engine` out'
 
 
-def shipped_engine() -> Path:
-    """The step engine that comes with the package."""
-    return Path(str(resources.files("densepure_rt"))) / "engines" / "unet.onnx"
+def shipped_engine(on_gpu: bool = False) -> Path:
+    """The step engine that comes with the package: on a GPU that of ON_GPU, else the float32 one."""
+    name = f"unet.{ON_GPU}.onnx" if on_gpu else "unet.onnx"
+    return Path(str(resources.files("densepure_rt"))) / "engines" / name
+
+
+def shipped_engine_of(sha256: str) -> Path:
+    """The shipped step engine that hashes to this, else the float32 one."""
+    known = (shipped_engine(on_gpu) for on_gpu in (False, True))
+    return next((path for path in known if read_sidecar(path).file.sha256 == sha256), shipped_engine())
+
+
+def is_shipped(bundle: Bundle) -> bool:
+    """Say whether a bundle is of the model that ships, in whichever precision."""
+    shipped = open_bundle(shipped_engine())
+    return [side.weights_sha256 for side in (bundle.unet, bundle.classifier)] == [
+        side.weights_sha256 for side in (shipped.unet, shipped.classifier)
+    ]

@@ -57,8 +57,9 @@ def fill_control(content: NDArray[np.uint8], size: int, batch: Batch, images: Ma
 
 def table_rows(handles: NDArray[np.int64], images: Mapping[int, Listed]) -> NDArray[np.int64]:
     """The rows of images in the kernels' table, by their handles."""
-    known = np.fromiter((*images, LAST_HANDLE), np.int64)
+    known = np.array([*images, LAST_HANDLE])
     places = known.searchsorted(handles)
     for unknown in handles[known[places] != handles].tolist():
         raise KeyError(unknown)
-    return np.fromiter((image.index for image in images.values()), np.int64)[places]
+    rows: NDArray[np.int64] = np.array([image.index for image in images.values()])[places]
+    return rows

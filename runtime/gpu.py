@@ -32,6 +32,11 @@ class Gpu:
     memory: int = 0
 
     @property
+    def cuda_major(self) -> int:
+        """Return the major version of the newest CUDA that the driver runs."""
+        return int(self.driver.partition(".")[0])
+
+    @property
     def facts(self) -> dict[str, str]:
         """Return what a record says of the GPU, by name."""
         return {

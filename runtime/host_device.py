@@ -1,4 +1,4 @@
-"""The device whose slots and noise are numpy's: what runs the two networks is given to it."""
+"""The device whose slots are numpy's: what runs the two networks is given to it, and what draws its noise may be."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,53 @@ class OpenImage:
     scale: float
 
 
+class Drawn(NamedTuple):
+    """What tells draws of the same images apart, int64 [n] each."""
+
+    sample: NDArray[np.int64]
+    vote: NDArray[np.int64]
+    step: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, sample: int, vote: int, step: int) -> Drawn:
+        """A single draw."""
+        return cls(*(np.array([each], np.int64) for each in (sample, vote, step)))
+
+
+class Noise(Protocol):
+    """Draws the noise of up to a batch of items, of an image each: the same bits, whatever draws them."""
+
+    def smooth(self, images: Sequence[OpenImage], drawn: Drawn) -> Floats:
+        """First states of noise copies, [n, C, H, W]; vote and step are nothing to them."""
+
+    def votes(self, images: Sequence[OpenImage], drawn: Drawn) -> Floats:
+        """Unit normals, [n, C, H, W]. Steps are from 1 on."""
+
+    def close(self) -> None:
+        """Free everything. Safe to call twice."""
+
+
+class NumpyNoise:
+    """See `Noise`."""
+
+    def smooth(self, images: Sequence[OpenImage], drawn: Drawn) -> Floats:
+        found = np.empty((len(images), *images[0].pixels.shape), np.float32)
+        for i, (image, sample) in enumerate(zip(images, drawn.sample.tolist(), strict=True)):
+            levels = image.pixels + smoothing_noise(image.law, image.key, sample, image.pixels.shape)
+            found[i] = first_state(levels, image.scale)
+        return found
+
+    def votes(self, images: Sequence[OpenImage], drawn: Drawn) -> Floats:
+        found = np.empty((len(images), *images[0].pixels.shape), np.float32)
+        counters = zip(*(column.tolist() for column in drawn), strict=True)
+        for i, (image, (sample, vote, step)) in enumerate(zip(images, counters, strict=True)):
+            found[i] = vote_noise(image.key, sample, vote, step, image.pixels.shape)
+        return found
+
+    def close(self) -> None:
+        pass
+
+
 class Calls:
     """Run the calls of a device's two networks, and end them where they can be: plain functions run to their end."""
 
@@ -40,20 +87,30 @@ class Calls:
         """Let calls run again. Only while none is running."""
 
 
+@dataclass(frozen=True)
+class Networks:
+    """The two networks of a bundle, ready to be called.
+
+    any_batch: whether they take other batches than the device's. calls: what ends a call that runs.
+    """
+
+    step: RunNetwork
+    classify: RunNetwork
+    any_batch: bool = False
+    calls: Calls = field(default_factory=Calls)
+
+
 class HostDevice:
     """See `densepure_rt.runtime.device.Device`.
 
     After a fork the child has the networks but none of the threads: it starts its own with its first batch.
 
     Args:
-        step: The step network of the bundle.
-        classify: The classifier of the bundle.
+        networks: Those of the bundle.
         batch: Items of each call; the last of a loop is padded.
         callers: Threads that call the networks at the same time.
         facts: What `describe` says besides.
-        any_batch: Whether the networks take other batches too.
         survives_fork: Whether a child process may go on with the networks.
-        calls: What ends the networks' calls; None where nothing does.
 
     Raises:
         CheckFailed: A result is not finite, or depends on who shares a batch.
@@ -62,29 +119,26 @@ class HostDevice:
     def __init__(
         self,
         bundle: Bundle,
-        step: RunNetwork,
-        classify: RunNetwork,
+        networks: Networks,
         batch: int,
         callers: int,
         facts: Mapping[str, str | int | bool],
-        any_batch: bool = False,
         survives_fork: bool = True,
-        calls: Calls | None = None,
     ) -> None:
         self.batch, self.in_flight, self.facts, self.survives_fork = batch, callers, facts, survives_fork
         self.image_shape = bundle.unet.image
-        self._step, self._classify = step, classify
+        self.networks = networks
         self._images: dict[int, OpenImage] = {}
+        self.noise: Noise = NumpyNoise()
         self._handles, self._tickets = itertools.count(), itertools.count()
-        self._calls = calls or Calls()
-        self._callers, self._process = Callers(callers, self._calls.stop), os.getpid()
+        self._callers, self._process = Callers(callers, networks.calls.stop), os.getpid()
         self._closed = False
         self._outstanding: dict[Future[Any], int] = {}
         self._left: list[Future[Any]] = []  # calls that were told to end, and may not have ended
         self._mean = self._std = np.empty((0, *self.image_shape), np.float32)
         self._finite = np.empty(0, bool)
         try:
-            self.probed = self._probe(bundle, any_batch)
+            self.probed = self._probe(bundle, networks.any_batch)
         except BaseException:
             self.close()
             raise
@@ -92,6 +146,14 @@ class HostDevice:
     def _probe(self, bundle: Bundle, any_batch: bool) -> Probed:
         """Run both networks on fixed items, and compare the bits with other mates and another batch."""
         return probe(bundle, self.batch, self._first_results, any_batch)
+
+    def draw_by(self, source: Callable[[int, tuple[int, int, int]], Noise]) -> None:
+        """Draw noise by what `source` gives for a batch and an image's shape; what it raises closes the device."""
+        try:
+            self.noise = source(self.batch, self.image_shape)
+        except BaseException:
+            self.close()
+            raise
 
     def open_image(self, pixels: NDArray[np.uint8], key: Key, sigma: float, scale: float) -> int:
         handle = next(self._handles)
@@ -145,6 +207,7 @@ class HostDevice:
         self._closed = True
         self._end_calls()
         self._callers.close()
+        self.noise.close()
         self._outstanding.clear()
         self._images.clear()
 
@@ -154,18 +217,19 @@ class HostDevice:
         if not running or self._process != os.getpid():
             return
         self._left += running
-        self._calls.stop()
+        self.networks.calls.stop()
         self._resume(STOP_SECONDS)
 
     def _resume(self, seconds: float | None) -> None:
         """Let calls run again once those that were told to end have, if that is so within `seconds`."""
         if not wait(self._left, seconds).not_done:
-            self._calls.resume()
+            self.networks.calls.resume()
             self._left.clear()
 
     def _first_results(self, feed: Mapping[str, Floats]) -> Sequence[Floats]:
         """Run both networks as batches are run: in a thread that can be left."""
-        call = self._callers.submit(lambda: [*self._step(feed), *self._classify({"mean": feed["mean"]})])
+        step, classify = self.networks.step, self.networks.classify
+        call = self._callers.submit(lambda: [*step(feed), *classify({"mean": feed["mean"]})])
         self._outstanding[call] = next(self._tickets)
         wait(self._outstanding)
         self._outstanding.clear()
@@ -186,25 +250,21 @@ class HostDevice:
             return
         if not (self.survives_fork and all(future.done() for future in (*self._outstanding, *self._left))):
             raise forked("while its engines were at work" if self.survives_fork else "and its engines are on a GPU")
-        self._callers, self._process = Callers(self.in_flight, self._calls.stop), os.getpid()
+        self._callers, self._process = Callers(self.in_flight, self.networks.calls.stop), os.getpid()
         self._outstanding.clear()
         self._resume(0)
 
     def _run_smooth(self, batch: Batch) -> None:
-        for handle, sample, slot in zip(batch.image, batch.sample, batch.target, strict=True):
-            image = self._images[int(handle)]
-            levels = image.pixels + smoothing_noise(image.law, image.key, int(sample), image.pixels.shape)
-            self._mean[slot] = first_state(levels, image.scale)
-            self._std[slot] = 0
-            self._finite[slot] = True
+        self._mean[batch.target] = self.noise.smooth(*self._drawn(batch, np.arange(len(batch.source))))
+        self._std[batch.target] = 0
+        self._finite[batch.target] = True
 
     def _run_step(self, batch: Batch) -> None:
         n = len(batch.source)
         noise = np.zeros((self.batch, *self.image_shape), np.float32)
-        for i in np.flatnonzero(batch.step):
-            key = self._images[int(batch.image[i])].key
-            noise[i] = vote_noise(key, int(batch.sample[i]), int(batch.vote[i]), int(batch.step[i]), self.image_shape)
-        mean, std, finite = self._step(
+        if len(drawing := np.flatnonzero(batch.step)):
+            noise[drawing] = self.noise.votes(*self._drawn(batch, drawing))
+        mean, std, finite = self.networks.step(
             {
                 "mean": self._padded(self._mean[batch.source]),
                 "std": self._padded(self._std[batch.source]),
@@ -217,9 +277,14 @@ class HostDevice:
         self._std[batch.target] = std[:n]
         self._finite[batch.target] = self._finite[batch.source] & (finite[:n] > 0)
 
+    def _drawn(self, batch: Batch, items: NDArray[np.int64]) -> tuple[list[OpenImage], Drawn]:
+        """The images of these items of a batch, and what tells their draws apart."""
+        images = [self._images[handle] for handle in batch.image[items].tolist()]
+        return images, Drawn(batch.sample[items], batch.vote[items], batch.step[items])
+
     def _run_classify(self, batch: Batch) -> NDArray[np.int64]:
         n = len(batch.source)
-        (logits,) = self._classify({"mean": self._padded(self._mean[batch.source])})
+        (logits,) = self.networks.classify({"mean": self._padded(self._mean[batch.source])})
         finite = self._finite[batch.source] & np.isfinite(logits[:n]).all(axis=1)
         return np.where(finite, logits[:n].argmax(axis=1), NOT_FINITE)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 
+TEGRA = Path("/etc/nv_tegra_release")  # there on every Jetson
 CPUINFO, MAPS, MEMINFO = Path("/proc/cpuinfo"), Path("/proc/self/maps"), Path("/proc/meminfo")
 MEMORY_MAX = Path("/sys/fs/cgroup/memory.max")  # of a container: "max" or bytes, docs.kernel.org/admin-guide/cgroup-v2
 # The flags by which ONNX Runtime chooses its kernels, as Linux names them: "flags" of an x86, "Features" of an Arm.
@@ -97,6 +98,14 @@ def gpu_libraries() -> dict[str, str]:
     """Return the versions of the CUDA runtime, cuDNN and TensorRT that this process has loaded."""
     found = {name: loaded_version(*asked) for name, asked in GPU_LIBRARIES.items()}
     return {name: str(version) for name, version in found.items() if version is not None}
+
+
+def tensorrt_extra(cuda_major: int) -> str:
+    """Return the extra whose TensorRT a driver runs. cuda_major: of the newest CUDA that the driver runs."""
+    newest = 13 if cuda_major >= 13 else 12
+    if TEGRA.exists():
+        return f"tensorrt-jetpack{newest - 6}"
+    return f"tensorrt-cu{newest}"
 
 
 def installed_versions(*distributions: str) -> dict[str, str]:

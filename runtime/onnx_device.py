@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,13 +13,14 @@ import numpy as np
 import onnxruntime
 
 from densepure_rt.errors import CheckFailed, EnvironmentFault
-from densepure_rt.runtime import gpu
+from densepure_rt.runtime import gpu, onnxruntime_gpu
 from densepure_rt.runtime.bundle import DATA_KEY, Bundle, Sidecar, data_mark, verified_engine
 from densepure_rt.runtime.device import CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, STEP_INPUTS, STEP_OUTPUTS, Floats, Provider
-from densepure_rt.runtime.host_device import Calls, HostDevice
+from densepure_rt.runtime.gpu_noise import best_noise
+from densepure_rt.runtime.host_device import Calls, HostDevice, Networks
 from densepure_rt.runtime.machine import gpu_libraries, instruction_sets, processor
 from densepure_rt.runtime.native_calls import stoppable
-from densepure_rt.runtime.onnxruntime_api import refuse_unrunnable
+from densepure_rt.runtime.onnxruntime_api import gpu_wheels, refuse_unrunnable
 
 SILENT = 4  # ONNX Runtime's log level "fatal"; what it raises is reported anyway
 EXECUTION_PROVIDERS: dict[Provider, str] = {
@@ -25,11 +28,51 @@ EXECUTION_PROVIDERS: dict[Provider, str] = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
-PROVIDER_OPTIONS: dict[Provider, dict[str, str]] = {"cpu": {}, "cuda": {"use_tf32": "0"}, "tensorrt": {}}
 GPU, FIRST = "cuda", 0  # where a GPU provider's values live
+BATCH_AXIS = "batch"  # what `export` calls the first axis of every input
 # Products of uint8 and int8 overflow int16 on an x86 without VNNI: AVX2 adds two of them there and saturates. ONNX
 # Runtime then computes them in uint8 and uint8, which is exact; with VNNI, and on an Arm, the entry changes nothing.
 EXACT_INT8 = ("session.x64quantprecision", "1")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a graph runs.
+
+    Attributes:
+        provider: Of ONNX Runtime.
+        batch: Items of every call; None for any. A GPU provider must be told: it puts arithmetic on shapes that are not
+            known on the CPU, on purpose, and that is refused.
+        engines: The folder of the engines that the TensorRT provider builds of the graph.
+    """
+
+    provider: Provider = "cpu"
+    batch: int | None = None
+    engines: Path | None = None
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.provider != "cpu"
+
+
+CPU = Place()
+
+
+def session_options(place: Place = CPU, folder: Path | None = None, optimised: bool = True) -> Any:
+    """Return the options of a session of one thread; see `open_session`."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = SILENT
+    options.add_session_config_entry(*EXACT_INT8)
+    if folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    if not optimised:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if place.on_gpu:
+        options.use_deterministic_compute = True
+        if place.batch is not None:
+            options.add_free_dimension_override_by_name(BATCH_AXIS, place.batch)
+    return options
 
 
 def open_session(
@@ -37,7 +80,7 @@ def open_session(
     name: str,
     inputs: Sequence[str],
     outputs: Sequence[str],
-    provider: Provider = "cpu",
+    place: Place = CPU,
     folder: Path | None = None,
     optimised: bool = True,
 ) -> onnxruntime.InferenceSession:
@@ -48,32 +91,46 @@ def open_session(
     ONNX Runtime on the CPU is bitwise independent of the batch size in every case tried, and this is its fastest
     setting there: batches of 8 to 32, one thread an operator.
     """
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = SILENT
-    options.add_session_config_entry(*EXACT_INT8)
-    if folder is not None:
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    if not optimised:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    wanted = EXECUTION_PROVIDERS[provider]
-    if provider != "cpu":
-        refuse_absent(provider)
-        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    try:
-        session = new_session(content, options, providers=[(wanted, PROVIDER_OPTIONS[provider])], enable_fallback=False)
-    except Exception as error:  # ONNX Runtime's errors have no common base but this
-        if provider != "cpu":
-            raise EnvironmentFault(unusable(provider, str(error))) from error
-        raise CheckFailed(f"ONNX Runtime {onnxruntime.__version__} cannot load {name}: {error}") from error
-    if (used := session.get_providers()[0]) != wanted:  # it falls back without raising
-        raise EnvironmentFault(unusable(provider, f"it took {used} in its place"))
+    options = session_options(place, folder, optimised)
+    if place.on_gpu:
+        session = gpu_session(content, name, options, place)
+    else:
+        try:
+            session = new_session(content, options, providers=[EXECUTION_PROVIDERS["cpu"]])
+        except Exception as error:  # ONNX Runtime's errors have no common base but this
+            raise CheckFailed(f"ONNX Runtime {onnxruntime.__version__} cannot load {name}: {error}") from error
     found = ([i.name for i in session.get_inputs()], [o.name for o in session.get_outputs()])
     if found != (list(inputs), list(outputs)):
         raise CheckFailed(
             f"{name} takes {', '.join(found[0])} and gives {', '.join(found[1])}; expected {', '.join(inputs)} and "
             f'{", ".join(outputs)}: export it again with "densepure-rt export"'
         )
+    return session
+
+
+def gpu_session(content: bytes, name: str, options: Any, place: Place) -> onnxruntime.InferenceSession:
+    """Open a session all of whose nodes run on the GPU. Raises EnvironmentFault where that cannot be."""
+    provider, wanted = place.provider, EXECUTION_PROVIDERS[place.provider]
+    refuse_absent(provider)
+    here = onnxruntime_gpu.prepare(provider)
+    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    providers = [(wanted, onnxruntime_gpu.provider_options(provider, place.engines))]
+    try:
+        try:
+            session = new_session(content, options, providers=providers, enable_fallback=False)
+        except Exception as error:  # ONNX Runtime's errors have no common base but this
+            older = onnxruntime_gpu.at_opset(content) if onnxruntime_gpu.left_to_the_cpu(error) else content
+            if older == content:
+                raise
+            try:
+                session = new_session(older, options, providers=providers, enable_fallback=False)
+            except Exception:
+                raise error from None  # of the graph as it is
+        if (used := session.get_providers()[0]) != wanted:  # it falls back without raising
+            raise RuntimeError(f"it took {used} in its place")
+        ctypes.CDLL(onnxruntime_gpu.CUDNN)  # else it is missed with the first convolution
+    except Exception as error:
+        raise EnvironmentFault(onnxruntime_gpu.fault(provider, name, here, str(error))) from error
     return session
 
 
@@ -113,17 +170,8 @@ def refuse_absent(provider: Provider) -> None:
     if EXECUTION_PROVIDERS[provider] not in (built_in := onnxruntime.get_available_providers()):
         raise EnvironmentFault(
             f"`provider` {provider}: this ONNX Runtime {onnxruntime.__version__} holds {', '.join(built_in)} only: "
-            f'run "pip uninstall -y onnxruntime", then "pip install \'densepure-rt[gpu]\'"'
+            f'run "pip uninstall -y onnxruntime", then "pip install {gpu_wheels(provider)}"'
         )
-
-
-def unusable(provider: Provider, reason: str) -> str:
-    lines = [line for line in reason.splitlines() if line.strip()]
-    return (
-        f"`provider` {provider}: ONNX Runtime {onnxruntime.__version__} cannot use {EXECUTION_PROVIDERS[provider]} "
-        f"here ({lines[0] if lines else 'no reason given'}): check the driver and the CUDA libraries with "
-        f'"densepure-rt doctor", or leave `provider` out to run on the CPU'
-    )
 
 
 class Network:
@@ -135,13 +183,23 @@ class Network:
         sidecar: Sidecar,
         inputs: Sequence[str],
         outputs: Sequence[str],
-        provider: Provider,
+        place: Place = CPU,
         calls: OnnxCalls | None = None,
     ) -> None:
-        self.outputs, self.provider, self.calls = outputs, provider, calls or OnnxCalls()
-        self.session = open_session(
-            verified_engine(path, sidecar), path.name, inputs, outputs, provider, path.parent if sidecar.data else None
-        )
+        self.outputs, self.place, self.calls = outputs, place, calls or OnnxCalls()
+        content, folder = verified_engine(path, sidecar), path.parent if sidecar.data else None
+
+        def open_at(at: Place) -> onnxruntime.InferenceSession:
+            return open_session(content, path.name, inputs, outputs, at, folder)
+
+        if place.provider == "tensorrt":
+            refuse_absent(place.provider)
+            self.engines = onnxruntime_gpu.engine_folder(content, place.batch)
+            self.session = onnxruntime_gpu.with_engines(
+                self.engines, lambda kept: open_at(replace(place, engines=kept))
+            )
+        else:
+            self.session = open_at(place)
         promised = self.session.get_modelmeta().custom_metadata_map.get(DATA_KEY)
         if promised != (data_mark(sidecar.data) if sidecar.data else None):
             raise CheckFailed(
@@ -154,7 +212,7 @@ class Network:
         return all(not isinstance(value.shape[0], int) for value in self.session.get_inputs())
 
     def __call__(self, feed: Mapping[str, Floats]) -> list[Floats]:
-        if self.provider == "cpu":
+        if not self.place.on_gpu:
             results: list[Floats] = self.session.run(self.outputs, feed, self.calls.options)
             return results
         binding = self.session.io_binding()
@@ -171,27 +229,28 @@ class Network:
 class OnnxDevice(HostDevice):
     """`threads` callers share one session; each runs whole batches.
 
-    With a GPU provider the networks run there; slots and noise stay with numpy. The TensorRT device keeps all on the
-    GPU.
+    With a GPU provider the networks run there, and so does the noise; slots stay with numpy. The TensorRT device keeps
+    all on the GPU.
     """
 
     def __init__(self, bundle: Bundle, batch: int, threads: int, provider: Provider = "cpu") -> None:
         for path, sidecar in ((bundle.unet_path, bundle.unet), (bundle.classifier_path, bundle.classifier)):
             refuse_unrunnable(path.name, sidecar.precision, provider)
-        calls = OnnxCalls()
-        step = Network(bundle.unet_path, bundle.unet, STEP_INPUTS, STEP_OUTPUTS, provider, calls)
-        classify = Network(
-            bundle.classifier_path, bundle.classifier, CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, provider, calls
-        )
+        calls, place = OnnxCalls(), Place(provider, None if provider == "cpu" else batch)
+        step = Network(bundle.unet_path, bundle.unet, STEP_INPUTS, STEP_OUTPUTS, place, calls)
+        classify = Network(bundle.classifier_path, bundle.classifier, CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, place, calls)
         facts: dict[str, str | int | bool] = {
             "provider": "onnxruntime CPU" if provider == "cpu" else f"onnxruntime {provider}",
             "onnxruntime": onnxruntime.__version__,
             "threads": threads,
         }
-        on_gpu = provider != "cpu"
-        facts |= gpu.find().facts | gpu_libraries() if on_gpu else cpu_facts()
-        any_batch = step.any_batch and classify.any_batch
-        super().__init__(bundle, step, classify, batch, threads, facts, any_batch, not on_gpu, calls)
+        facts |= gpu.find().facts | gpu_libraries() if place.on_gpu else cpu_facts()
+        if provider == "tensorrt":
+            facts["engines"] = onnxruntime_gpu.engines_sha256(step.engines, classify.engines)
+        networks = Networks(step, classify, step.any_batch and classify.any_batch, calls)
+        super().__init__(bundle, networks, batch, threads, facts, survives_fork=not place.on_gpu)
+        if place.on_gpu:
+            self.draw_by(best_noise)
 
 
 def cpu_facts() -> dict[str, str]:

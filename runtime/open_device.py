@@ -8,9 +8,11 @@ from typing import cast, get_args
 from densepure_rt.errors import UsageError
 from densepure_rt.runtime.bundle import Bundle
 from densepure_rt.runtime.device import Device, Provider
+from densepure_rt.runtime.machine import available_cores
 from densepure_rt.runtime.onnxruntime_api import onnxruntime_version
 
 DEFAULT_BATCH = 32  # of ONNX Runtime; fastest on a CPU between 8 and 32
+GPU_CALLERS = 2
 DEFAULT_VALUES = DEFAULT_BATCH * 3 * 64 * 64  # a default batch holds no more: a network's tensors are far larger
 
 
@@ -38,6 +40,11 @@ def open_device(bundle: Bundle, batch: int | None, threads: int, provider: Provi
 def default_batch(image: tuple[int, int, int]) -> int:
     """32 colour images up to 64 x 64, fewer of larger ones, 2 of 256 x 256."""
     return max(1, min(DEFAULT_BATCH, DEFAULT_VALUES // math.prod(image)))
+
+
+def default_threads(provider: Provider) -> int:
+    """Return the callers that suit a provider: one a core; two on a GPU, so that one fills while the other waits."""
+    return available_cores() if provider == "cpu" else GPU_CALLERS
 
 
 def provider_of(name: str) -> Provider:

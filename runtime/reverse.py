@@ -199,7 +199,7 @@ class _Loop:
         sample = self.free.take(len(drawn))
         self.place[sample] = self.drawn + np.arange(len(drawn))
         self.drawn += len(drawn)
-        self.image[sample], self.index[sample] = zip(*drawn, strict=True)
+        self.image[sample], self.index[sample] = zip(*drawn, strict=False)  # as in `close`
         self.labels[:, sample] = UNCAST
         self.launched[sample] = self.awaited[sample] = 1 if len(self.chain) < 2 else 0
         self.queues["smooth"].put(items_of(sample, vote=0, step=-1, slot=sample))
@@ -252,8 +252,8 @@ class _Loop:
         votes, steps = self.launched[sample], len(self.chain)
         unet_calls = min(1, steps) + votes * max(0, steps - 1)  # the first step is shared
         columns = (self.image[sample], self.index[sample], label, votes, unet_calls)
-        outcomes = map(Outcome._make, zip(*(column.tolist() for column in columns), strict=True))
-        self.decided.update(zip(self.place[sample].tolist(), outcomes, strict=True))
+        outcomes = map(Outcome, *(column.tolist() for column in columns))
+        self.decided.update(zip(self.place[sample].tolist(), outcomes, strict=False))  # CPython 3.11's strict one leaks
         self.free.give(sample)
 
 

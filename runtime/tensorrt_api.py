@@ -99,6 +99,16 @@ def import_flavour(flavour: Flavour) -> Any:
         ) from error
 
 
+def import_lean(package: str) -> Any:
+    """The Python module of the lean runtime. Raises EnvironmentFault with the repair when it cannot be imported."""
+    try:
+        return importlib.import_module(LEAN_MODULE)
+    except Exception as error:
+        raise EnvironmentFault(
+            f"{LEAN} is installed and cannot be imported ({first_line(error)}): run {package}"
+        ) from error
+
+
 def library_for(plan: Plan, name: str, rebuild: str) -> Library:
     """Find the library that runs a plan. Raises EnvironmentFault when none that is installed does.
 
@@ -123,14 +133,17 @@ def compatible_library(plan: Plan, name: str, rebuild: str) -> Library:
 
     A later version's bindings load it (`load_runtime`), no earlier one's do.
     """
-    if any(same_release(plan.version, found) for found in installed_versions(*LEAN_PACKAGES).values()):
-        bindings = importlib.import_module(LEAN_MODULE)
-        return Library(LEAN, bindings.__version__, bindings)
     package = f'"pip install tensorrt-lean-cu12=={plan.version}" (-cu13 where the driver runs CUDA 13)'
-    here = [module for module in (MODULES["tensorrt"], LEAN_MODULE) if find_spec(module)]
+    if any(same_release(plan.version, found) for found in installed_versions(*LEAN_PACKAGES).values()):
+        bindings = import_lean(package)
+        return Library(LEAN, bindings.__version__, bindings)
+    here = [import_flavour("tensorrt")] if find_spec(MODULES["tensorrt"]) else []
+    here += [import_lean(package)] if find_spec(LEAN_MODULE) else []
     if not here:
         raise EnvironmentFault(f"{name} runs on the lean library of tensorrt {plan.version}: run {package}")
-    bindings = importlib.import_module(here[0]) if here[0] == LEAN_MODULE else import_flavour("tensorrt")
+    bindings = max(
+        here, key=lambda module: (same_release(plan.version, module.__version__), release(module.__version__))
+    )
     if same_release(plan.version, bindings.__version__):
         return Library(plan.flavour, bindings.__version__, bindings)
     if release(plan.version) > release(bindings.__version__):
@@ -202,7 +215,7 @@ class KernelCache:
         self.path = plan.with_name(plan.name + CACHE_SUFFIX)
         self.known, self.cache = b"", config.create_runtime_cache()
         with contextlib.suppress(OSError, DensePureError):  # it is compiled again
-            if self.path.stat().st_uid == os.getuid():
+            if self.path.stat().st_uid == getattr(os, "getuid", int)():
                 self.known = files.content(self.path, "model")
                 self.cache.deserialize(self.known)
         config.set_runtime_cache(self.cache)
@@ -282,3 +295,17 @@ def new_logger(trt: Any) -> Any:
             self.warnings.clear()
 
     return Messages()
+
+
+def new_profiler(trt: Any) -> Any:
+    """A profiler that adds up, by layer, the milliseconds that a context reports after each call."""
+
+    class Times(trt.IProfiler):  # type: ignore[misc]  # the base is known at run time only
+        def __init__(self) -> None:
+            trt.IProfiler.__init__(self)
+            self.found: dict[str, float] = {}
+
+        def report_layer_time(self, layer_name: str, ms: float) -> None:
+            self.found[layer_name] = self.found.get(layer_name, 0.0) + ms
+
+    return Times()

@@ -54,12 +54,14 @@ from densepure_rt.runtime.device import (
 from densepure_rt.runtime.machine import installed_versions
 from densepure_rt.runtime.noise import Key, RoundedNormal, smoothing_law, vote_law
 from densepure_rt.runtime.probe import probe
+from densepure_rt.runtime.reverse import slots_of
 from densepure_rt.runtime.tensorrt_api import (
     KernelCache,
     Library,
     first_line,
     library_for,
     new_logger,
+    new_profiler,
     new_runtimes,
 )
 
@@ -69,7 +71,7 @@ MAX_IMAGES = 4096  # open at a time
 UPLOADS, UPLOAD_BYTES = 16, 1 << 16  # pinned regions for what goes to the GPU, in turn: a MiB, some images of 64 x 64
 # The states of a loop take at most this, nor more than half of the GPU's memory: engines, cuBLAS and others want some.
 MOST_STATE_BYTES = 16 << 30
-STATES_AN_ITEM = 105  # that the loop holds for an item of a batch, by 40 votes; `reverse`, (3 + IN_FLIGHT) * (1 + 20)
+STATES_AN_ITEM = sum(slots_of(1, IN_FLIGHT))  # that the loop holds for an item of a batch
 AMPERE = (8, 0)  # what HardwareCompatibilityLevel.AMPERE_PLUS asks for at least
 KERNELS = ("smooth", "gather", "scatter", "gather_means", "argmax")
 # What `close` lets go of, which frees it: contexts before the runtime, all before the stream.
@@ -236,7 +238,13 @@ class TensorRTDevice:
         self.flavour, self._on_dla = plan.flavour, plan.dla_core is not None
         self.image_shape = bundle.unet.image
         self.size = int(np.prod(self.image_shape))
-        self.batch = refuse_misfit(bundle, batch, self.gpu.memory)
+        largest, self.batch = self.batch, refuse_misfit(bundle, batch, self.gpu.memory)
+        if self.batch < largest:
+            logs.say(
+                f"batches of {self.batch}: the states of {largest} may take more of the GPU's memory than there is for "
+                f"them; choose with `batch`",
+                logging.WARNING,
+            )
         self._cuda = import_cuda(self.gpu)
         self._device = self._cuda.Device(0)
         self._device.set_current()
@@ -462,6 +470,25 @@ class TensorRTDevice:
             self._download(engine.buffers[name], np.float32).reshape(engine.shapes[name]) for engine, name in outputs
         ]
 
+    @translating_cuda_errors()
+    def layer_times(self, rounds: int) -> dict[str, dict[str, float]]:
+        """Milliseconds that each layer of both engines takes of a call, on average, without captured graphs.
+
+        For a device of its own: what is profiled waits after every call.
+        """
+        found = {}
+        for name, engine in (("step", self._step), ("classify", self._classify)):
+            times = engine.context.profiler = new_profiler(self._trt)
+            for _ in range(rounds):
+                self._execute(engine, int(self._stream.handle))
+                self._stream.sync()
+            found[name] = {layer: total / rounds for layer, total in times.found.items()}
+            if not found[name]:
+                raise CheckFailed(
+                    f"{self.library} reports no times of layers: use a plan of another flavour or version"
+                )
+        return found
+
     # Loading
 
     def _load(
@@ -573,13 +600,12 @@ class TensorRTDevice:
     def _copy_in(self, values: NDArray[Any], buffer: Any, offset: int = 0) -> None:
         """Copy an array to the GPU, behind what is on the stream; waits only when all regions are on their way."""
         content = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-        window = self._cuda.Buffer.from_handle
         for start in range(0, content.size, UPLOAD_BYTES):
             part, upload = content[start : start + UPLOAD_BYTES], self._uploads[0]
             upload.event.sync()  # of its last copy
             upload.content[: part.size] = part
-            source = window(int(upload.buffer.handle), part.size, owner=upload.buffer)
-            target = window(int(buffer.handle) + offset + start, part.size, owner=buffer)
+            source = self._cuda.Buffer.from_handle(int(upload.buffer.handle), part.size, owner=upload.buffer)
+            target = self._cuda.Buffer.from_handle(int(buffer.handle) + offset + start, part.size, owner=buffer)
             target.copy_from(source, stream=self._stream)
             self._stream.record(upload.event)
             self._uploads.rotate(-1)

@@ -14,7 +14,8 @@ import numpy as np
 from densepure_rt.errors import DensePureError, EnvironmentFault
 from densepure_rt.runtime.bundle import Bundle
 from densepure_rt.runtime.device import CLASSIFY_OUTPUTS, STEP_OUTPUTS, Floats
-from densepure_rt.runtime.host_device import HostDevice
+from densepure_rt.runtime.gpu_noise import best_noise
+from densepure_rt.runtime.host_device import HostDevice, Networks
 from densepure_rt.runtime.machine import processor
 
 STEP_MODEL, CLASSIFY_MODEL = "unet", "classifier"  # their names in the model repository
@@ -79,4 +80,5 @@ class TritonDevice(HostDevice):
             "processor": processor(),
             "callers": callers,
         }
-        super().__init__(bundle, step, classify, batch, callers, facts)
+        super().__init__(bundle, Networks(step, classify), batch, callers, facts)
+        self.draw_by(best_noise)

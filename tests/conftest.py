@@ -81,7 +81,7 @@ def engines_are_probed_once() -> None:
     network = onnx_device.Network
 
     def remembered(device: HostDevice, bundle: Bundle, any_batch: bool) -> Probed:
-        networks = (device._step, device._classify)
+        networks = (device.networks.step, device.networks.classify)
         if not all(type(each) is network and type(each.session) is InferenceSession for each in networks):
             return host_device.HostDevice._probe(device, bundle, any_batch)
         key = (repr(bundle.unet), repr(bundle.classifier), device.batch, device.facts["provider"], any_batch)

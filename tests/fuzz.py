@@ -50,8 +50,16 @@ from densepure_rt.legacy.logs import read_log
 from densepure_rt.report.sources import read_results
 from densepure_rt.runs.audit import audit
 from densepure_rt.runs.layout import read_manifest
-from densepure_rt.runtime.bundle import read_sidecar, shipped_engine, sidecar_path
+from densepure_rt.runtime.bundle import (
+    read_sidecar,
+    rebuild_command,
+    refuse_damaged_plan,
+    shipped_engine,
+    sidecar_path,
+)
+from densepure_rt.runtime.tensorrt_device import refuse_other_gpu
 from densepure_rt.serving.protocol import Model, Tensor, parse_request
+from tests.support.plans import ADA, a_plan, put_bundle
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "runs" / "fuzz"
@@ -245,7 +253,22 @@ def targets(folder: Path) -> list[Target]:
     sidecars = [
         sidecar_path(shipped_engine().with_name(name)).read_bytes() for name in ("unet.onnx", "classifier.onnx")
     ]
+    plan = a_plan("tensorrt", version="10.16.1.11", recipe={"use_dla_core": "0", "hw_compat": "ampere-plus"})
+    step_plan = put_bundle(bundle, plan)
+    written = sidecar_path(step_plan)
+
+    def plan_sidecar(path: Path) -> None:
+        sidecar = read_sidecar(path.with_name(step_plan.name))
+        if sidecar.plan is not None:
+            refuse_damaged_plan(step_plan.name, sidecar.plan, step_plan.read_bytes())
+            refuse_other_gpu(step_plan.name, sidecar.plan, ADA, rebuild_command(step_plan, sidecar))
+            assert sidecar.plan.dla_core in (None, *range(100))
+
     return [
+        Target(
+            "plan", [step_plan.read_bytes()], lambda path: refuse_damaged_plan("unet.plan", plan, path.read_bytes())
+        ),
+        Target("plan's sidecar", [written.read_bytes()], plan_sidecar, written.name, bundle),
         Target("request", [body], request),
         Target("binary request", [f"{len(header)}\n".encode() + header + grey[0].tobytes()], binary_request),
         Target(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,8 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 # glibc 2.28 is RHEL 8's, and what the wheels of torch ask for. The Jetsons' JetPack 6 is Ubuntu 22.04: 2.35.
 PLATFORMS = {"x86_64": "x86_64-manylinux_2_28", "aarch64": "aarch64-manylinux_2_35"}
 DEVELOPMENT = ("cpu", "export", "report", "cluster", "serve", "dev")
+GPU_BOX = "gpu-box"
+PINS = {12: "constraints-cuda12.txt", 13: "constraints.txt"}
 # Held while locking. PyPI's torch 2.13 is built for CUDA 13 and needs cuda-bindings 13; torch 2.10 is the last one
 # there that is built for CUDA 12 (Requires-Dist in their metadata).
 LOCKS = {
@@ -35,9 +38,14 @@ LOCKS = {
 }
 SERVES = {
     "constraints.txt": "`make demo`, `make lint` and `make test` install, and every extra for drivers of CUDA 13",
-    "constraints-cuda12.txt": "`make test-gpu CUDA=12` installs, for drivers of CUDA 12, and every extra for them",
+    "constraints-cuda12.txt": "`make test-gpu` installs for drivers of CUDA 12, and every extra for them",
 }
-OF_ONE_CUDA = {"constraints.txt": "tensorrt-cuda12", "constraints-cuda12.txt": "tensorrt"}  # the extra for the other
+# Whose pins would contradict those of the rest: those of a Jetson.
+UNPINNED = re.compile(r"tensorrt-jetpack[67]")
+OF_THE_OTHER_CUDA = {
+    "constraints.txt": re.compile(r"(gpu|tensorrt|tensorrt-lean)-(cu|cuda)12"),
+    "constraints-cuda12.txt": re.compile(r"(gpu|tensorrt|tensorrt-lean)(-cu13)?"),
+}
 # The pins of HASHED_FROM for these extras, with the hashes of their files: what the edge installs. Not TensorRT:
 # NVIDIA's packages fetch what they install without a hash. torch and Ray are of other machines.
 HASHED, HASHED_FROM = "requirements-edge.txt", "constraints.txt"
@@ -49,12 +57,20 @@ SOURCE_ALONE = (
     "tensorrt-cu12-libs",
     "tensorrt-cu13",
     "tensorrt-cu13-libs",
+    "tensorrt-lean-cu12",
+    "tensorrt-lean-cu13",
     "tensorrt-rtx-cu12",
 )
 # What cannot be had, with the reason. It fails the check when it can be had after all.
-NO_WHEELS = {
-    ("tensorrt-rtx", "aarch64"): "tensorrt-rtx-cu12 has wheels for x86-64 alone",
-    ("tensorrt-cuda12", "aarch64"): "tensorrt-cu12-bindings has wheels for x86-64 alone; JetPack brings its own",
+X86_ALONE = "has wheels for x86-64 alone"
+NO_WHEELS: dict[tuple[str, ...], str] = {
+    ("tensorrt-rtx", "aarch64"): f"tensorrt-rtx-cu12 {X86_ALONE}",
+    ("tensorrt-cu12", "aarch64"): f"tensorrt-cu12-bindings {X86_ALONE}; JetPack brings its own",
+    ("tensorrt-cuda12", "aarch64"): "it is tensorrt-cu12",
+    ("tensorrt-lean-cu12", "aarch64"): f"tensorrt-lean-cu12-libs {X86_ALONE}",
+    ("gpu-cu12", "aarch64"): f"onnxruntime-gpu for CUDA 12 {X86_ALONE}",
+    ("gpu-cu13", "aarch64", "3.10"): f"onnxruntime-gpu for Python 3.10 {X86_ALONE}",
+    ("gpu", "aarch64", "3.10"): "it is gpu-cu13",
 }
 KEPT = (
     "SSL_CERT_FILE",
@@ -91,8 +107,14 @@ def installs() -> tuple[Install, ...]:
         *(Install(f"[{extra}]", (extra,)) for extra in extras()),
         Install("make demo", ("cpu",), "constraints.txt"),
         Install("make test, lint", DEVELOPMENT, "constraints.txt"),
-        Install("make test-gpu", (*DEVELOPMENT, "tensorrt"), "constraints.txt"),
-        Install("make test-gpu CUDA=12", (*DEVELOPMENT, "tensorrt-cuda12"), "constraints-cuda12.txt"),
+        *(
+            Install(
+                f"make test-gpu, CUDA {cuda}",
+                (f"gpu-cu{cuda}", f"tensorrt-lean-cu{cuda}", f"tensorrt-cu{cuda}", GPU_BOX),
+                pins,
+            )
+            for cuda, pins in PINS.items()
+        ),
     )
 
 
@@ -132,7 +154,8 @@ def lock(uv: str, home: Path, cache: Path) -> int:
     for name, held in LOCKS.items():
         inputs = home / "held.txt"
         inputs.write_text("".join(f"{line}\n" for line in held))
-        chosen = [extra for extra in extras() if extra != OF_ONE_CUDA[name]]
+        others = OF_THE_OTHER_CUDA[name]
+        chosen = [extra for extra in extras() if not (others.fullmatch(extra) or UNPINNED.fullmatch(extra))]
         command = [*compile_command(uv, chosen, inputs), "--universal", "--python-version", PYTHONS[0]]
         done = run(command, home, cache)
         if done.returncode:
@@ -205,7 +228,12 @@ class Cell:
 
     @property
     def expected_error(self) -> str | None:
-        return NO_WHEELS.get((self.install.extras[-1], self.machine))
+        wanted = [(extra, *where) for extra in self.install.extras for where in self.places]
+        return next((NO_WHEELS[each] for each in wanted if each in NO_WHEELS), None)
+
+    @property
+    def places(self) -> tuple[tuple[str, ...], ...]:
+        return (self.machine,), (self.machine, self.python)
 
     @property
     def passed(self) -> bool:
@@ -245,8 +273,8 @@ def check(uv: str, home: Path, cache: Path) -> int:
         for install, row in cells.items():
             print(f"{install.name:<{width}}  {'  '.join(f'{c.word:<6}' for c in row if c.machine == machine)}")
         print()
-    for (extra, machine), reason in NO_WHEELS.items():
-        print(f"none: [{extra}] on {machine}: {reason}")
+    for (extra, *where), reason in NO_WHEELS.items():
+        print(f"none: [{extra}] on {' with Python '.join(where)}: {reason}")
     failed = [cell for row in cells.values() for cell in row if not cell.passed]
     for cell in failed:
         what = cell.error or f"resolves, though {cell.expected_error}: take it out of NO_WHEELS"

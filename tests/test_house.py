@@ -24,7 +24,8 @@ else:
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("export", "runtime", "engines")
 ENGINE_LIBRARIES = {"cuda", "cupy", "onnxruntime", "pycuda", "tensorrt", "tensorrt_rtx"}
-DEVICE_MODULES = {ROOT / "runtime" / "onnx_device.py", ROOT / "runtime" / "tensorrt_device.py"}
+# What drives an engine library; onnxruntime_gpu is the part of onnx_device that is for GPUs.
+DEVICE_MODULES = {ROOT / "runtime" / f"{name}.py" for name in ("onnx_device", "onnxruntime_gpu", "tensorrt_device")}
 SEAM = ROOT / "runtime" / "onnxruntime_api.py"  # imports it late, when it is asked for
 
 
@@ -133,11 +134,53 @@ def test_the_public_names_are_these() -> None:
     assert set(densepure_rt.__all__) == {
         *("Certificate", "Certified", "Predicted", "Settings", "Budget", "SmoothedClassifier", "load", "__version__"),
         *("DensePureError", "UsageError", "EnvironmentFault", "CheckFailed"),
+        *("ImageSet", "LabelledImage", "open_images", "plot_certified_accuracy", "to_dataframe"),
     }
     assert densepure_rt.smoothing.__all__ == ["Settings", "SmoothedClassifier", "load"]
     for package in (densepure_rt, densepure_rt.smoothing):
         assert all(hasattr(package, name) for name in package.__all__)
         assert not hasattr(package, "certify")
+
+
+OUTSIDE = """
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+import densepure_rt
+from densepure_rt import Certificate, Certified, ImageSet, LabelledImage, Settings
+
+def ask(images: list[Image.Image | Path | str], tensors: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> None:
+    with densepure_rt.load(seed=1, key=None) as classifier:
+        one: Certificate = classifier.certify(images[0], layout="HWC", sigma=0.25)
+        every: list[Certified] = classifier.certify_batch(tensors, [1, None], Settings(sigma=0.25), layout="CHW")
+        each: Iterator[Certified] = classifier.certify_iter("folder")
+        labels: list[int | None] = classifier.predict([*images, tensors[0]])
+        opened: ImageSet = densepure_rt.open_images(Path("folder"), (1, 28, 28), classifier.class_names)
+        image: LabelledImage = next(iter(opened))
+        told: dict[str, object] = one.to_dict() | every[0].to_dict()
+    densepure_rt.to_dataframe(every)
+    densepure_rt.to_dataframe(Path("run"))
+    densepure_rt.plot_certified_accuracy("run", [one], each)
+    print(labels, image.name, told)
+
+classifier = densepure_rt.load("engine.onnx", sead=1)
+classifier.certify_batch([5])
+classifier.certify("a.png", layout="WHC")
+"""
+
+
+def test_the_api_is_typed_for_whoever_uses_it(tmp_path: Path) -> None:
+    (tmp_path / "outside.py").write_text(OUTSIDE)
+    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "--no-error-summary", "outside.py"]
+    env = os.environ | {"MYPYPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=400)
+    faults = [line.partition(": error: ")[::2] for line in done.stdout.splitlines() if ": error: " in line]
+    last = len(OUTSIDE.splitlines())
+    assert [where for where, _ in faults] == [f"outside.py:{last - 2 + i}" for i in range(3)], done.stdout
+    assert all(word in said for word, (_, said) in zip(("sead", "List item 0", "layout"), faults, strict=True))
 
 
 def test_the_version_stands_in_both_places_alike() -> None:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.installs import HASHED, HASHED_EXTRAS, HASHED_FROM, LOCKS, ROOT
+from tests.installs import HASHED, HASHED_EXTRAS, HASHED_FROM, LOCKS, PINS, ROOT, extras
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -52,6 +52,33 @@ def test_the_edge_pins_all_that_the_package_asks_for_there() -> None:
         asked += project["optional-dependencies"][extra]
     pinned = {named(line) for line in lines_of(HASHED) if PIN.fullmatch(line)}
     assert {named(requirement) for requirement in asked} <= pinned
+
+
+EXTRA = re.compile(r"(?:densepure-rt|['`.])\\?\[([a-z][a-z0-9,-]+)\]")
+SAYING = ["README.md", "docs/deploy.md", "CONTRIBUTING.md", "densepure_rt", "export", "runtime"]
+
+
+def test_every_extra_that_a_text_names_exists() -> None:
+    """In the documents, and in what the program says: `pip install '.[NAME]'`."""
+    files = [path for name in SAYING for path in ([ROOT / name] if "." in name else (ROOT / name).rglob("*.py"))]
+    named = {
+        (path.name, extra) for path in files for found in EXTRA.findall(path.read_text()) for extra in found.split(",")
+    }
+    assert len(named) > 20
+    assert sorted((name, extra) for name, extra in named if extra not in extras()) == []
+
+
+def test_every_extra_of_a_gpu_is_in_the_readme_and_in_the_lock_of_its_cuda() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").partition("### On a GPU")[2].partition("\n### ")[0]
+    of_gpus = [extra for extra in extras() if re.search(r"-cu1\d$|-jetpack\d$|-rtx$", extra)]
+    assert len(of_gpus) == 9
+    assert [extra for extra in of_gpus if f"'.[{extra}]'" not in readme] == []
+    pins = {cuda: "\n".join(lines_of(name)) for cuda, name in PINS.items()}
+    for cuda, text in pins.items():
+        assert re.search(rf"^tensorrt-cu{cuda}==", text, re.M)
+        assert re.search(rf"^tensorrt-lean-cu{cuda}-libs==", text, re.M)
+        assert re.search(rf"^nvidia-cudnn-cu{cuda}==", text, re.M)
+    assert re.search(r"^onnxruntime-gpu==1\.26\.", pins[12], re.M)  # the last for CUDA 12
 
 
 @pytest.mark.parametrize("name", [*LOCKS, HASHED])

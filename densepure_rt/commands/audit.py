@@ -32,7 +32,7 @@ def audit(run: RunPath, images: RunImages = None, as_json: Json = False) -> None
     chosen = None
     if images is not None:
         identity = read_manifest(run).identity
-        chosen = open_images(images, identity.image, identity.class_names)
+        chosen = open_images(images, identity.image, identity.class_names, identity.images.preparation)
     findings = [
         dataclasses.replace(finding, faults=tuple(map(in_options, finding.faults))) for finding in check(run, chosen)
     ]

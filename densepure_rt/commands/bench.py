@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from densepure_rt.commands.bench_tables import print_benchmark, print_host_costs, print_procedures
+from densepure_rt.commands.bench_tables import print_benchmark, print_host_costs, print_layers, print_procedures
 from densepure_rt.commands.console import finite, make_folder, needs_pytorch, say, show_report, watched, write_report
 from densepure_rt.commands.groups import with_options
 from densepure_rt.commands.options import EngineFile, Json, ProviderName
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T", bound="DataclassInstance")
 CERTIFIED = 10  # images, by `bench --procedure`, unless told
+PROFILED = 20  # calls, by `bench --profile`, unless told
 of_step = partial(typer.Option, rich_help_panel="A reverse step")
 of_procedure = partial(typer.Option, rich_help_panel="Whole certifications")
 
@@ -49,6 +51,9 @@ def bench(
         bool | None,
         of_step("--compile/--no-compile", help="Time torch.compile too, which takes a minute to start; default: yes."),
     ] = None,
+    profile: Annotated[
+        bool, of_step("--profile", help="Time each layer of a plan, on its GPU, without PyTorch.")
+    ] = False,
     procedure: Annotated[
         bool,
         of_procedure(
@@ -83,13 +88,16 @@ def bench(
     device = provider_of(provider)
     step_options = {"rounds": rounds, "compile": compiled}
     procedure_options = {"max": limit, "steps": steps, "votes": votes, "n": n, "seed": seed, "out": out}
+    if host or profile:
+        others = {"images": images, "sigma": sigma, "threads": threads, "compile": compiled}
+        others |= {"profile": (host and profile) or None, "procedure": procedure or None, **procedure_options}
     if host:
-        others = {"engine": engine, "images": images, "sigma": sigma, "threads": threads, "compile": compiled}
-        refuse_given(
-            {**others, "procedure": procedure or None, **procedure_options},
-            "an engine, and --host runs none: leave them out",
-        )
+        refuse_given({"engine": engine, **others}, "an engine, and --host runs none: leave them out")
         bench_host(batch, rounds, as_json)
+        return
+    if profile:
+        refuse_given(others, "other measurements than --profile: leave them out")
+        bench_layers(engine, batch, none_as(PROFILED, rounds), as_json)
         return
     if procedure:
         refuse_given(step_options, "a single step, which --procedure does not time: leave them out")
@@ -99,7 +107,8 @@ def bench(
         from densepure_rt.export.compare import bench as step
         from densepure_rt.export.compare import procedure as whole
         from densepure_rt.export.compare.engine_run import EngineRun, flat
-        from densepure_rt.export.models.sources import LABEL_IMAGES, comparison_images, open_models
+        from densepure_rt.export.models.check_images import LABEL_IMAGES, comparison_images
+        from densepure_rt.export.models.sources import open_models
     import numpy as np
 
     from densepure_rt.runtime.bundle import open_bundle, shipped_engine
@@ -108,7 +117,7 @@ def bench(
         make_folder(out)  # first: what follows may take long
     opened = open_models(models)
     chosen = comparison_images(opened, images, limit, say, CERTIFIED if procedure else LABEL_IMAGES)
-    run = EngineRun(open_bundle(engine or shipped_engine()), batch, threads, device)
+    run = EngineRun(open_bundle(engine or shipped_engine(device != "cpu")), batch, threads, device)
     if not procedure:
         pixels = np.stack([image.pixels for image in chosen])
         work = told(step.DEFAULT, sigma=sigma, rounds=rounds, compile=compiled)
@@ -126,6 +135,29 @@ def bench(
 def told(defaults: T, **options: float | None) -> T:
     """`defaults` with the options that were typed in their place."""
     return dataclasses.replace(defaults, **{name: value for name, value in options.items() if value is not None})
+
+
+def bench_layers(engine: Path | None, batch: int | None, rounds: int, as_json: bool) -> None:
+    """Time the layers of both plans of a bundle."""
+    from densepure_rt.runtime.bundle import open_bundle, shipped_engine
+    from densepure_rt.runtime.open_device import open_device
+
+    bundle = open_bundle(engine or shipped_engine())
+    if bundle.unet.plan is None:
+        raise UsageError(
+            f"--profile times the layers of a plan, and {bundle.unet_path} is none: give one with `engine`, made by "
+            f'"densepure-rt export --target tensorrt"'
+        )
+    if rounds < 1:
+        raise UsageError(f"`rounds` {rounds}: give 1 or more")
+    from densepure_rt.runtime.tensorrt_device import TensorRTDevice
+
+    device = open_device(bundle, batch, 1)
+    assert isinstance(device, TensorRTDevice)
+    with closing(device):
+        times = device.layer_times(rounds)
+    report = {"batch": device.batch, "rounds": rounds, "ms": times}
+    show_report(report, as_json, lambda: print_layers(device.batch, times))
 
 
 def bench_host(batch: int | None, rounds: int | None, as_json: bool) -> None:

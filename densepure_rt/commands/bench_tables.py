@@ -11,6 +11,7 @@ from rich.table import Table
 from densepure_rt.commands.console import rows, stderr, stdout
 from densepure_rt.commands.procedure_chart import CLOCKS, bars, elapsed, shortened
 from densepure_rt.rounding import exact, floored_share, raised
+from densepure_rt.text import plural, printable
 
 if TYPE_CHECKING:
     from densepure_rt.export.compare.bench import Benchmark
@@ -174,3 +175,12 @@ def cost_table(found: ProcedureBenchmark) -> Table:
     add("published, priced", found.published)
     add("ours", found.ours)
     return table
+
+
+def print_layers(batch: int, times: Mapping[str, Mapping[str, float]]) -> None:
+    """Print the layers of each engine, the slowest first. times: milliseconds a call, by engine and layer."""
+    for engine, layers in times.items():
+        total = sum(layers.values())
+        stdout.print(f"{engine}: {total:.3f} ms a call of {batch} images, {plural(len(layers), 'layer')}")
+        for layer, ms in sorted(layers.items(), key=lambda item: -item[1]):
+            stdout.print(f"  {ms:9.4f} ms  {ms / total:6.1%}  {printable(layer)}")

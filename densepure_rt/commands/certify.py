@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,15 +15,15 @@ from rich.table import Table
 
 from densepure_rt import signals
 from densepure_rt.commands.config import write_config
-from densepure_rt.commands.console import print_attacks, rows, stderr, stdout, track
+from densepure_rt.commands.console import print_attacks, ranged, rows, stderr, stdout, track
 from densepure_rt.commands.from_run import to_keep
 from densepure_rt.commands.groups import with_options
+from densepure_rt.commands.image_options import ImageOptions
 from densepure_rt.commands.options import (
     CERTIFICATES,
     IMAGES,
     ClusterOptions,
     EngineOptions,
-    ImageOptions,
     OutputOptions,
     RunMessageOptions,
     RunOptions,
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from densepure_rt.runtime.bundle import Bundle
     from densepure_rt.smoothing.certificate import Abstention, Certificate
     from densepure_rt.smoothing.classifier import SmoothedClassifier
-    from densepure_rt.smoothing.forecast import Forecast, Range
+    from densepure_rt.smoothing.forecast import Forecast
     from densepure_rt.smoothing.settings import Settings
 
 PROPOSALS = 2  # of gradients, to an attack
@@ -166,12 +166,6 @@ def print_ending(summary: Summary, folder: Path, names: Mapping[int, str]) -> No
         raise typer.Exit(CheckFailed.exit_code)
 
 
-def ranged(found: Range, show: Callable[[float], str]) -> str:
-    """Show what is expected, and how little or much it can be."""
-    least, expected, most = (show(value) for value in found)
-    return least if least == most else f"about {expected} ({least} to {most})"
-
-
 def counted(value: float) -> str:
     return f"{value:,.0f}"
 
@@ -179,7 +173,10 @@ def counted(value: float) -> str:
 def notes_on(images: ImageSet) -> dict[str, str]:
     """Name what was left out of the images' source, and how many grey images were repeated to colour."""
     repeated = f"{plural(images.repeated, 'grey image')} repeated to three channels" if images.repeated else ""
-    notes = {"grey": repeated, "left out": "; ".join(map(str, images.left_out))}
+    how = images.prepared
+    done = [f"fit {how.fit}"] * (how.fit is not None) + [f"converted, on {how.background}"] * how.convert
+    prepared = f"{', '.join(done)}, by Pillow: radii are in these pixels" if done else ""
+    notes = {"grey": repeated, "prepared": prepared, "left out": "; ".join(map(str, images.left_out))}
     return {name: note for name, note in notes.items() if note}
 
 

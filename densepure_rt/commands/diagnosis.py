@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Literal
 
@@ -17,8 +18,13 @@ from densepure_rt.errors import DensePureError, EnvironmentFault
 from densepure_rt.runtime.bundle import Flavour, open_bundle, sha256_of, shipped_engine
 from densepure_rt.runtime.gpu import Gpu
 from densepure_rt.runtime.gpu import find as find_gpu
-from densepure_rt.runtime.machine import available_cores, installed_versions
-from densepure_rt.runtime.onnxruntime_api import onnxruntime_conflict, onnxruntime_providers, onnxruntime_version
+from densepure_rt.runtime.machine import available_cores, installed_versions, tensorrt_extra
+from densepure_rt.runtime.onnxruntime_api import (
+    gpu_wheels,
+    onnxruntime_conflict,
+    onnxruntime_providers,
+    onnxruntime_version,
+)
 from densepure_rt.runtime.tensorrt_api import MODULES, import_flavour
 
 CUDA_PACKAGES = ("cuda-core", "cuda-bindings")
@@ -37,6 +43,25 @@ EXTRAS = {
         "prometheus-client": "import prometheus_client",
     },
 }
+OLDEST_CUDA = 12  # that there is a TensorRT for
+LEAN = "tensorrt_lean"
+# What TensorRT-RTX 1.7 builds for: no Hopper, and no Orin.
+RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
+# Made in another Python: without a driver, or with one that is too old, libraries end in errors or in a crash.
+MAKE = """
+import {module} as trt
+from densepure_rt.runtime.tensorrt_api import new_logger
+logger = new_logger(trt)
+made = trt.{kind}(logger)
+if logger.errors:
+    raise RuntimeError(logger.summary())
+"""
+CUDA_LIBRARIES = """
+from densepure_rt.runtime.onnxruntime_gpu import library_fault, prepare
+prepare("cuda")
+if fault := library_fault("cuda"):
+    raise RuntimeError(fault)
+"""
 IMPORT_SECONDS = 120.0  # torch and diffusers take ten on a slow disk
 IMPORT_CODE = """
 import sys
@@ -79,17 +104,18 @@ def diagnose() -> Diagnosis:
     with ThreadPoolExecutor(2) as pool:
         of_extras = [pool.submit(extra_finding, extra, statements) for extra, statements in EXTRAS.items()]
         cuda, exporter = pool.submit(cuda_finding), pool.submit(export_finding)
-    plans = {flavour: tensorrt_finding(flavour, here) for flavour in MODULES}
+        plans = {flavour: tensorrt_finding(flavour, here) for flavour in MODULES}
     if isinstance(here, Gpu) and any(finding.state == "ok" for finding in plans.values()):
         runtime = replace(runtime, needed=False)
     findings = (
         Finding("densepure-rt", "ok", f"{__version__} on Python {platform.python_version()}, {sys.platform}"),
         Finding("processor", "ok", f"{platform.machine()}, {available_cores()} cores to use"),
         runtime,
-        providers_finding(),
+        providers_finding(here),
         gpu_finding(here),
         cuda.result(),
         *plans.values(),
+        lean_finding(here),
         exporter.result(),
         *(future.result() for future in of_extras),
         engines,
@@ -107,13 +133,13 @@ def next_command(
         return "pip install --force-reinstall --no-deps densepure-rt"
     if isinstance(here, Gpu):
         if plans["tensorrt"].state == "ok":
-            return "densepure-rt export --target tensorrt && densepure-rt certify --engine engines/unet.plan"
+            return "densepure-rt export --target tensorrt && densepure-rt certify --engine engines/unet.fp16.plan"
         if plans["tensorrt-rtx"].state == "ok":
             return (
                 f"densepure-rt export --target tensorrt-rtx --compute-capability {here.compute_capability} && "
-                f"densepure-rt certify --engine engines/unet.rtx.plan"
+                f"densepure-rt certify --engine engines/unet.fp16.rtx.plan"
             )
-        return f"pip install 'densepure-rt[{'tensorrt-jetson' if platform.machine() == 'aarch64' else 'tensorrt'}]'"
+        return f"pip install 'densepure-rt[{tensorrt_extra(here.cuda_major)}]'"
     return "densepure-rt certify" if runtime.state == "ok" else "pip install 'densepure-rt[cpu]'"
 
 
@@ -128,14 +154,20 @@ def onnxruntime_finding() -> Finding:
     return Finding("ONNX Runtime", "ok", f"{version}, runs .onnx engines on the CPU", True)
 
 
-def providers_finding() -> Finding:
+def providers_finding(here: Gpu | EnvironmentFault) -> Finding:
     try:
         built_in = onnxruntime_providers()
     except EnvironmentFault:
         return Finding("providers", "missing", "no ONNX Runtime")
-    if "CUDAExecutionProvider" in built_in:
-        return Finding("providers", "ok", f"built with {', '.join(built_in)}; try certify --provider cuda")
-    return Finding("providers", "missing", f"{', '.join(built_in)}; --provider cuda needs densepure-rt[gpu]")
+    if "CUDAExecutionProvider" not in built_in:
+        needed = f'--provider cuda needs "pip install {gpu_wheels("cuda")}"'
+        return Finding("providers", "missing", f"{', '.join(built_in)}; {needed}")
+    found = f"built with {', '.join(built_in)}"
+    if not isinstance(here, Gpu):
+        return Finding("providers", "ok", f"{found}; --provider cuda needs a GPU")
+    if reason := import_fault(CUDA_LIBRARIES):
+        return Finding("providers", "broken", f'{found}; {reason}: run "pip install {gpu_wheels("cuda")}"')
+    return Finding("providers", "ok", f"{found}, CUDA's libraries load; try certify --provider cuda")
 
 
 def gpu_here() -> Gpu | EnvironmentFault:
@@ -149,19 +181,24 @@ def gpu_finding(here: Gpu | EnvironmentFault) -> Finding:
     if isinstance(here, EnvironmentFault):
         return Finding("NVIDIA GPU", "missing", str(here))
     found = f"{here.name}, compute capability {here.compute_capability}, driver for CUDA {here.driver}"
-    return Finding("NVIDIA GPU", "ok", found)
+    if here.cuda_major < OLDEST_CUDA:
+        return Finding("NVIDIA GPU", "broken", f"{found}; plans need a driver for CUDA {OLDEST_CUDA} or later")
+    return Finding("NVIDIA GPU", "ok", f"{found}; plans: densepure-rt[{tensorrt_extra(here.cuda_major)}]")
 
 
 def cuda_finding() -> Finding:
     found = installed_versions(*CUDA_PACKAGES)
     if missing := [name for name in CUDA_PACKAGES if name not in found]:
         return Finding(
-            "CUDA packages", "missing", f"no {', '.join(missing)}; needed to run plans: densepure-rt[tensorrt]"
+            "CUDA packages",
+            "missing",
+            f"no {', '.join(missing)}; needed to run plans: densepure-rt[tensorrt-cu12] or -cu13",
         )
     return imported("CUDA packages", CUDA_STATEMENTS)
 
 
 def tensorrt_finding(flavour: Flavour, here: Gpu | EnvironmentFault) -> Finding:
+    """Say what a flavour is good for here: where there is a GPU, once a builder was made beside it."""
     if find_spec(MODULES[flavour]) and (reason := import_fault(f"import {MODULES[flavour]}")):
         return Finding(flavour, "broken", f"it cannot be imported ({reason})")
     try:
@@ -169,10 +206,35 @@ def tensorrt_finding(flavour: Flavour, here: Gpu | EnvironmentFault) -> Finding:
     except EnvironmentFault as fault:
         return Finding(flavour, "missing", in_options(str(fault)))
     if isinstance(here, Gpu):
-        return Finding(flavour, "ok", f"{version}, builds and runs plans")
+        if flavour == "tensorrt-rtx" and here.compute_capability not in RTX_CAPABILITIES:
+            return Finding(flavour, "missing", f"{version}, which builds nothing for {here.compute_capability}")
+        if reason := import_fault(MAKE.format(module=MODULES[flavour], kind="Builder")):
+            return Finding(flavour, "broken", does_not_start(version, reason, here, tensorrt_extra(here.cuda_major)))
+        return Finding(flavour, "ok", f"{version}, builds and runs plans: a builder was made")
     if flavour == "tensorrt-rtx":
         return Finding(flavour, "ok", f"{version}, builds plans for GPUs elsewhere: export --target tensorrt-rtx")
     return Finding(flavour, "missing", f"{version} is installed, but builds and runs plans on a GPU only")
+
+
+def lean_finding(here: Gpu | EnvironmentFault) -> Finding:
+    """Say whether the lean runtime starts here: it runs version-compatible plans, and builds none."""
+    extra = f"tensorrt-lean-cu{13 if not isinstance(here, Gpu) or here.cuda_major >= 13 else 12}"
+    if not find_spec(LEAN):
+        return Finding("tensorrt-lean", "missing", f"not installed; runs plans for any version: densepure-rt[{extra}]")
+    if reason := import_fault(f"import {LEAN}"):
+        return Finding("tensorrt-lean", "broken", f"it cannot be imported ({reason})")
+    version = str(import_module(LEAN).__version__)
+    if not isinstance(here, Gpu):
+        return Finding("tensorrt-lean", "missing", f"{version} is installed, but runs plans on a GPU only")
+    if fault := import_fault(MAKE.format(module=LEAN, kind="Runtime")):
+        return Finding("tensorrt-lean", "broken", does_not_start(version, fault, here, extra))
+    return Finding("tensorrt-lean", "ok", f"{version}, runs version-compatible plans: a runtime was made")
+
+
+def does_not_start(version: str, fault: str, here: Gpu, extra: str) -> str:
+    return (
+        f"{version} does not start ({fault}); the driver runs CUDA {here.driver}: pip install 'densepure-rt[{extra}]'"
+    )
 
 
 def export_finding() -> Finding:
@@ -232,10 +294,12 @@ def import_fault(statement: str, seconds: float = IMPORT_SECONDS) -> str | None:
 
 def engines_finding() -> Finding:
     try:
-        bundle = open_bundle(shipped_engine())
-        for path, expected in ((bundle.unet_path, bundle.unet), (bundle.classifier_path, bundle.classifier)):
-            if sha256_of(path) != expected.file.sha256:
-                return Finding("shipped engines", "broken", f"{path} does not match its sidecar", True)
+        bundle, on_gpu = open_bundle(shipped_engine()), open_bundle(shipped_engine(on_gpu=True))
+        for found in (bundle, on_gpu):
+            for path, expected in ((found.unet_path, found.unet), (found.classifier_path, found.classifier)):
+                if sha256_of(path) != expected.file.sha256:
+                    return Finding("shipped engines", "broken", f"{path} does not match its sidecar", True)
     except (DensePureError, OSError) as error:
         return Finding("shipped engines", "broken", in_options(str(error)), True)
-    return Finding("shipped engines", "ok", f"{bundle.unet_path}, {bundle.unet.precision}, hashes match", True)
+    said = f"{bundle.unet_path}, {bundle.unet.precision}, on a GPU {on_gpu.unet.precision}, hashes match"
+    return Finding("shipped engines", "ok", said, True)

@@ -13,7 +13,7 @@ from densepure_rt.commands.options import Json
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="An engine file or its sidecar.")],
+    file: Annotated[Path, typer.Argument(help="An engine file, its sidecar, or the folder of a bundle.")],
     layers: Annotated[
         bool, typer.Option("--layers", help="What TensorRT made of each layer of a plan, on the plan's GPU.")
     ] = False,

@@ -10,7 +10,15 @@ from typing import Any
 
 from densepure_rt.errors import CheckFailed, UsageError, raise_interrupt
 from densepure_rt.files import content
-from densepure_rt.runtime.bundle import OPTIONAL, ClassifierSidecar, StepSidecar, read_sidecar, sha256_of
+from densepure_rt.runtime.bundle import (
+    OPTIONAL,
+    ClassifierSidecar,
+    StepSidecar,
+    engine_file,
+    read_sidecar,
+    sha256_of,
+    shipped_engine,
+)
 from densepure_rt.runtime.device import CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, STEP_INPUTS, STEP_OUTPUTS
 from densepure_rt.runtime.schedule import Coefficients
 from densepure_rt.runtime.tensorrt_api import layers_of
@@ -20,12 +28,16 @@ from densepure_rt.text import printable
 def inspection(path: Path, layers: bool = False) -> dict[str, Any]:
     """The sidecar's fields, and under "check" whether the SHA-256 of the file, and of its weights, are those it names.
 
-    path: an engine file, or its sidecar. "graph" is there when the onnx package is installed and the hash is right.
+    path: an engine file, its sidecar, or the folder of a bundle, whose step engine is meant. "graph" is there when the
+    onnx package is installed and the hash is right.
     layers: say under "layers" what TensorRT made of each layer of a plan, which it tells on the plan's own GPU alone.
     """
-    engine = path.with_name(path.name.removesuffix(".json")) if path.suffix == ".json" else path
+    engine = engine_file(path.with_name(path.name.removesuffix(".json")) if path.suffix == ".json" else path)
     if not os.path.isfile(engine):  # unlike Path.exists, it takes any name for an answer
-        raise UsageError(f'no file at {engine}: give an engine such as engines/unet.onnx, or run "densepure-rt export"')
+        raise UsageError(
+            f"no file at {engine}: give an engine, its sidecar or the folder of a bundle, such as {shipped_engine()}, "
+            f'which ships, or make one with "densepure-rt export"'
+        )
     sidecar = read_sidecar(engine)
     try:
         found = sha256_of(engine)

@@ -20,7 +20,6 @@ from densepure_rt.errors import UsageError
 from densepure_rt.optional import optional
 
 if TYPE_CHECKING:
-    from densepure_rt.images.datasets import ImageSet
     from densepure_rt.runtime.schedule import TimestepRule
     from densepure_rt.smoothing.certificate import Method
     from densepure_rt.smoothing.classifier import SmoothedClassifier
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 # The panels of --help.
 IMAGES, SAMPLING, CERTIFICATES, ENGINES = "Images", "Noise and votes", "Certificates", "Engines"
 SECRET, CLUSTER, RESULTS, MESSAGES = "Secret", "Cluster", "Results", "Messages"
-SHIPPED_MAX = 25  # of the 500 shipped images, so that a plain `certify` ends within 10 minutes on 2 cores
 
 ProviderName = Annotated[
     str,
@@ -43,7 +41,10 @@ RunImages = Annotated[
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]  # of every command
 EngineFile = Annotated[
-    Path | None, typer.Option("--engine", help="Step engine, ONNX file or plan; default: the one that ships.")
+    Path | None,
+    typer.Option(
+        "--engine", help="Step engine, ONNX file or plan, or the folder of its bundle; default: the one that ships."
+    ),
 ]
 
 
@@ -54,7 +55,8 @@ class EngineOptions(TypedOptions):
     engine: Annotated[
         Path | None,
         typer.Option(
-            help="Step engine, such as engines/unet.onnx; default: the one that ships.", rich_help_panel=ENGINES
+            help="Step engine, such as mymodel/unet.onnx, or the folder of its bundle; default: the one that ships.",
+            rich_help_panel=ENGINES,
         ),
     ] = None
     classifier: Annotated[
@@ -72,7 +74,7 @@ class EngineOptions(TypedOptions):
     ] = None
     threads: Annotated[
         int | None,
-        typer.Option(help="Callers of the engine; default: one for each core.", rich_help_panel=ENGINES),
+        typer.Option(help="Callers of the engine; default: one for each core, two on a GPU.", rich_help_panel=ENGINES),
     ] = None
     engine_sha256: Annotated[
         str | None,
@@ -87,6 +89,7 @@ class EngineOptions(TypedOptions):
         """Open the engines. secret: what keys the noise; None for a new one."""
         from densepure_rt.smoothing.classifier import load
 
+        self.say_precision()
         return load(
             self.engine,
             self.classifier,
@@ -98,33 +101,16 @@ class EngineOptions(TypedOptions):
             trust=self.trust,
         )
 
+    def say_precision(self) -> None:
+        """Say that the model that ships is no float32 one on a GPU."""
+        from densepure_rt.runtime.bundle import ON_GPU, shipped_engine
+        from densepure_rt.runtime.open_device import provider_of
 
-@dataclass(frozen=True)
-class ImageOptions(TypedOptions):
-    """Which images."""
-
-    images: Annotated[
-        Path | None,
-        typer.Option(
-            help="One split: folder of class folders, folder with labels.csv (file,label), images, .npz (x, y), IDX or "
-            "CIFAR-10 .bin; default: the shipped Fashion-MNIST test images.",
-            rich_help_panel=IMAGES,
-        ),
-    ] = None
-    skip: Annotated[int, typer.Option(help="Take every SKIP-th image.", rich_help_panel=IMAGES)] = 1
-    limit: Annotated[
-        int | None,
-        typer.Option(
-            "--max", help=f"How many images; default: all, {SHIPPED_MAX} of the shipped ones.", rich_help_panel=IMAGES
-        ),
-    ] = None
-
-    def open(self, smoothed: SmoothedClassifier) -> ImageSet:
-        """Open the images that are asked for, of the size and with the class names of the engines."""
-        from densepure_rt.images.datasets import open_images
-
-        limit = SHIPPED_MAX if self.images is None and self.limit is None else self.limit
-        return open_images(self.images, smoothed.bundle.unet.image, smoothed.class_names).select(self.skip, limit)
+        if self.engine is None and provider_of(self.provider) != "cpu":
+            stderr.print(
+                f"with --provider {self.provider} the model that ships runs in {ON_GPU}: --engine {shipped_engine()} "
+                f"is float32"
+            )
 
 
 @dataclass(frozen=True)
@@ -341,6 +327,7 @@ class ClusterOptions(TypedOptions):
             return engines.open(secret)
         with optional("--cluster", "Ray", "run \"pip install 'densepure-rt[cluster]'\""):
             from densepure_rt.cluster import ray_workers
+        engines.say_precision()
         engine, classifier = (path and path.absolute() for path in (engines.engine, engines.classifier))
         threads = none_as(1, engines.threads)
         recipe = ray_workers.WorkerEngines(

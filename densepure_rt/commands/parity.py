@@ -49,7 +49,9 @@ def parity(
     n: Annotated[int, typer.Option(help="Samples of each image.")] = 50,
     alpha: Annotated[float, typer.Option(help="Probability, at most, that an image gets a wrong certificate.")] = 0.001,
     batch: Annotated[int | None, typer.Option(help="Items a call of the engine.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Callers of the engine; default: one for each core.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Callers of the engine; default: one for each core, two on a GPU.")
+    ] = None,
     provider: ProviderName = "cpu",
     trust: Annotated[bool, typer.Option("--trust", help="Take a plan without a sidecar.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for parity.json and parity.png.")] = None,
@@ -62,7 +64,9 @@ def parity(
     """
     with needs_pytorch("parity"):
         from densepure_rt.export.compare.agreement import agree, draw, failures
-        from densepure_rt.export.models.sources import comparison_images, open_models
+        from densepure_rt.export.models.check_images import comparison_images
+        from densepure_rt.export.models.sources import open_models, refuse_other_models
+    from densepure_rt.runtime.bundle import open_bundle, shipped_engine
     from densepure_rt.smoothing.classifier import load
     from densepure_rt.smoothing.settings import Settings
 
@@ -70,6 +74,7 @@ def parity(
     if out is not None:
         make_folder(out)  # first: what follows may take long
     opened = open_models(models)
+    refuse_other_models(*opened, open_bundle(engine or shipped_engine(), trust=trust))  # before their images are read
     chosen = comparison_images(opened, images, limit, say, COMPARED)
     with load(engine, batch=batch, threads=threads, provider=provider, trust=trust) as smoothed:
         found = agree(smoothed, opened, track(chosen, len(chosen)), settings)

@@ -11,7 +11,7 @@ import typer
 
 from densepure_rt.commands.audit import warn_of_other_arithmetic
 from densepure_rt.commands.console import rows, stderr, stdout
-from densepure_rt.commands.from_run import FILES, file_of
+from densepure_rt.commands.from_run import file_of, images_of
 from densepure_rt.commands.options import Json, RunImages, RunPath
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.text import all_printable, printable, tsv_cell
@@ -40,6 +40,7 @@ def replay(
     from densepure_rt.runs.identity import settings_of
     from densepure_rt.runs.layout import read_manifest
     from densepure_rt.runs.secret import secret_of
+    from densepure_rt.runtime.bundle import shipped_engine_of
     from densepure_rt.smoothing.classifier import load
     from densepure_rt.smoothing.replay import replay as draw
 
@@ -49,12 +50,11 @@ def replay(
     if batch is None and identity.arithmetic is not None:
         batch = identity.arithmetic.batch
     place = sample + (identity.rule.n0 or 0)
-    images, engine, classifier = (
-        file_of(run, name, given) for name, given in zip(FILES, (images, engine, classifier), strict=True)
-    )
-    chosen = open_images(images, identity.image, identity.class_names)
+    engine, classifier = file_of(run, "engine", engine), file_of(run, "classifier", classifier)
+    chosen = open_images(images_of(run, images), identity.image, identity.class_names, identity.images.preparation)
     idx = idx_of(image, chosen, run)
     counted = counted_label(run, idx, place, identity.rule.most_samples)
+    engine = engine or shipped_engine_of(identity.engine.sha256)
     with load(engine, classifier, secret=secret_of(run, manifest), batch=batch, threads=1) as smoothed:
         bundle = smoothed.bundle
         for ref, known in ((bundle.unet.file, identity.engine), (bundle.classifier.file, identity.classifier)):
@@ -121,7 +121,7 @@ def the_image(chosen: ImageSet, idx: int, run: Path) -> LabelledImage:
     from densepure_rt.runs.reader import read_run
     from densepure_rt.runtime.noise import image_sha256
 
-    found = next((image for image in chosen if image.idx == idx), None)
+    found = next((image for image in chosen.readable() if image.idx == idx), None)
     if found is None:
         raise UsageError(f"{chosen.name} has no image {idx}: name what was certified with --images")
     record = next((record for record in read_run(run).records if record.idx == idx), None)

@@ -7,12 +7,10 @@ Everything that can be refused without decoding pixels (sizes, modes, labels, mi
 from __future__ import annotations
 
 import csv
-import hashlib
 import re
-import struct
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib import resources
 from io import TextIOWrapper
@@ -22,6 +20,7 @@ import numpy as np
 
 from densepure_rt.errors import UsageError
 from densepure_rt.files import opened
+from densepure_rt.images.changes import AS_IS, Preparation
 from densepure_rt.images.formats import (
     GZIP,
     IDX_IMAGES,
@@ -29,6 +28,7 @@ from densepure_rt.images.formats import (
     PICKLE,
     Pixels,
     Shape,
+    Unreadable,
     check_image,
     read_cifar,
     read_idx,
@@ -37,8 +37,10 @@ from densepure_rt.images.formats import (
     reading,
     size_text,
 )
-from densepure_rt.json_files import STRICT, Count, Text
-from densepure_rt.text import numbered, plural, printable
+from densepure_rt.images.sets import ImageSet as ImageSet
+from densepure_rt.images.sets import LabelledImage as LabelledImage
+from densepure_rt.images.sets import LeftOut as LeftOut
+from densepure_rt.text import plural, printable
 
 SHIPPED, SHIPPED_SHAPE = "fashion_mnist_test.npz", (1, 28, 28)
 FORMATS = (
@@ -58,100 +60,35 @@ UNPICKLED = (
 NAMED = 3  # of what is left out for one reason
 
 
-@dataclass(frozen=True)
-class LeftOut:
-    """Files or folders of the images' source that are no images of the run. first: some of their names."""
+def open_images(
+    path: Path | Sequence[Path] | None,
+    shape: Shape,
+    class_names: Sequence[str],
+    prepared: Preparation = AS_IS,
+    labels_csv: Path | None = None,
+) -> ImageSet:
+    """The images at `path`, None for those that ship with the package; `shape` is the engine's [C, H, W].
 
-    __pydantic_config__ = STRICT
-    why: Text
-    count: Count
-    first: tuple[Text, ...]
-
-    def __str__(self) -> str:
-        more = ", ..." if self.count > len(self.first) else ""
-        return f"{self.why}: {self.count:,} ({', '.join(self.first)}{more})"
-
-
-@dataclass(frozen=True, eq=False)
-class LabelledImage:
-    """One image: `idx` numbers it in results, `pixels` is uint8 [C, H, W], `label` is None where it is not known.
-
-    name: its file, relative to the source, and `FILE:POSITION` in a file of several; as whoever made it wrote it, and
-    part of no hash. None for an image of no file.
+    path: several are image files. prepared: what to do to image files. labels_csv: a table file,label of them, its
+    files relative to the folder, or to the one here where several files are named.
     """
-
-    idx: int
-    pixels: Pixels
-    label: int | None
-    name: str | None = None
-
-    def __str__(self) -> str:
-        return numbered(self.idx, self.name)
-
-
-@dataclass(frozen=True, eq=False)
-class ImageSet:
-    """Images in a fixed order, read one at a time. `name` is what to print.
-
-    left_out: what lies in the source beside its images. grey: positions of the grey images that are repeated to three
-    channels for an engine of colour. name_at: the name of the image at a position; None where they have none.
-    """
-
-    name: str
-    indices: Sequence[int]
-    labels: Sequence[int] | None
-    read: Callable[[int], Pixels]  # position among all images of the source -> [C, H, W]
-    positions: Sequence[int]  # those that belong to this set, into `indices`, `labels` and `read`
-    left_out: tuple[LeftOut, ...] = ()
-    grey: frozenset[int] = frozenset()
-    name_at: Callable[[int], str] | None = None
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def __iter__(self) -> Iterator[LabelledImage]:
-        for i in self.positions:
-            pixels = np.ascontiguousarray(self.read(i))
-            label = None if self.labels is None else self.labels[i]
-            yield LabelledImage(self.indices[i], pixels, label, None if self.name_at is None else self.name_at(i))
-
-    @property
-    def order(self) -> list[int]:
-        """The `idx` of each image."""
-        return [self.indices[i] for i in self.positions]
-
-    @property
-    def names(self) -> dict[int, str]:
-        """The name of each image that has one, by its `idx`."""
-        return {} if self.name_at is None else {self.indices[i]: self.name_at(i) for i in self.positions}
-
-    @property
-    def repeated(self) -> int:
-        """Count the grey images of this set that are repeated to three channels."""
-        return sum(i in self.grey for i in self.positions) if self.grey else 0
-
-    @property
-    def labelled(self) -> bool:
-        return self.labels is not None
-
-    def select(self, skip: int = 1, limit: int | None = None) -> ImageSet:
-        """Every `skip`-th image by position, at most `limit` of them."""
-        if skip < 1 or (limit is not None and limit < 1):
-            raise UsageError(f"`skip` {skip} and `limit` {limit} select no image: both must be 1 or more")
-        return replace(self, positions=self.positions[::skip][:limit])
-
-    def sha256(self) -> str:
-        """Hash over idx, label (-1 where unknown), shape and pixels of each image, in order."""
-        digest = hashlib.sha256()
-        for image in self:
-            label = -1 if image.label is None else image.label
-            digest.update(struct.pack("<5q", image.idx, label, *image.pixels.shape))
-            digest.update(image.pixels.tobytes())
-        return digest.hexdigest()
+    if isinstance(path, Sequence) and len(path) == 1 and labels_csv is None:
+        path = path[0]
+    found = _found(path, shape, class_names) if labels_csv is None else _listed_in(labels_csv, path, class_names)
+    if found.files is not None:
+        return _checked(found, found.files, shape, prepared)
+    if prepared:
+        raise UsageError(
+            f"{found.name} holds arrays, not image files: `fit` and `convert` are for files, leave them out"
+        )
+    return found
 
 
-def open_images(path: Path | None, shape: Shape, class_names: Sequence[str]) -> ImageSet:
-    """The images at `path`, None for those that ship with the package; `shape` is the engine's [C, H, W]."""
+def _found(path: Path | Sequence[Path] | None, shape: Shape, class_names: Sequence[str]) -> ImageSet:
+    if isinstance(path, Sequence):
+        if folders := [one for one in path if one.is_dir()]:
+            raise UsageError(f"{folders[0]} is a folder, among {len(path)} paths: name it alone, or image files alone")
+        return _from_files(f"{len(path)} files", path, None)
     if path is None:
         if shape != SHIPPED_SHAPE:
             sizes = f"the images that ship are {size_text(SHIPPED_SHAPE)}, the engine takes {size_text(shape)}"
@@ -174,7 +111,7 @@ def open_images(path: Path | None, shape: Shape, class_names: Sequence[str]) -> 
         pixels, labels = read_idx(path, shape)
         return replace(_from_array(str(path), pixels, labels, class_names), name_at=_places_in(path))
     if suffix in IMAGE_SUFFIXES:
-        return _from_files(str(path), path.parent, [path], None, shape)
+        return _from_files(str(path), [path], None, path.parent)
     if start[:1] == PICKLE:
         raise UsageError(f"{path} is a pickle, which can run any code and is never opened; {UNPICKLED}")
     raise UsageError(f"{path} is none of the formats that can be read; give {FORMATS}")
@@ -214,28 +151,40 @@ def _from_array(name: str, pixels: Pixels, labels: Sequence[int] | None, class_n
     return ImageSet(name, range(n), labels, pixels.__getitem__, range(n))
 
 
-def _from_files(name: str, folder: Path, files: Sequence[Path], labels: Sequence[int] | None, shape: Shape) -> ImageSet:
-    """folder: what they are named relative to."""
-    grey = frozenset(i for i, file in enumerate(files) if check_image(file, shape))
-    names = [file.relative_to(folder).as_posix() for file in files]
-    return ImageSet(
-        name,
-        range(len(files)),
-        labels,
-        partial(_read_nth, files, shape),
-        range(len(files)),
-        grey=grey,
-        name_at=names.__getitem__,
-    )
+def _from_files(name: str, files: Sequence[Path], labels: Sequence[int] | None, folder: Path | None = None) -> ImageSet:
+    """folder: what they are named relative to; None: as they were given. `_checked` makes them readable."""
+    names = [(file if folder is None else file.relative_to(folder)).as_posix() for file in files]
+    count = range(len(files))
+    return ImageSet(name, count, labels, _unchecked, count, name_at=names.__getitem__, files=files)
 
 
-def _read_nth(files: Sequence[Path], shape: Shape, i: int) -> Pixels:
-    return read_image(files[i], shape)
+def _unchecked(i: int) -> Pixels:
+    raise AssertionError(f"file {i} was not checked")
+
+
+def _checked(images: ImageSet, files: Sequence[Path], shape: Shape, how: Preparation) -> ImageSet:
+    """Refuse files that are missing, or no images that an engine takes; some may be unreadable, if not all are."""
+    grey, faults = set[int](), dict[int, Unreadable]()
+    for i, file in enumerate(files):
+        try:
+            if check_image(file, shape, how):
+                grey.add(i)
+        except Unreadable as fault:
+            if isinstance(fault.__cause__, FileNotFoundError):
+                raise
+            faults[i] = fault
+    if len(faults) == len(files):
+        raise faults[0]
+    return replace(images, read=partial(_read_nth, files, shape, how), grey=frozenset(grey), prepared=how)
+
+
+def _read_nth(files: Sequence[Path], shape: Shape, how: Preparation, i: int) -> Pixels:
+    return read_image(files[i], shape, how)
 
 
 def _from_folder(folder: Path, shape: Shape, class_names: Sequence[str]) -> ImageSet:
     if (folder / "labels.csv").exists():
-        return _from_labels_csv(folder, shape, class_names)
+        return _from_labels_csv(folder, folder / "labels.csv", class_names)
     entries = sorted(folder.iterdir())
     hidden = [entry for entry in entries if entry.name.startswith(".")]
     folders = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
@@ -249,11 +198,11 @@ def _from_folder(folder: Path, shape: Shape, class_names: Sequence[str]) -> Imag
     taken = set(images or cifar)
     beside = {NO_FORMAT: [file.name for file in files if file not in taken], HIDDEN: [h.name for h in hidden]}
     if images:
-        return replace(_from_files(str(folder), folder, images, None, shape), left_out=_left_out(beside))
+        return replace(_from_files(str(folder), images, None, folder), left_out=_left_out(beside))
     if cifar:
         return replace(_from_cifar_folder(folder, cifar, shape, class_names), left_out=_left_out(beside))
     if folders:
-        return _from_class_folders(folder, folders, beside, shape, class_names)
+        return _from_class_folders(folder, folders, beside, class_names)
     _refuse_files(folder, files)
     raise UsageError(f"{folder} holds no images; give {FORMATS}")
 
@@ -316,7 +265,6 @@ def _from_class_folders(
     folder: Path,
     folders: Sequence[Path],
     beside: Mapping[str, Sequence[str]],
-    shape: Shape,
     class_names: Sequence[str],
 ) -> ImageSet:
     """beside: the names of what lies beside the class folders, by the reason why it is left out."""
@@ -359,12 +307,25 @@ def _from_class_folders(
     inside = (file.relative_to(folder) for _, file in found)
     _refuse_splits(f"the class folders of {folder} hold", inside, class_names)
     found.sort()
-    images = _from_files(str(folder), folder, [file for _, file in found], [label for label, _ in found], shape)
+    images = _from_files(str(folder), [file for _, file in found], [label for label, _ in found], folder)
     return replace(images, left_out=_left_out(others))
 
 
-def _from_labels_csv(folder: Path, shape: Shape, class_names: Sequence[str]) -> ImageSet:
-    table = folder / "labels.csv"
+def _listed_in(table: Path, path: Path | Sequence[Path] | None, class_names: Sequence[str]) -> ImageSet:
+    """Return the image files of a folder that a table lists, or the named files with their labels from it."""
+    if isinstance(path, Path) and path.is_dir():
+        return _from_labels_csv(path, table, class_names)
+    if path is None:
+        raise UsageError("`labels_csv` labels image files: name them, or their folder with `images`")
+    files = [path] if isinstance(path, Path) else path
+    labelled = _from_labels_csv(Path(), table, class_names)
+    listed = dict(zip(labelled.files or (), labelled.labels or (), strict=True))
+    if missing := [file for file in files if Path(file.as_posix()) not in listed]:
+        raise UsageError(f"{missing[0]} is not in {table}: list every file that is named, as it is named")
+    return _from_files(f"{len(files)} files", files, [listed[file] for file in files])
+
+
+def _from_labels_csv(folder: Path, table: Path, class_names: Sequence[str]) -> ImageSet:
     with reading(table, "a CSV file"), TextIOWrapper(opened(table, "table"), "utf-8-sig", newline="") as lines:
         rows = csv.reader(lines, strict=True)
         header = [name.strip() for name in next(rows, [])]
@@ -385,7 +346,7 @@ def _from_labels_csv(folder: Path, shape: Shape, class_names: Sequence[str]) -> 
     _refuse_splits(f"{table} lists files of", (file.relative_to(folder) for file in files), class_names)
     distinct = list(dict.fromkeys(values))
     label_of = dict(zip(distinct, _labels_of(distinct, class_names, f"the labels in {table}"), strict=True))
-    images = _from_files(str(folder), folder, files, [label_of[value] for value in values], shape)
+    images = _from_files(str(folder), files, [label_of[value] for value in values], folder)
     return replace(images, left_out=_left_out(_unlisted(folder, {table, *files})))
 
 
@@ -411,7 +372,7 @@ def _labels_of(found: Sequence[str], class_names: Sequence[str], where: str) -> 
         raise UsageError(
             f"{where} are {_listed(found)}, of which the model does not know {_listed(unknown)}; name them all "
             f"by class ({_listed([slug or name for slug, name in zip(slugs, class_names, strict=True)])}) or all by "
-            f"number (0..{len(class_names) - 1})"
+            f"number (0..{len(class_names) - 1}); or name the model's classes, one a line, in the file `labels`"
         )
     return [label for label in labels if label is not None]
 

@@ -25,6 +25,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from densepure_rt.errors import UsageError
 from densepure_rt.files import UnfitFile, check, opened
+from densepure_rt.images.changes import AS_IS, Preparation
 from densepure_rt.runtime.machine import available_memory
 from densepure_rt.runtime.transport import transfer_fault
 
@@ -56,6 +57,10 @@ CIFAR_RECORD = 1 + 3 * 32 * 32  # bytes: label, then red, green and blue planes;
 GRID_ATOL = 1e-3  # of value * 255; float32 k / 255, as ToTensor writes it, is within 2e-5
 
 
+class Unreadable(UsageError):
+    """A file of a set cannot be read: it alone has failed, and may be tried again."""
+
+
 @contextmanager
 def reading(path: Path | str, what: str) -> Iterator[None]:
     """Turn any failure to read or decode `path` into one UsageError.
@@ -68,20 +73,22 @@ def reading(path: Path | str, what: str) -> Iterator[None]:
     except UsageError:
         raise
     except FileNotFoundError as error:
-        raise UsageError(f"{path}: no such file or folder; check the path") from error
+        raise Unreadable(f"{path}: no such file or folder; check the path") from error
     except PermissionError as error:
-        raise UsageError(f"{path} may not be read; check its permissions (chmod u+r)") from error
+        raise Unreadable(f"{path} may not be read; check its permissions (chmod u+r)") from error
     except UnfitFile as error:
-        raise UsageError(f"{path} cannot be read as {what}: {error.strerror}; give a regular file") from error
+        raise Unreadable(f"{path} cannot be read as {what}: {error.strerror}; give a regular file") from error
     except UnidentifiedImageError as error:
-        raise UsageError(f"{path} is not {', '.join(IMAGE_FORMATS)}; convert it to PNG, or fetch it again") from error
+        raise Unreadable(f"{path} is not {', '.join(IMAGE_FORMATS)}; convert it to PNG, or fetch it again") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UsageError(f"{path} cannot be read as {what}: {error}; make it smaller, or leave it out") from error
     except MemoryError as error:
         raise UsageError(f"{path} does not fit in memory; split it, or give the images as a folder") from error
     except Exception as error:
         if fault := transfer_fault(Path(path)):
-            raise UsageError(f"{path} is not {what}: {fault}") from error
+            raise Unreadable(f"{path} is not {what}: {fault}") from error
         found = str(error) or type(error).__name__
-        raise UsageError(f"{path} cannot be read as {what}: {found}; fetch or write the file again") from error
+        raise Unreadable(f"{path} cannot be read as {what}: {found}; fetch or write the file again") from error
 
 
 def require_shape(where: str, found: Shape, expected: Shape) -> None:
@@ -89,62 +96,13 @@ def require_shape(where: str, found: Shape, expected: Shape) -> None:
     if found != expected:
         raise UsageError(
             f"{where} is {size_text(found)}, the engine takes {size_text(expected)} (channels x height x width); "
-            "nothing is resized here: bring the images to that size first, or use an engine made for this one"
+            "nothing is resized here: bring the images to that size first, have `fit` do so, or use an engine made for "
+            "this one"
         )
 
 
 def size_text(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
-
-
-def require_pixels(given: object, shape: Shape) -> Pixels:
-    """Return `given` if it is a uint8 array [C, H, W] of this shape already: nothing is converted.
-
-    Raises UsageError that says what was given, and how that becomes one.
-    """
-    if isinstance(given, np.ndarray) and given.dtype == np.uint8 and given.shape == shape:
-        return given
-    if isinstance(given, np.ndarray):
-        found, moves = f"{given.dtype} {list(given.shape)}", [*_dtype_moves(given), *_shape_moves(given.shape, shape)]
-    elif isinstance(given, Image.Image):
-        array = "np.asarray(image)[None]" if shape[0] == 1 else "np.asarray(image).transpose(2, 0, 1)"
-        found, moves = (
-            f"a Pillow image of mode {given.mode}, {given.width} x {given.height} pixels",
-            [f"{array} of one of mode {'L' if shape[0] == 1 else 'RGB'}"],
-        )
-    elif isinstance(given, str | bytes | os.PathLike):
-        found, moves = (
-            f"the name {os.fsdecode(given)!r}",
-            ["what densepure_rt.images.datasets.open_images reads of the file"],
-        )
-    else:
-        found = f"an object of type {type(given).__qualname__}"
-        moves = ["np.array(image, dtype=np.uint8) of whole levels from 0 to 255"]
-    raise UsageError(
-        f"an image must be an array, uint8 {list(shape)} (channels, height, width), got {found}: "
-        f"give {'; '.join(moves)}"
-    )
-
-
-def _dtype_moves(given: NDArray[Any]) -> list[str]:
-    if given.dtype == np.uint8:
-        return []
-    if given.dtype.kind == "f":
-        return ["the original levels from 0 to 255, of floats in [0, 1] np.rint(255 * image).astype(np.uint8)"]
-    return ["image.astype(np.uint8), where all its levels are whole and from 0 to 255"]
-
-
-def _shape_moves(found: tuple[int, ...], shape: Shape) -> list[str]:
-    channels, *size = shape
-    if found == shape:
-        return []
-    if found == (*size, channels):
-        return ["image.transpose(2, 0, 1)"]
-    if found == tuple(size) and channels == 1:
-        return ["image[None], or a list of images where several are taken"]
-    if found[1:] == shape:
-        return ["one image of the batch, such as image[0]"]
-    return [f"one of {size_text(shape)}: nothing is resized or repeated here"]
 
 
 def require_few_scans(content: bytes, what: str) -> None:
@@ -156,64 +114,96 @@ def require_few_scans(content: bytes, what: str) -> None:
     while at and (found := JPEG_MARKER.search(content, at)) and found[1][0] != JPEG_END:
         scans += found[1][0] == JPEG_SCAN
         if scans > MOST_SCANS:
-            raise UsageError(f"{what} has more than {MOST_SCANS} scans, which no camera writes: save it anew")
+            raise Unreadable(f"{what} has more than {MOST_SCANS} scans, which no camera writes: save it anew")
         at = found.end() + int.from_bytes(content[found.end() : found.end() + 2], "big")
 
 
-def check_image(path: Path, shape: Shape) -> bool:
+def check_image(path: Path, shape: Shape, how: Preparation = AS_IS) -> bool:
     """Refuse an image file that cannot become uint8 [C, H, W] without loss; reads only its header.
 
     Returns whether it is grey and becomes three equal channels.
     """
     with reading(path, "an image"), warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size check below says it better
+        # Without `fit` the size check below says it better.
+        warnings.simplefilter("error" if how.fit else "ignore", Image.DecompressionBombWarning)
         with opened(path, "picture") as file:
-            return _open_image(file, path, shape).mode in GREY_MODES and shape[0] == 3
+            return _open_image(file, path, shape, how).mode in GREY_MODES and shape[0] == 3
 
 
-def read_image(path: Path, shape: Shape) -> Pixels:
+def read_image(path: Path, shape: Shape, how: Preparation = AS_IS) -> Pixels:
     """The pixels of an image file, uint8 [C, H, W]."""
-    channels, height, width = shape
-    with reading(path, "an image"), opened(path, "picture") as file:
-        image = _open_image(file, path, shape)
+    with reading(path, "an image"), opened(path, "picture") as file, warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)  # 90 megapixels
+        image = _open_image(file, path, shape, how)
         if image.format in ("JPEG", "MPO"):  # MPO: what Pillow makes of a JPEG that says it has several pictures
             file.seek(0)
             require_few_scans(file.read(), str(path))
         if image.format == "PNG":
             image.verify()  # checksums: loading skips those of the pixel data; then the image must be opened anew
             file.seek(0)
-            image = _open_image(file, path, shape)
-        pixels = np.asarray(image.convert("L" if image.mode == "1" else "RGB" if image.mode == "P" else image.mode))
+            image = _open_image(file, path, shape, how)
+        return _pixels_of(image, str(path), shape, how)
+
+
+def picture_pixels(picture: Image.Image, shape: Shape) -> Pixels:
+    """Return the pixels of a Pillow image, uint8 [C, H, W], as `read_image` does those of a file that holds it."""
+    what = "the Pillow image"
+    with reading(what, "an image"):  # one of a file is decoded now
+        _require_channels(shape)
+        require_shape(what, (shape[0], picture.height, picture.width), shape)
+        _require_plain(picture, what, shape)
+        return _pixels_of(picture, what, shape)
+
+
+def _pixels_of(image: Image.Image, what: str, shape: Shape, how: Preparation = AS_IS) -> Pixels:
+    """Decode an image that `_require_plain` takes, or that is to be converted."""
+    channels, height, width = shape
+    pixels = np.asarray(how.fitted(how.converted(image, channels), width, height))
     if pixels.ndim == 2 and channels == 3:
         pixels = np.repeat(pixels[..., None], 3, axis=2)
     if pixels.ndim == 3 and channels == 1:
         if (pixels != pixels[..., :1]).any():
-            raise UsageError(f"{path} is in colour, the engine takes grey; convert it, or use a colour engine")
+            raise UsageError(
+                f"{what} is in colour, the engine takes grey; have `convert` make it so, or use a colour engine"
+            )
         pixels = pixels[..., 0]
     return np.ascontiguousarray(pixels.reshape(height, width, channels).transpose(2, 0, 1), dtype=np.uint8)
 
 
-def _open_image(file: IO[bytes], path: Path, shape: Shape) -> Image.Image:
+def _open_image(file: IO[bytes], path: Path, shape: Shape, how: Preparation) -> Image.Image:
     """An image whose header promises the right size and a mode that converts without loss; pixels not yet decoded."""
-    modes = (*GREY_MODES, "P", "RGB")
-    if shape[0] not in (1, 3):
-        raise UsageError(f"the engine takes {shape[0]} channels, image files hold 1 or 3; give the images as .npz")
+    _require_channels(shape)
     start = file.read(PNG_DEPTH_AT + 1)
     file.seek(0)
     image = Image.open(file, formats=FILE_FORMATS)
     if image.format == "PPM":
         _require_netpbm(file, path)
     if isinstance(image, TiffImageFile):
-        _require_plain_tiff(image, path)
-    require_shape(str(path), (shape[0], image.height, image.width), shape)
+        _require_plain_tiff(image, path, how.convert)
+    if how.fit is None:
+        require_shape(str(path), (shape[0], image.height, image.width), shape)
     deep = image.format == "PNG" and start[PNG_DEPTH_AT] == 16  # Pillow would drop the low byte of RGB in silence
-    if image.mode not in modes or deep or "transparency" in image.info or getattr(image, "n_frames", 1) > 1:
+    if not how.convert or getattr(image, "n_frames", 1) > 1:
+        _require_plain(image, str(path), shape, deep)
+    return image
+
+
+def _require_channels(shape: Shape) -> None:
+    if shape[0] not in (1, 3):
+        raise UsageError(f"the engine takes {shape[0]} channels, image files hold 1 or 3; give the images as .npz")
+
+
+def _require_plain(image: Image.Image, what: str, shape: Shape, deep: bool = False) -> None:
+    """Refuse an image of a mode that does not convert without loss. deep: of more than 8 bits, whatever its mode."""
+    several_pages = getattr(image, "n_frames", 1) > 1
+    if image.mode not in (*GREY_MODES, "P", "RGB") or deep or "transparency" in image.info or several_pages:
         kind = ", 16 bits" * deep + ", with transparency" * ("transparency" in image.info)
         several = "several pages" if image.format == "TIFF" else "animated"
-        kind += f", {several}" * (getattr(image, "n_frames", 1) > 1)
+        kind += f", {several}" * several_pages
         wanted = "8-bit grey" if shape[0] == 1 else "8-bit RGB"
-        raise UsageError(f"{path} has pixels of mode {image.mode}{kind}; convert it to {wanted}")
-    return image
+        raise UsageError(
+            f"{what} has pixels of mode {image.mode}{kind}; convert it to {wanted}, or have `convert` do so"
+        )
 
 
 def _require_netpbm(file: IO[bytes], path: Path) -> None:
@@ -226,20 +216,24 @@ def _require_netpbm(file: IO[bytes], path: Path) -> None:
     size = file.seek(0, os.SEEK_END) - header.end()
     expected = math.prod((int(header[1]), int(header[2]), 3 if start.startswith(b"P6") else 1))
     if size != expected:
-        raise UsageError(
+        raise Unreadable(
             f"{path} has {size:,} bytes of pixels, one image of its header has {expected:,}; fetch or write it again"
         )
     file.seek(0)
 
 
-def _require_plain_tiff(image: TiffImageFile, path: Path) -> None:
-    """Refuse what Pillow would change in silence: it drops low bytes and extra channels, and turns the image."""
+def _require_plain_tiff(image: TiffImageFile, path: Path, convert: bool = False) -> None:
+    """Refuse what Pillow would change in silence: it drops low bytes and extra channels, and turns the image.
+
+    convert: whether low bytes are to be dropped, and transparency may be there.
+    """
     tags = image.tag_v2
     bits, formats = (tags.get(tag, (1,)) for tag in (BITS_PER_SAMPLE, SAMPLE_FORMAT))
     what = None
-    if set(bits) - ({1} if image.mode == "1" else {8}) or set(formats) != {1}:
+    known = {1} if image.mode == "1" else {8, 16} if convert else {8}
+    if set(bits) - known or set(formats) != {1}:
         what = f"holds samples of {max(bits)} bits" + ("" if set(formats) == {1} else ", signed or float")
-    elif tags.get(EXTRA_SAMPLES):
+    elif tags.get(EXTRA_SAMPLES) and not convert:
         what = "holds channels beside its colours"
     elif tags.get(ORIENTATION, 1) != 1:
         what = f"is to be turned (orientation {tags[ORIENTATION]})"

@@ -11,25 +11,18 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from densepure_rt.errors import UsageError
+from densepure_rt.images.changes import Changed, cropped, eight_bits, grey, opaque, rgb, scaled
 from densepure_rt.images.formats import IMAGE_FORMATS, Pixels, Shape, reading, require_few_scans
 
 MOST_BYTES = 16 * 2**20  # of a file; a photograph from a phone is 3 to 8 MiB
 MOST_PIXELS = 25_000_000  # 100 MB while they are decoded, as RGBA
 
 EXIF_ORIENTATION, TURNED = 0x0112, range(2, 9)  # CIPA DC-008, Exif 2.32, 4.6.5; 1 is upright
-
-
-class Changed(NamedTuple):
-    """An image, and what was done to it; None for nothing."""
-
-    image: Image.Image
-    said: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,48 +84,3 @@ def upright(image: Image.Image) -> Changed:
     if image.getexif().get(EXIF_ORIENTATION) not in TURNED:
         return Changed(image)
     return Changed(ImageOps.exif_transpose(image), "turned as its EXIF says")
-
-
-def eight_bits(image: Image.Image) -> Changed:
-    """Grey of 16 bits as its high bytes, as Pillow reads colour; by itself it would clip them."""
-    if not image.mode.startswith("I"):
-        return Changed(image)
-    levels = np.asarray(image) >> 8
-    return Changed(Image.fromarray(levels.clip(0, 255, out=levels).astype(np.uint8)), "16 bits a pixel cut to 8")
-
-
-def opaque(image: Image.Image) -> Changed:
-    if "A" not in image.getbands() and "transparency" not in image.info:
-        return Changed(image)
-    seen = image.convert("RGBA")
-    white = Image.new("RGBA", seen.size, "white")
-    through = seen.getchannel("A").getextrema() != (255, 255)
-    return Changed(Image.alpha_composite(white, seen), "laid on white where it is transparent" if through else None)
-
-
-def rgb(image: Image.Image) -> Changed:
-    return Changed(image.convert("RGB"))
-
-
-def grey(image: Image.Image) -> Changed:
-    """By ITU-R 601-2 luma, which leaves equal channels as they are."""
-    colours = np.asarray(image.convert("RGB"))
-    coloured = bool((colours != colours[..., :1]).any())
-    return Changed(Image.fromarray(colours).convert("L"), "made grey" if coloured else None)
-
-
-def cropped(width: int, height: int, image: Image.Image) -> Changed:
-    """The largest part in its middle that has the proportions of `width` x `height`."""
-    wide = max(1, min(image.width, round(image.height * width / height)))
-    high = max(1, min(image.height, round(image.width * height / width)))
-    if (wide, high) == image.size:
-        return Changed(image)
-    left, top = (image.width - wide) // 2, (image.height - high) // 2
-    return Changed(image.crop((left, top, left + wide, top + high)), f"cropped around its middle to {wide} x {high}")
-
-
-def scaled(width: int, height: int, image: Image.Image) -> Changed:
-    if image.size == (width, height):
-        return Changed(image)
-    size = f"scaled from {image.width} x {image.height} to {width} x {height}"
-    return Changed(image.resize((width, height), Image.Resampling.LANCZOS), size)

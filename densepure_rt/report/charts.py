@@ -4,38 +4,43 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
 from densepure_rt.optional import optional
-from densepure_rt.report.accuracy import band_half_width
+from densepure_rt.report.accuracy import Curve, band_half_width
 from densepure_rt.report.step_chart import COLOURS, Axis, Line, falling, rising, step_chart
 from densepure_rt.report.summary import RunReport, own
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def accuracy_lines(reports: Sequence[RunReport]) -> list[Line]:
     """The certified-accuracy curves with their bands; points where a run knows its grid's radii alone."""
-    lines = []
-    for report in reports:
-        curve = report.curve
-        known = tuple(zip(curve.radii, curve.accuracy, strict=True))
-        band = band_half_width(curve.images) if curve.images else None
-        lines.append(Line(report.name, falling(curve.radii, curve.accuracy), band, known if curve.grid else None))
-    return lines
+    return [line_of(report.name, report.curve) for report in reports]
 
 
-def accuracy_axis(reports: Sequence[RunReport]) -> Axis:
-    ends = [report.curve.radii[-1] for report in reports if report.curve.radii]
+def line_of(name: str, curve: Curve) -> Line:
+    known = tuple(zip(curve.radii, curve.accuracy, strict=True))
+    band = band_half_width(curve.images) if curve.images else None
+    return Line(name, falling(curve.radii, curve.accuracy), band, known if curve.grid else None)
+
+
+def accuracy_axis(curves: Sequence[Curve]) -> Axis:
+    ends = [curve.radii[-1] for curve in curves if curve.radii]
     return Axis("l2 radius, in [0, 1] pixel units", end=1.04 * max(ends, default=0.0) or 1.0)
 
 
-def accuracy_name(reports: Sequence[RunReport]) -> str:
-    return "certified accuracy" if all(report.curve.labelled for report in reports) else "share certified"
+def accuracy_name(curves: Sequence[Curve]) -> str:
+    return "certified accuracy" if all(curve.labelled for curve in curves) else "share certified"
 
 
 def accuracy_chart(reports: Sequence[RunReport], alone: bool = False) -> Markup:
-    words = f"{accuracy_name(reports)} over the l2 radius of {', '.join(report.name for report in reports)}"
-    return step_chart(accuracy_lines(reports), accuracy_axis(reports), accuracy_name(reports), words, alone)
+    curves = [report.curve for report in reports]
+    words = f"{accuracy_name(curves)} over the l2 radius of {', '.join(report.name for report in reports)}"
+    return step_chart(accuracy_lines(reports), accuracy_axis(curves), accuracy_name(curves), words, alone)
 
 
 def samples_axis(reports: Sequence[RunReport]) -> Axis:
@@ -61,10 +66,18 @@ def accuracy_png(reports: Sequence[RunReport]) -> bytes:
     """The certified-accuracy curve as a PNG. Needs matplotlib."""
     with optional("a PNG", "matplotlib", "run \"pip install 'densepure-rt[report]'\", or ask for `also` svg"):
         from matplotlib.figure import Figure
-        from matplotlib.ticker import PercentFormatter
     figure = Figure(figsize=(8, 4.6), layout="constrained")
-    axes = figure.subplots()
-    for i, line in enumerate(accuracy_lines(reports)):
+    draw_accuracy(figure.subplots(), [(report.name, report.curve) for report in reports])
+    file = io.BytesIO()
+    figure.savefig(file, dpi=150, format="png")
+    return file.getvalue()
+
+
+def draw_accuracy(axes: Axes, curves: Sequence[tuple[str, Curve]]) -> None:
+    """Draw curves by their names on axes of matplotlib."""
+    from matplotlib.ticker import PercentFormatter
+
+    for i, line in enumerate(line_of(name, curve) for name, curve in curves):
         colour, name = COLOURS[i % len(COLOURS)], line.name.replace("$", r"\$")
         places, shares = [x for x, _ in line.corners], [y for _, y in line.corners]
         if line.dots is not None:
@@ -76,12 +89,10 @@ def accuracy_png(reports: Sequence[RunReport]) -> bytes:
             half = line.half_width or 0.0
             low, high = [max(0.0, y - half) for y in shares], [min(1.0, y + half) for y in shares]
             axes.fill_between(places, low, high, color=colour, alpha=0.13, linewidth=0)
-    axes.set(xlim=(0, accuracy_axis(reports).end), ylim=(0, 1.02))
-    axes.set(xlabel=accuracy_axis(reports).name, ylabel=accuracy_name(reports))
+    alone = [curve for _, curve in curves]
+    axes.set(xlim=(0, accuracy_axis(alone).end), ylim=(0, 1.02))
+    axes.set(xlabel=accuracy_axis(alone).name, ylabel=accuracy_name(alone))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.grid(axis="y", color="#dfe3e8")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    file = io.BytesIO()
-    figure.savefig(file, dpi=150, format="png")
-    return file.getvalue()

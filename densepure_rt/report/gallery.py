@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from densepure_rt.errors import UsageError
+from densepure_rt.errors import CheckFailed, UsageError
 from densepure_rt.images.datasets import ImageSet, LabelledImage, open_images
 from densepure_rt.images.formats import Pixels
 from densepure_rt.runs.identity import settings_of
@@ -28,7 +28,9 @@ class Shown:
     replayed: Replayed
 
 
-def gallery(run: Run, count: int, secret: bytes, engine: Path | None, images: Path | None) -> list[Shown]:
+def gallery(
+    run: Run, count: int, secret: bytes, engine: Path | None, images: Path | Sequence[Path] | None
+) -> list[Shown]:
     """`count` images of the run with their first sample. engine: the run's; images: those that it certified.
 
     Raises UsageError when the images or the classifier are others, CheckFailed when the engine is.
@@ -36,12 +38,19 @@ def gallery(run: Run, count: int, secret: bytes, engine: Path | None, images: Pa
     if count < 1:
         raise UsageError(f"`count` {count}: ask for one image at least")
     identity, chosen = run.manifest.identity, choose(run.records, count)
-    found = find(open_images(images, identity.image, identity.class_names), chosen)
+    opened = open_images(images, identity.image, identity.class_names, identity.images.preparation)
+    found = find(opened, chosen)
     settings = settings_of(identity)
-    with load(engine, secret=secret, engine_sha256=identity.engine.sha256) as classifier:
+    with load(engine, secret=secret) as classifier:
+        if (ref := classifier.bundle.unet.file).sha256 != identity.engine.sha256:
+            raise CheckFailed(
+                f"{classifier.bundle.unet_path} has the SHA-256 {ref.sha256[:16]}, the run used {identity.engine.name} "
+                f"of {identity.engine.sha256[:16]}: name that one with `engine`"
+            )
         if (ref := classifier.bundle.classifier.file).sha256 != identity.classifier.sha256:
             raise UsageError(
-                f"{ref.name} is not the classifier of the run, {identity.classifier.name}: name its engine"
+                f"{ref.name} is not the classifier of the run, {identity.classifier.name} of "
+                f"{identity.classifier.sha256[:16]}: name the engine that it lies beside with `engine`"
             )
         return [
             Shown(record, image.pixels, replay(classifier, image, settings, SAMPLE))
@@ -59,7 +68,7 @@ def choose(records: Sequence[ImageRecord], count: int) -> list[ImageRecord]:
 def find(images: ImageSet, records: Sequence[ImageRecord]) -> list[LabelledImage]:
     """The image of each record, by its pixels."""
     wanted = {record.image_sha256 for record in records}
-    found = {sha: image for image in images if (sha := image_sha256(image.pixels).hex()) in wanted}
+    found = {sha: image for image in images.readable() if (sha := image_sha256(image.pixels).hex()) in wanted}
     if missing := [record for record in records if record.image_sha256 not in found]:
         raise UsageError(
             f"image {missing[0]} of the run is not among {images.name}: name the images it certified with `images`"

@@ -90,7 +90,7 @@ def page(reports: Sequence[RunReport], gallery: Sequence[Shown] = ()) -> str:
         "report.html",
         names=", ".join(report.name for report in reports),
         cards=[card(report, i) for i, report in enumerate(reports)],
-        what=accuracy_name(reports).capitalize(),
+        what=accuracy_name([report.curve for report in reports]).capitalize(),
         accuracy=Chart(accuracy_chart(reports), legend(accuracy_lines(reports), reports)),
         accuracy_words=" ".join(accuracy_words(reports)),
         radii=[exact(radius) for radius in radii],
@@ -122,7 +122,7 @@ def card(report: RunReport, i: int) -> Card:
     curve, sigma = report.curve, report.sigma or 0.0
     ends = (curve.radii[0], curve.radii[-1]) if curve.grid and curve.radii else (0.0, sigma)
     figures = ((radius, share) for radius in dict.fromkeys(ends) if (share := curve.at(radius)) is not None)
-    what = accuracy_name([report]) if curve.images else "no image is done yet"
+    what = accuracy_name([curve]) if curve.images else "no image is done yet"
     unfinished = ": not finished" if report.done < report.asked else ""
     return Card(
         name=report.name,

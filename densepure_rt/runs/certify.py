@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -17,28 +18,42 @@ from densepure_rt.runs.falsifier import Falsification
 from densepure_rt.runs.falsify import Proposals, attack_each, attacked, no_proposals
 from densepure_rt.runs.folder import RunFolder
 from densepure_rt.runs.identity import manifest_of
+from densepure_rt.runs.layout import MANIFEST, read_manifest
+from densepure_rt.runs.progress import Progress
 from densepure_rt.runs.records import Summary
 from densepure_rt.runs.shards import Shard
 from densepure_rt.runs.summary import accuracy_so_far, radii_of, summarize
 from densepure_rt.smoothing.classifier import Certified, SmoothedClassifier
-from densepure_rt.smoothing.forecast import require_reach
+from densepure_rt.smoothing.forecast import Range, require_reach
 from densepure_rt.smoothing.settings import UNLIMITED, Budget, Settings
+from densepure_rt.text import plural
 
 T = TypeVar("T")
+
+
+Left = Callable[[], Range | None]
+
+
+def unknown() -> Range | None:
+    """Time of which nothing is known."""
+    return None
 
 
 class Watch(Protocol):
     """Pass `work` on, item by item, and show how far it is, of `total`, with `before` done when it began.
 
-    text: returns one line on how it goes so far, asked for when it is shown.
+    text: returns one line on how it goes so far. left: returns the seconds that are left, where it is known better than
+    by the items that are done. Both are asked from any thread, also while an item is worked at.
     """
 
     def __call__(
-        self, work: Iterable[T], total: int, text: Callable[[], str] = str, before: int = 0
+        self, work: Iterable[T], total: int, text: Callable[[], str] = str, before: int = 0, left: Left = unknown
     ) -> Iterator[T]: ...
 
 
-def unwatched(work: Iterable[T], total: int, text: Callable[[], str] = str, before: int = 0) -> Iterator[T]:
+def unwatched(
+    work: Iterable[T], total: int, text: Callable[[], str] = str, before: int = 0, left: Left = unknown
+) -> Iterator[T]:
     return iter(work)
 
 
@@ -58,7 +73,7 @@ class RunRequest:
     budget: Budget = UNLIMITED
     shard: Shard | None = None
     falsify: float | None = None
-    options: Mapping[str, str | int | float | bool] | None = None
+    options: Mapping[str, str | int | float | bool | Sequence[str]] | None = None
 
     @property
     def mine(self) -> ImageSet:
@@ -76,6 +91,8 @@ def certify_images(
     Ctrl-C, or a signal that means the same, ends it after the images that are done. proposals: gives an attack further
     candidates. watch: passes the work on, item by item, and shows how far it is.
     """
+    known = unreadable_of(request.out)
+    request = replace(request, images=request.images.hashed_as(known))
     settings, images = request.settings, request.mine
     secret = classifier.secret if request.seed is None else None
     reach = require_reach(settings, math.prod(classifier.bundle.unet.image))
@@ -87,10 +104,13 @@ def certify_images(
     interrupted = True
 
     def summary() -> Summary:
-        return summarize(folder.done, len(images), interrupted, radii_of(settings), reach, classifier.failed)
+        done = {record.idx for record, _ in folder.done}
+        failed = sorted({*classifier.failed, *images.unreadable}.intersection(images.order) - done)
+        return summarize(folder.done, len(images), interrupted, radii_of(settings), reach, failed)
 
-    def progress() -> str:
-        said = (classifier.sampler.status(), accuracy_so_far(summary()) if images.labelled else "")
+    def status() -> str:
+        accuracy = accuracy_so_far(summary()) if images.labelled and folder.done else ""
+        said = (plural(progress.samples(), "sample"), progress.slow(), classifier.sampler.status(), accuracy)
         return "; ".join(filter(None, said))
 
     with RunFolder(request.out, manifest, secret) as folder:
@@ -102,9 +122,11 @@ def certify_images(
                 images=len(images),
                 done=len(finished),
             )
-            left = (image for image in images if image.idx not in finished)
-            work = classifier.certify_each(left, settings, request.budget, folder.ledger)
-            for result in watch(work, len(images), progress, before=len(finished)):
+            others = (image for image in images.readable() if image.idx not in finished)
+            work = classifier.certify_each(others, settings, request.budget, folder.ledger)
+            rule = settings.rule(math.prod(classifier.bundle.unet.image), images.labelled)
+            progress = Progress(classifier, rule, len(images), lambda: folder.done, request.budget)
+            for result in watch(work, len(images), status, before=len(finished), left=progress.left):
                 folder.add(result, places[result.image.idx])
                 report(result)
             if request.falsify is not None:
@@ -117,6 +139,11 @@ def certify_images(
         folder.finish(found)
         logs.say(f"{found.done} of {found.asked} images are done", interrupted=interrupted, abstained=found.abstained)
         return found, attacks
+
+
+def unreadable_of(path: Path) -> tuple[int, ...] | None:
+    """Return which images could not be read when the run in a folder began; None where there is no run."""
+    return read_manifest(path).identity.images.unreadable if os.path.exists(path / MANIFEST) else None
 
 
 def report(result: Certified) -> None:

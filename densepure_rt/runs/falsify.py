@@ -62,7 +62,7 @@ def attack_each(
     records = {record.idx: record for record, _ in folder.done}
     done = {image.idx: image for image in folder.ledger.done()}
     chosen = set(attacked(folder.done, share))
-    for image in images:
+    for image in images.readable():
         if image.idx not in chosen:
             continue
         certificate = certificate_of_record(records[image.idx])

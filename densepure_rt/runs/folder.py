@@ -2,8 +2,8 @@
 
 manifest.json   what was run, on what, with which engines; written before the first sample
 ledger.sqlite   the truth while the run goes on: every label, and every certificate
-results.tsv     idx label predict radius correct time, the field's format (-1 and 0.0 abstain; radius rounded down),
-                then the name, of runs that name their images
+results.tsv     idx label predict radius correct time, the field's format (-1 and 0.0 abstain; radius rounded down;
+                without a label, label is -1 and correct 0), then the name, of runs that name their images
 results.jsonl   the same with full precision and the counts, no times: equal for equal runs
 timing.jsonl    what each image took
 summary.json    the run in numbers; written when it ends

@@ -7,10 +7,12 @@ import json
 import math
 import platform
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from PIL import __version__ as PILLOW
 
 from densepure_rt._version import __version__
 from densepure_rt.errors import UsageError
@@ -26,6 +28,7 @@ from densepure_rt.runs.records import (
     Manifest,
     NamedFile,
     NoiseIdentity,
+    PreparedIdentity,
     Provenance,
     RuleIdentity,
 )
@@ -44,7 +47,7 @@ OPTIONS = {  # fields of the identity that are parameters as they stand
     **{"budget_seconds.image": "budget", "budget_seconds.run": "run_budget", "public_seed": "seed"},
 }
 CHOSEN_BY = {  # other fields, with the options that a run's manifest has of them
-    "images": ("images", "skip", "max"),
+    "images": ("images", "files", "skip", "max", "fit", "convert", "background", "labels-csv"),
     "engine": ("engine",),
     "classifier": ("classifier",),
     "runs_on": ("provider",),
@@ -63,7 +66,7 @@ def manifest_of(
     budget: Budget,
     seed: int | None,
     shard: Shard | None = None,
-    options: Mapping[str, str | int | float | bool] | None = None,
+    options: Mapping[str, str | int | float | bool | Sequence[str]] | None = None,
 ) -> Manifest:
     """What is to be run. `identity` is all that a result depends on; `provenance` is who runs it where and when.
 
@@ -112,7 +115,7 @@ def identity_of(
         clip=bundle.unet.clip,
         class_names=bundle.classifier.class_names,
         image=bundle.unet.image,
-        images=ImagesIdentity(len(images), images.sha256()),
+        images=images_identity(images),
         sigma=settings.sigma,
         sigma_in_network_units=2 * settings.sigma,
         steps=settings.steps,
@@ -132,11 +135,19 @@ def identity_of(
     )
 
 
+def images_identity(images: ImageSet) -> ImagesIdentity:
+    """Hash the images, all being read; those that cannot be are named."""
+    sha256, how = images.sha256(), images.prepared
+    unreadable = tuple(idx for idx in images.order if idx in images.unhashed or idx in images.unreadable)
+    prepared = PreparedIdentity(how.fit, how.convert, how.background, PILLOW)
+    return ImagesIdentity(len(images), sha256, unreadable or None, prepared if how else None)
+
+
 def arithmetic_of(device: Mapping[str, str | int | bool]) -> ArithmeticIdentity:
     """Read off a device's description how its engines compute."""
     told = {name: str(device[name]) for name in ("cuda", "cudnn") if name in device}
-    if "onnxruntime" in device and "tensorrt" in device:  # its provider; a plan's is in `runs_on`
-        told["tensorrt"] = str(device["tensorrt"])
+    if "engines" in device:  # of ONNX Runtime's provider; the TensorRT of a plan is in `runs_on`
+        told["tensorrt"] = f"{device.get('tensorrt', 'unknown')}, engines {device['engines']}"
     if "driver" in device:
         told["driver"] = f"{device['driver_release']}, CUDA {device['driver']}"
     return ArithmeticIdentity(

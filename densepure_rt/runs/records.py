@@ -11,8 +11,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
+from densepure_rt.images.changes import AS_IS, Fit, Preparation
 from densepure_rt.images.datasets import LeftOut
-from densepure_rt.json_files import STRICT, Count, Label, Probability, Radius, Sha256, Text, adapter, canonical
+from densepure_rt.json_files import (
+    STRICT,
+    Count,
+    Label,
+    Probability,
+    Radius,
+    Sha256,
+    Text,
+    adapter,
+    canonical,
+    without_unused,
+)
 from densepure_rt.runs.falsifier import Falsification
 from densepure_rt.runs.shards import PATTERN, Shard
 from densepure_rt.runtime.bundle import Accuracy
@@ -78,12 +90,41 @@ class NamedFile:
 
 
 @dataclass(frozen=True)
+class PreparedIdentity:
+    """What was done to image files before they were certified; see `densepure_rt.images.changes.Preparation`.
+
+    pillow: the version that did it. radius: of which pixels certificates speak.
+    """
+
+    __pydantic_config__ = STRICT
+    fit: Fit | None
+    convert: bool
+    background: str
+    pillow: str
+    radius: str = "in the pixels as they were prepared"
+
+    @property
+    def preparation(self) -> Preparation:
+        return Preparation(self.fit, self.convert, self.background)
+
+
+@dataclass(frozen=True)
 class ImagesIdentity:
-    """sha256: over idx, label, shape and pixels of each image, in order."""
+    """sha256: over idx, label, shape and pixels of each image, in order.
+
+    unreadable: `idx` of those that could not be read when the run began, whose shape is zeros there; they may be
+    certified when the run goes on. prepared: what was done to them. Both are left out where there is none.
+    """
 
     __pydantic_config__ = STRICT
     count: Count
     sha256: Sha256
+    unreadable: tuple[int, ...] | None = None
+    prepared: PreparedIdentity | None = None
+
+    @property
+    def preparation(self) -> Preparation:
+        return AS_IS if self.prepared is None else self.prepared.preparation
 
 
 @dataclass(frozen=True)
@@ -196,7 +237,7 @@ class Identity:
 
     @property
     def sha256(self) -> str:
-        fields = asdict(self)
+        fields = asdict(self, dict_factory=without_unused)
         if self.arithmetic is None:  # as it was hashed before there was one
             del fields["arithmetic"]
         return hashlib.sha256(canonical(fields)).hexdigest()
@@ -243,7 +284,7 @@ class Provenance:
     left_out: tuple[LeftOut, ...] | None = None
     grey_repeated: Count | None = None
     images_named: bool | None = None
-    options: Mapping[Text, Text | int | float | bool] | None = None
+    options: Mapping[Text, Text | int | float | bool | tuple[Text, ...]] | None = None
 
     @property
     def of_shards(self) -> bool:

@@ -6,14 +6,16 @@ is reported is rounded towards the weaker claim.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol
 
 import numpy as np
+from markupsafe import Markup
 from numpy.typing import NDArray
 
 from densepure_rt.json_files import Count, Radius
+from densepure_rt.rounding import exact, floored
 
 Counts = NDArray[np.int64]  # [classes]: samples whose voted label was each class
 Method = Literal["fixed", "sequential", "radius"]
@@ -35,7 +37,7 @@ class EpsOutcome:
     n_a: Count | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Certificate:
     """With probability at least 1 - alpha over the sampling, the smoothed classifier answers `predict` on the whole
     open l2 ball of `radius` around the image ([0, 1] pixel units). None, None: the procedure abstains.
@@ -58,6 +60,30 @@ class Certificate:
     def covers(self, label: int | None, radius: float) -> bool:
         """Whether `label` is certified at `radius`."""
         return self.predict is not None and self.predict == label and self.radius is not None and self.radius >= radius
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return its fields, in full precision, as JSON holds them."""
+        return asdict(self) | {"outcomes": [asdict(outcome) for outcome in self.outcomes]}
+
+    def told(self) -> dict[str, str]:
+        """Return what a person reads of it; the radius is rounded down."""
+        if self.radius is None:
+            said = {"certificate": f"abstains: {abstention(self)}"}
+        else:
+            said = {"certified": f"class {self.predict}", "radius": floored(self.radius)}
+        return said | {"samples": f"{self.n_a:,} of {self.n:,}", "alpha": exact(self.alpha)}
+
+    def __repr__(self) -> str:
+        return f"Certificate({', '.join(f'{name} {value}' for name, value in self.told().items())})"
+
+    def _repr_html_(self) -> str:
+        return html_rows(self.told())
+
+
+def html_rows(told: Mapping[str, str]) -> Markup:
+    """Write names and values as a table; what is HTML in them is shown as it stands."""
+    row = Markup('<tr><th style="text-align: left">{}</th><td style="text-align: left">{}</td></tr>')
+    return Markup("<table>{}</table>").format(Markup().join(row.format(*pair) for pair in told.items()))
 
 
 def certified_accuracy(

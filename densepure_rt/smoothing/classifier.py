@@ -8,65 +8,33 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any, TypeVar
 
 from densepure_rt import logs
 from densepure_rt.errors import EnvironmentFault, UsageError
 from densepure_rt.images.datasets import LabelledImage
-from densepure_rt.images.formats import require_pixels
-from densepure_rt.keys import SECRET_BYTES, new_secret
+from densepure_rt.images.formats import size_text
+from densepure_rt.images.given import ImageLike, Images, Layout, Watch, labelled, pixels_of, unwatched
+from densepure_rt.keys import SECRET_BYTES, new_secret, seeded_secret, shared_key
 from densepure_rt.runtime.bundle import Bundle, open_bundle, shipped_engine
 from densepure_rt.runtime.device import CLOSED, MAX_BATCH, MAX_THREADS, Device
-from densepure_rt.runtime.machine import available_cores
 from densepure_rt.runtime.noise import image_key
-from densepure_rt.runtime.open_device import open_device, provider_of
-from densepure_rt.runtime.schedule import Chain, make_chain
-from densepure_rt.smoothing.bounds import error_at_most
+from densepure_rt.runtime.open_device import default_threads, open_device, provider_of
+from densepure_rt.runtime.schedule import Chain
+from densepure_rt.smoothing.answers import Certified as Certified
+from densepure_rt.smoothing.answers import Predicted as Predicted
+from densepure_rt.smoothing.answers import prediction_of as prediction_of
 from densepure_rt.smoothing.certificate import Certificate, Method
 from densepure_rt.smoothing.decider import Decider, Phases
 from densepure_rt.smoothing.samplers import OnDevice, Sampler
-from densepure_rt.smoothing.scheduling import Cost, ImageProgress, Journal, Scheduler
+from densepure_rt.smoothing.scheduling import ImageProgress, Journal, Scheduler
 from densepure_rt.smoothing.settings import PREDICT_N, UNLIMITED, Budget, Settings
 
 D = TypeVar("D", bound=Decider)
-
-
-class Certified(NamedTuple):
-    image: LabelledImage
-    certificate: Certificate
-    cost: Cost
-
-
-class Predicted(NamedTuple):
-    """label: None where n samples leave it open. votes: how many of the n samples taken chose each class.
-
-    error_bound: over the sampling, a label other than the smoothed classifier's comes with a bound of b or less with
-    probability at most b, for every b. It is not the probability that this label is wrong. None without a label.
-    stopped: time was up before it was decided.
-    """
-
-    image: LabelledImage
-    label: int | None
-    n: int
-    votes: NDArray[np.int64]
-    error_bound: float | None
-    cost: Cost
-    stopped: bool = False
-
-
-def prediction_of(
-    image: LabelledImage, decider: Decider, charge: float, classes: int, cost: Cost, stopped: bool = False
-) -> Predicted:
-    """What a decider says by `prediction_rule`, which took `charge` off its alpha."""
-    found, counts = decider.certificate(stopped), decider.votes
-    votes = np.array([counts.get(label, 0) for label in range(classes)])
-    bound = None if found.predict is None else error_at_most(found.n_a, found.n) + charge
-    return Predicted(image, found.predict, found.n, votes, bound, cost, stopped)
+DEFAULT = Settings()
 
 
 def chain_of(bundle: Bundle, settings: Settings) -> Chain:
@@ -77,8 +45,7 @@ def chain_of(bundle: Bundle, settings: Settings) -> Chain:
             f"{bundle.unet_path.name} holds no diffusion network, so there is nothing to take "
             f"{settings.steps} steps with: ask for 0 steps, plain randomized smoothing"
         )
-    rule = settings.timestep_rule or unet.timestep_rule
-    return make_chain(unet.schedule, unet.variance, settings.sigma, settings.steps, rule)
+    return unet.chain(settings.sigma, settings.steps, settings.timestep_rule)
 
 
 class SmoothedClassifier(AbstractContextManager["SmoothedClassifier"]):
@@ -86,17 +53,22 @@ class SmoothedClassifier(AbstractContextManager["SmoothedClassifier"]):
 
     secret: what all noise is keyed with. Noise belongs to (secret, image, sigma): the same image under the same secret
     gets the same certificate. failed: `idx` of the images of the last iteration that could not be sampled, and of which
-    nothing was said; see `scheduling.LostSample`.
+    nothing was said; see `scheduling.LostSample`. scheduler: of the last iteration, None before the first.
     """
 
     def __init__(self, bundle: Bundle, sampler: Sampler, secret: bytes | None = None) -> None:
         self.bundle, self.sampler = bundle, sampler
         self.failed: list[int] = []
+        self.scheduler: Scheduler[Any] | None = None
         if secret is not None and len(secret) < SECRET_BYTES:
             raise UsageError(f"a secret is {SECRET_BYTES} bytes or more, got {len(secret)}")
         self.secret = new_secret() if secret is None else secret
         self.closed = False
         self._busy_in: int | None = None  # the process that iterates: two iterations of one would share slots
+
+    def __repr__(self) -> str:
+        shape, classes = size_text(self.bundle.unet.image), len(self.class_names)
+        return f"SmoothedClassifier({self.bundle.unet_path.name}, images {shape}, {classes} classes)"
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -125,13 +97,20 @@ class SmoothedClassifier(AbstractContextManager["SmoothedClassifier"]):
     def class_names(self) -> tuple[str, ...]:
         return self.bundle.classifier.class_names
 
+    def name_classes(self, names: Sequence[str]) -> None:
+        """Take other names for the classes, in their order. Raises UsageError for another number of them."""
+        if len(names) != len(self.class_names):
+            raise UsageError(f"{len(names)} class names were given, the classifier has {len(self.class_names)} classes")
+        self.bundle = replace(self.bundle, classifier=replace(self.bundle.classifier, class_names=tuple(names)))
+
     def chain(self, settings: Settings) -> Chain:
         return chain_of(self.bundle, settings)
 
     def certify(
         self,
-        image: NDArray[np.uint8],
+        image: ImageLike,
         *,
+        layout: Layout = "CHW",
         sigma: float = Settings.sigma,
         steps: int = Settings.steps,
         votes: int = Settings.votes,
@@ -142,7 +121,9 @@ class SmoothedClassifier(AbstractContextManager["SmoothedClassifier"]):
         alpha: float = Settings.alpha,
         budget: float = math.inf,
     ) -> Certificate:
-        """Certify one image, uint8 [C, H, W], every class being tested. budget: wall seconds.
+        """Certify one image, every class being tested. budget: wall seconds.
+
+        image: uint8 array or torch tensor of this `layout`, Pillow image, or the path of one.
 
         It has so many parameters because each is one of `Settings`, which a first call should not need to know.
 
@@ -151,29 +132,80 @@ class SmoothedClassifier(AbstractContextManager["SmoothedClassifier"]):
         settings = Settings(
             sigma, steps, votes, n0, n, alpha, method=method, radii=None if radii is None else tuple(radii)
         )
-        images = [self._checked(image, 0)]
-        settings.check_reach(image.size, labelled=False)
+        images = [LabelledImage(0, pixels_of(image, self.bundle.unet.image, layout), None)]
+        settings.check_reach(images[0].pixels.size, labelled=False)
         for certified in self.certify_each(images, settings, Budget(image=budget)):
             return certified.certificate
         raise EnvironmentFault("the image has failed: nothing can draw its samples")
 
+    def certify_batch(
+        self,
+        images: Images,
+        labels: Iterable[int | None] | None = None,
+        settings: Settings = DEFAULT,
+        *,
+        layout: Layout = "CHW",
+        budget: Budget = UNLIMITED,
+        watch: Watch = unwatched,
+    ) -> list[Certified]:
+        """Certify images: all that `certify_iter` yields.
+
+        Raises EnvironmentFault when no worker of a cluster can draw an image's samples.
+        """
+        found = list(self.certify_iter(images, labels, settings, layout=layout, budget=budget, watch=watch))
+        if self.failed:
+            failed = ", ".join(map(str, self.failed))
+            raise EnvironmentFault(f"images {failed} have failed: nothing can draw their samples")
+        return found
+
+    def certify_iter(
+        self,
+        images: Images,
+        labels: Iterable[int | None] | None = None,
+        settings: Settings = DEFAULT,
+        *,
+        layout: Layout = "CHW",
+        budget: Budget = UNLIMITED,
+        watch: Watch = unwatched,
+    ) -> Iterator[Certified]:
+        """Yield the certificate of each image as it is decided, in their order.
+
+        Args:
+            images: Arrays or torch tensors on the CPU, uint8; Pillow images; paths of image files. Also one array or
+                tensor of several, an `ImageSet`, or the path of all that `open_images` reads. They are read one at a
+                time.
+            labels: One for each image, None where it is not known. An anytime method asks about this class alone, and
+                it must not come from a run with the same secret.
+            settings: What is certified.
+            layout: Of arrays and tensors: "CHW" or "HWC".
+            budget: Wall seconds; an image that it cuts short has what its samples bear out.
+            watch: Shows how far it is, such as `tqdm.tqdm` or `rich.progress.track`.
+
+        Raises:
+            UsageError: For what is no image or no label of this model.
+        """
+        given, total = labelled(images, self.bundle.unet.image, self.class_names, labels, layout)
+        yield from watch(self.certify_each(given, settings, budget), total=total)
+
     def predict(
         self,
-        images: Iterable[NDArray[np.uint8]],
+        images: Images,
         *,
+        layout: Layout = "CHW",
         sigma: float = Settings.sigma,
         steps: int = Settings.steps,
         votes: int = Settings.votes,
         n: int = PREDICT_N,
         alpha: float = Settings.alpha,
     ) -> list[int | None]:
-        """The smoothed classifier's label of each image, uint8 [C, H, W], or None where n samples leave it open.
+        """The smoothed classifier's label of each image, or None where n samples leave it open.
 
+        images: as `certify_iter` takes them.
         Each label is right, or None, with probability at least 1 - alpha for images chosen without knowing the secret.
         """
         settings = Settings(sigma, steps, votes, n=n, alpha=alpha)
-        labelled = (self._checked(image, idx) for idx, image in enumerate(self._several(images)))
-        return [found.label for found in self.predict_each(labelled, settings)]
+        given, _ = labelled(images, self.bundle.unet.image, self.class_names, None, layout)
+        return [found.label for found in self.predict_each(given, settings)]
 
     def certify_each(
         self,
@@ -218,17 +250,6 @@ class SmoothedClassifier(AbstractContextManager["SmoothedClassifier"]):
         if self.closed:
             raise UsageError(CLOSED)
 
-    def _checked(self, image: NDArray[np.uint8], idx: int) -> LabelledImage:
-        return LabelledImage(idx, require_pixels(image, self.bundle.unet.image), None)
-
-    def _several(self, images: Iterable[NDArray[np.uint8]]) -> Iterable[NDArray[np.uint8]]:
-        """Raise UsageError for one image, or for what holds none, in place of several."""
-        if isinstance(images, np.ndarray) and images.shape == self.bundle.unet.image:
-            raise UsageError("images are several, and one was given: give [image], and take the one label that comes")
-        if isinstance(images, str | bytes) or not isinstance(images, Iterable) or getattr(images, "ndim", 1) == 0:
-            require_pixels(images, self.bundle.unet.image)
-        return images
-
     def _judged(
         self,
         images: Iterable[LabelledImage],
@@ -253,7 +274,7 @@ class SmoothedClassifier(AbstractContextManager["SmoothedClassifier"]):
         if self.busy:
             raise UsageError("this classifier is already at work: finish or close that iteration, or load another one")
         self._busy_in, self.failed = os.getpid(), []
-        scheduler = Scheduler(opened())
+        self.scheduler = scheduler = Scheduler(opened())
         try:
             while not scheduler.done:
                 with closing(self.sampler.decide(chain, scheduler, settings.ballot)) as outcomes:
@@ -291,6 +312,8 @@ def load(
     classifier: Path | str | None = None,
     *,
     secret: bytes | None = None,
+    seed: int | None = None,
+    key: Path | str | None = None,
     batch: int | None = None,
     threads: int | None = None,
     provider: str = "cpu",
@@ -299,22 +322,33 @@ def load(
 ) -> SmoothedClassifier:
     """The engine at `engine`, or the one that ships with the package, and its classifier, ready to certify.
 
-    classifier: instead of the one that the engine's sidecar names. secret: 32 bytes, else new ones from the system.
-    batch: items a call of the engine, else what suits it. threads: callers of the engine, else one for each core.
-    provider: of ONNX Runtime, "cpu", "cuda" or "tensorrt". engine_sha256: what the engine must hash to. trust: take
-    plans that have no sidecar.
+    The one that ships is float32 on the CPU and fp16 on a GPU; `engine` is taken as it is.
+
+    classifier: instead of the one that the engine's sidecar names. What keys all noise, one of these: secret: 32
+    bytes; seed: public, for reproduction; key: a file with the secret, made where there is none; else 32 new bytes
+    from the system. batch: items a call of the engine, else what suits it. threads: callers of the engine, else one for
+    each core, two on a GPU. provider: of ONNX Runtime, "cpu", "cuda" or "tensorrt". engine_sha256: what the engine must
+    hash to. trust: take plans that have no sidecar.
+
+    It has so many parameters because each is an option of the command line, and none follows from another.
 
     Raises UsageError, CheckFailed or EnvironmentFault; each says what to do next.
     """
-    threads = available_cores() if threads is None else threads
+    if sum(given is not None for given in (secret, seed, key)) > 1:
+        raise UsageError("`secret`, `seed` and `key` are three ways to say what keys the noise: give one")
     known = provider_of(provider)
+    threads = default_threads(known) if threads is None else threads
     for name, count, most in (("batch", 1 if batch is None else batch, MAX_BATCH), ("threads", threads, MAX_THREADS)):
         if not 1 <= count <= most:
             raise UsageError(f"`{name}` is a count from 1 up to {most}, got {count}")
     bundle = open_bundle(
-        shipped_engine() if engine is None else Path(engine),
+        shipped_engine(on_gpu=known != "cpu") if engine is None else Path(engine),
         None if classifier is None else Path(classifier),
         engine_sha256,
         trust,
     )
+    if seed is not None:
+        secret = seeded_secret(seed)
+    elif key is not None:
+        secret = shared_key(Path(key))
     return SmoothedClassifier(bundle, OnDevice(open_device(bundle, batch, threads, known)), secret)

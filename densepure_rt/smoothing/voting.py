@@ -39,6 +39,8 @@ class Ballot:
     def count(labels: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
         """`needed` and `winner` of n ballots at once: labels [votes, n] in the order of casting, UNCAST behind them."""
         most = max(1, MOST_PAIRS // len(labels) ** 2)
+        if labels.shape[1] <= most:
+            return _count(labels)
         parts = [_count(labels[:, first : first + most]) for first in range(0, labels.shape[1], most)]
         needed, winner = zip(*parts, strict=True)
         return np.concatenate(needed), np.concatenate(winner)

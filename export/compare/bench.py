@@ -410,13 +410,14 @@ def staged(
     with ExitStack() as stack:
         around, update = None, None
         if engine.bundle.unet.plan is None:
-            from densepure_rt.runtime.onnx_device import Network  # with plans ONNX Runtime need not be here
+            from densepure_rt.runtime.onnx_device import CPU, Network, Place  # with plans ONNX Runtime need not be here
 
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             empty = without_network(unet, engine.bundle, folder)
             device = stack.enter_context(closing(open_device(empty, worker.device.batch, 1, engine.provider)))
             around = Worker(device, worker.chain, pixels)
-            graph = Network(empty.unet_path, empty.unet, STEP_INPUTS, STEP_OUTPUTS, engine.provider)
+            place = CPU if engine.provider == "cpu" else Place(engine.provider, device.batch)
+            graph = Network(empty.unet_path, empty.unet, STEP_INPUTS, STEP_OUTPUTS, place)
             feed = {name: part.numpy() for name, part in zip(STEP_INPUTS, around.feeds()[0], strict=True)}
             update = partial(graph, feed)
         return stages_of(worker, around, update, rounds, by_the_core if clock != "events" else by_the_wall)

@@ -13,8 +13,7 @@ import torch
 from densepure_rt.errors import EnvironmentFault, UsageError
 from densepure_rt.runtime.bundle import Bundle
 from densepure_rt.runtime.device import MAX_BATCH, MAX_THREADS, Device, Provider
-from densepure_rt.runtime.machine import available_cores
-from densepure_rt.runtime.open_device import open_device
+from densepure_rt.runtime.open_device import default_threads, open_device
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -24,8 +23,8 @@ if TYPE_CHECKING:
 class EngineRun:
     """A bundle, and how its engines are run; PyTorch gets as many threads.
 
-    batch: None for what `certify` would take. threads: None for all cores. With a plan, or another provider than "cpu",
-    PyTorch runs on the GPU too: not run on a GPU yet.
+    batch: None for what `certify` would take. threads: None for `default_threads`. With a plan, or another provider
+    than "cpu", PyTorch runs on the GPU too: not run on a GPU yet.
     """
 
     bundle: Bundle
@@ -35,7 +34,7 @@ class EngineRun:
 
     @property
     def cores(self) -> int:
-        return available_cores() if self.threads is None else self.threads
+        return default_threads(self.provider) if self.threads is None else self.threads
 
     def refuse_impossible(self) -> None:
         if self.batch is not None and not 1 <= self.batch <= MAX_BATCH:

@@ -28,7 +28,6 @@ import torch
 from onnx import ModelProto
 from torch import Tensor, nn
 
-from densepure_rt import files
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.export.models.checkpoints import is_checkpoint, load_into, read_state_dict, spec_hint
 from densepure_rt.export.models.onnx_classifiers import (
@@ -43,9 +42,10 @@ from densepure_rt.export.models.preprocessing import ChannelOrder, Interpolation
 from densepure_rt.export.models.programs import built, exported_program, first_line
 from densepure_rt.export.models.unets import read_config, state_sha256
 from densepure_rt.export.models.weight_files import variant_note, weight_file
-from densepure_rt.export.zoo.models import CLASS_NAMES, ZOO, Classifier, load_weights
+from densepure_rt.export.zoo.make_data import CLASS_NAMES
+from densepure_rt.export.zoo.models import ZOO, Classifier, load_weights
 from densepure_rt.optional import optional
-from densepure_rt.runtime.bundle import sha256_of
+from densepure_rt.runtime.bundle import read_class_names, sha256_of
 from densepure_rt.text import printable
 
 DRY_BATCHES = (2, 3)  # the exporter traces with two; a second size tells whether any will do
@@ -356,14 +356,7 @@ def _class_names(labels: Path | None, known: tuple[str, ...] | None, count: int)
     if labels is None:
         names = known if known is not None and len(known) == count else tuple(map(str, range(count)))
         return tuple(map(printable, names))
-    try:
-        lines = files.text(labels, "table").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the class names in {labels} ({first_line(error)})") from error
-    names = tuple(printable(line.strip()) for line in lines if line.strip())
-    if len(names) != count:
-        raise UsageError(f"{labels} names {len(names)} classes, the classifier has {count}: one name a line, in order")
-    return names
+    return read_class_names(labels, count)
 
 
 def _callable(spec: str, image: tuple[int, int, int], weights: Path | None, prefix: str, declared: Declared) -> _Loaded:

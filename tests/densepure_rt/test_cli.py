@@ -143,6 +143,12 @@ def test_export_without_its_packages_exits_3_with_the_pip_command(tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", ["export", "parity", "bench"])
+def test_without_any_of_its_packages_a_command_asks_for_pytorch(tmp_path: Path, command: str) -> None:
+    done = cli(command, "--out", tmp_path / "new", without=("torch", "ml_dtypes", "onnx", "diffusers"))
+    refused(done, 3, f"{command} needs PyTorch, and torch is not installed", "pip install 'densepure-rt[cpu,export]'")
+
+
 def test_certify_and_predict_need_neither_torch_nor_onnx() -> None:
     without = ("torch", "onnx", "diffusers", "safetensors", "matplotlib")
     assert cli(*DRY, "--max", 1, "--n", 20, without=without).returncode == 0
@@ -189,4 +195,4 @@ def test_a_command_without_a_stderr_keeps_its_table_clean(tmp_path: Path) -> Non
     shell = ["sh", "-c", 'exec "$@" 2>&-', "sh", *command]
     done = subprocess.run(shell, stdout=subprocess.PIPE, text=True, env=environment(), timeout=120)
     assert done.returncode == 0
-    assert [line.count("\t") for line in done.stdout.splitlines()] == [6, 6, 6]
+    assert [line.count("\t") for line in done.stdout.splitlines()] == [7, 7, 7]

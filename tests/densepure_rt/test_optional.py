@@ -36,7 +36,8 @@ def fault_of(name: str) -> str:
 
 
 def test_a_package_that_is_missing_is_named_with_the_cure() -> None:
-    assert fault_of("no_such_package_1") == f"export needs PyTorch (No module named 'no_such_package_1'): {CURE}"
+    assert fault_of("no_such_package_1") == f"export needs PyTorch, and no_such_package_1 is not installed: {CURE}"
+    assert fault_of("json.no_such_1") == f"export needs PyTorch (No module named 'json.no_such_1'): {CURE}"
 
 
 @pytest.mark.parametrize(

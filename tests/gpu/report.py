@@ -1,4 +1,4 @@
-"""What the checks on a GPU found: a JSON file to send back, and beside it the same as text."""
+"""What the checks on a GPU found: one file to send back, text with the same in JSON below it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-WHERE = "DENSEPURE_GPU_REPORT"  # the environment variable that names the JSON file
-DEFAULT = Path(__file__).resolve().parents[2] / "runs" / "gpu-report.json"
+from tests.gpu_box import INSTALLED, JSON_BELOW, REPORT, ROOT
+
+WHERE = "DENSEPURE_GPU_REPORT"  # the environment variable that names the file
 REASON = 1000  # characters of a failure that are kept
 
 
@@ -26,19 +27,20 @@ def densepure_rt(*arguments: str, timeout: float = 3600) -> subprocess.Completed
 class Report:
     """A pytest plugin from the moment it is registered: it notes how every check ends.
 
-    The files are written anew at each finding, so that a crash leaves what was found before it.
+    The file is written anew at each finding, so that a crash leaves what was found before it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         doctor = densepure_rt("doctor", "--json")
         self.machine: Any = json.loads(doctor.stdout) if doctor.stdout else doctor.stderr
+        self.installed: Any = json.loads(os.environ.get(INSTALLED, "{}"))
         self.findings: list[dict[str, Any]] = []
         self.checks: list[dict[str, Any]] = []
 
     @classmethod
     def begin(cls) -> Report:
-        return cls(Path(os.environ.get(WHERE, DEFAULT)))
+        return cls(Path(os.environ.get(WHERE, ROOT / REPORT)))
 
     def add(self, about: str, **found: Any) -> None:
         self.findings.append({"about": about} | found)
@@ -59,15 +61,16 @@ class Report:
 
     def write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        content = {"platform": platform.platform(), "machine": self.machine}
+        content = {"platform": platform.platform(), "machine": self.machine, "installed": self.installed}
         content |= {"findings": self.findings, "checks": self.checks}
-        self.path.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
-        self.path.with_suffix(".txt").write_text("\n".join([*self.lines(), ""]), encoding="utf-8")
+        below = json.dumps(content, indent=1, default=str)
+        self.path.write_text("\n".join([*self.lines(), "", JSON_BELOW, below, ""]), encoding="utf-8")
 
     def lines(self) -> list[str]:
         machine = self.machine["findings"] if isinstance(self.machine, dict) else []
         lines = ["Machine", f"  {platform.platform()}"]
         lines += [f"  {finding['what']}: {finding['found']}" for finding in machine]
+        lines += [f"  [{extras}]: {outcome}" for extras, outcome in self.installed.items()]
         for about in dict.fromkeys(finding["about"] for finding in self.findings):
             lines += ["", about]
             for finding in self.findings:

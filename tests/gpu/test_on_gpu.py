@@ -1,4 +1,4 @@
-"""What only an NVIDIA GPU can show. `make test-gpu` runs it and writes runs/gpu-report.json and .txt to send back.
+"""What only an NVIDIA GPU can show. `make test-gpu` runs it and writes runs/gpu-report.txt to send back.
 
 Everything is compared with numpy and with ONNX Runtime on the CPU, from the same noise.
 """
@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from densepure_rt.commands.inspection import inspection
 from densepure_rt.errors import EnvironmentFault
 from densepure_rt.images.datasets import LabelledImage, open_images
 from densepure_rt.keys import seeded_secret
@@ -53,6 +54,7 @@ from densepure_rt.smoothing.samplers import OnDevice
 from densepure_rt.smoothing.settings import Settings
 from densepure_rt.smoothing.voting import Ballot
 from tests.gpu.report import Report, densepure_rt
+from tests.gpu_box import PLAN_RAN, RTX_CAPABILITIES
 
 # What other libraries warn of on machines that nobody here has seen must not end a check.
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("default")]
@@ -61,9 +63,10 @@ BATCHES = (8, 64)
 FLAVOURS: tuple[Flavour, ...] = get_args(Flavour)
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 FULL = ("fp32", "fp16")  # precisions that must build wherever the library runs; the others need newer GPUs
-# What a plan may lose to the float32 graph on the CPU, in relative L2; export/parity.py allows the same. A quantized
-# one is judged by its labels.
-RELATIVE_L2 = {"fp32": 1e-5, "fp16": 3e-3, "bf16": 2e-2}
+# What a plan may lose to the float32 graph on the CPU, in relative L2. Of float32, between what Winograd's convolutions
+# and what TensorFloat-32 lose: test_bar.py. Of halves, as much as export/parity.py allows. A quantized one is judged by
+# its labels.
+RELATIVE_L2 = {"fp32": 2e-5, "fp16": 3e-3, "bf16": 2e-2}
 LABELS = {"fp32": 0.005, "fp16": 0.02, "bf16": 0.05, "int8": 0.1, "fp8": 0.1}  # the share that may differ
 LABEL_IMAGES, LABEL_SAMPLES = 20, 50
 SIGMA, STEPS = 0.5, 2
@@ -98,7 +101,7 @@ def report(here: gpu.Gpu, request: pytest.FixtureRequest) -> Iterator[Report]:
     request.config.pluginmanager.register(found)
     found.add("GPU", **dataclasses.asdict(here))
     yield found
-    print(f"\nwrote {found.path} and .txt")
+    print(f"\nwrote {found.path}")
 
 
 @pytest.fixture(scope="session")
@@ -149,7 +152,8 @@ class Plans:
         done = densepure_rt(*command)
         if done.returncode:
             what = f"no {flavour} {version} plan of {precision}: {done.stderr.strip()[-800:]}"
-            excused = precision not in FULL or done.returncode != 1 or "GPUs lacks" in what
+            foreign = flavour == "tensorrt-rtx" and self.here.compute_capability not in RTX_CAPABILITIES
+            excused = precision not in FULL or foreign
             return what if excused else f"FAILED: {what}"
         bundle = open_bundle(plan_path(self.onnx(precision), flavour))
         assert bundle.unet.plan is not None
@@ -448,7 +452,7 @@ def test_two_runs_count_the_same(
     with closing(on_gpu(plan, device.batch)) as another:
         reopened = counts(another)
     facts = {"flavour": flavour, "precision": precision, "batch": device.batch}
-    report.add("Counts of two runs", **facts, equal=first == second, equal_when_opened_again=first == reopened)
+    report.add(PLAN_RAN, **facts, equal=first == second, equal_when_opened_again=first == reopened)
     report.add("Certificates", **facts, found=[str(certificate) for certificate, _ in first])
     assert first == second == reopened
 
@@ -506,6 +510,46 @@ def test_labels_are_the_same_with_and_without_captured_graphs(
     facts = {"flavour": flavour, "precision": precision}
     report.add("Captured graphs", **facts, labels_that_differ=differ, equal_states=equal_states)
     assert captured == plain
+
+
+def test_a_plan_of_one_batch_runs_and_tells_its_layers_and_their_times(
+    plans: Plans,
+    tmp_path: Path,
+    images: list[LabelledImage],
+    labels_on_cpu: list[Outcome],
+    report: Report,
+    flavour: Flavour,
+) -> None:
+    """Built with fixed shapes and the promise for one profile; that of tensorrt for later versions, by the lean library
+    where it is installed. Opened twice: of tensorrt-rtx, the second time with the kernels that were kept."""
+    plans(flavour, "fp32")  # skips where there is none
+    for path in plans.folder.glob("*.onnx*"):
+        shutil.copy(path, tmp_path)
+    command = ["export", "--target", flavour, "--out", str(tmp_path), "--batch", "64"]
+    command += ["--version-compatible"] if flavour == "tensorrt" else []
+    command += ["--compute-capability", plans.here.compute_capability] if flavour == "tensorrt-rtx" else []
+    done = densepure_rt(*command)
+    assert done.returncode == 0, done.stderr
+    plan, seconds = open_bundle(plan_path(tmp_path / "unet.onnx", flavour)), []
+    for _ in range(2):
+        begun = time.monotonic()
+        with closing(on_gpu(plan)) as device:
+            seconds.append(time.monotonic() - begun)
+            found, library, times = outcomes(device, plan, images), str(device.library), device.layer_times(5)
+    layers = inspection(plan.unet_path, layers=True)["layers"]
+    differ = disagreements(found, labels_on_cpu)
+    report.add(
+        "Plan of one batch",
+        flavour=flavour,
+        library=library,
+        differ=differ,
+        seconds_to_open=seconds,
+        layers=len(layers),
+        ms_of_a_step=sum(times["step"].values()),
+        ms_of_a_classify_batch=sum(times["classify"].values()),
+    )
+    assert differ <= LABELS["fp32"] * len(found)
+    assert all("LayerType" in layer for layer in layers)
 
 
 def calls_a_second(run: Callable[[], object], items: int, wait: Callable[[], object] = lambda: None) -> float:
@@ -641,6 +685,40 @@ def test_throughput_of_pytorch_on_the_same_gpu_is_measured(
         of_the_float32_peak=calls * operations / peak if operations and peak else "unknown",
     )
     assert calls > 0
+
+
+def test_a_captured_graph_of_the_kernels_does_what_they_do(here: gpu.Gpu, report: Report) -> None:
+    """As TensorRTDevice captures a step, with a copy on the GPU in the engine's place: no TensorRT is needed."""
+    on, draw, n, size = OnGpu(here), np.random.default_rng(2), 16, 28 * 28
+    mean, std = draw.standard_normal((2, n, size), np.float32)
+    items = np.zeros((n, 6), np.int64)
+    items[:, 4] = items[:, 5] = np.arange(n)
+    held = {"items": on.put(items), "mean": on.put(mean), "engine": on.put(np.zeros_like(mean))}
+    held |= {"std": on.put(std), "out": on.put(np.zeros_like(mean)), "out_std": on.put(np.zeros_like(mean))}
+    held |= {"finite": on.put(np.ones(n, np.float32)), "all": on.put(np.zeros(n, np.uint8))}
+    config = on.cuda.LaunchConfig(grid=(-(-size // THREADS_PER_BLOCK), n, 1), block=THREADS_PER_BLOCK)
+
+    def issue(stream: Any) -> None:
+        across = np.int32(size)
+        gathered = (held["items"], held["mean"], held["engine"], across)
+        scattered = (held["items"], held["engine"], held["std"], held["finite"])
+        on.cuda.launch(stream, config, on.kernels["gather_means"], *gathered)
+        on.cuda.launch(
+            stream, config, on.kernels["scatter"], *scattered, held["out"], held["out_std"], held["all"], across
+        )
+
+    issue(on.stream)
+    on.stream.sync()
+    with closing(on.stream.create_graph_builder()) as builder:
+        builder.begin_building()
+        issue(builder)  # recorded, not run
+        graph = builder.end_building().complete()
+    for other in (mean, draw.standard_normal((n, size), np.float32)):
+        held["mean"].copy_from(on.put(other), stream=on.stream)
+        graph.launch(on.stream)
+        assert on.get(held["out"], other).tobytes() == other.tobytes()
+        assert on.get(held["out_std"], std).tobytes() == std.tobytes()
+    report.add("Captured graph of the kernels", equal="bit for bit")
 
 
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])

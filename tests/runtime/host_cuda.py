@@ -340,6 +340,11 @@ class ILogger:
         raise NotImplementedError
 
 
+class IProfiler:
+    def report_layer_time(self, layer_name: str, ms: float) -> None:
+        raise NotImplementedError
+
+
 class DataType(Enum):
     FLOAT = "tensor(float)"
     HALF = "tensor(float16)"
@@ -362,8 +367,10 @@ class HostTensorRT:
 
     def __init__(self, cuda: HostCuda, flavour: Flavour, profiles: Sequence[int]) -> None:
         self.ILogger, self.DataType, self.CudaGraphStrategy = ILogger, DataType, CudaGraphStrategy
+        self.IProfiler = IProfiler
         self.DynamicShapesKernelSpecializationStrategy = DynamicShapesKernelSpecializationStrategy
         self.cuda, self.flavour, self.profiles = cuda, flavour, profiles
+        self.layers = {"a convolution": 0.25, "an activation": 0.5}  # milliseconds of every engine's
         self.warning = ""  # that deserialising gives
         self.streamable = 0  # bytes of weights that engines were built to stream
         self.compiled = b"kernels"  # what a runtime cache holds after a run
@@ -474,6 +481,7 @@ class Context:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
         self.warm = False  # whether it has run: the first run may allocate
+        self.profiler: IProfiler | None = None
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
         assert stream in self.engine.trt.cuda.streams
@@ -525,6 +533,9 @@ class Context:
             tensor(name)[:] = value
         cuda.ran["step engine" if "std" in feed else "classifier"] += 1
         cuda.fed.append(as_bytes(feed))
+        for layer, ms in self.engine.trt.layers.items() if self.profiler else ():
+            assert self.profiler is not None
+            self.profiler.report_layer_time(layer, ms)
 
 
 def as_bytes(feed: dict[str, NDArray[np.float32]]) -> bytes:

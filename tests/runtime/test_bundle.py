@@ -28,10 +28,13 @@ from densepure_rt.runtime.bundle import (
     Sidecar,
     StepSidecar,
     Verdict,
+    engine_file,
+    is_shipped,
     open_bundle,
     read_sidecar,
     sha256_of,
     shipped_engine,
+    shipped_engine_of,
     sidecar_path,
     to_json,
     verified_bytes,
@@ -183,7 +186,7 @@ MAY_BE_ABSENT = [("clip",), ("accuracy",)]
 REQUIRED = [
     path
     for path in STEP_PLACES
-    if path not in MAY_BE_ABSENT and (path[0] not in ("versions", "clip") or path == ("versions",))
+    if path not in MAY_BE_ABSENT and (path[0] not in ("versions", "clip", "denoising") or path == ("versions",))
 ]
 
 
@@ -382,9 +385,25 @@ def test_missing_engine_is_a_usage_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", [Path("."), Path("/"), Path("tests")], ids=str)
-def test_folder_in_place_of_an_engine_is_a_usage_error(path: Path) -> None:
-    with pytest.raises(UsageError, match="no engine at"):
+def test_folder_without_an_engine_is_a_usage_error(path: Path) -> None:
+    with pytest.raises(UsageError, match="holds no step engine"):
         open_bundle(path)
+
+
+def test_the_folder_of_a_bundle_stands_for_its_step_engine(bundle: Path) -> None:
+    assert open_bundle(bundle.parent).unet_path == bundle
+    assert engine_file(bundle) == bundle  # whether there is one or not
+
+
+def test_of_several_step_engines_in_a_folder_the_one_in_float32_is_meant_or_one_is_asked_for(tmp_path: Path) -> None:
+    for name in ("unet.int8.onnx", "classifier.int8.onnx", "unet.int8.onnx.json", "unet.onnx.data"):
+        (tmp_path / name).touch()
+    assert engine_file(tmp_path) == tmp_path / "unet.int8.onnx"
+    (tmp_path / "unet.plan").touch()
+    with pytest.raises(UsageError, match=r"several step engines, unet\.int8\.onnx, unet\.plan: name the file"):
+        engine_file(tmp_path)
+    (tmp_path / "unet.onnx").touch()
+    assert engine_file(tmp_path) == tmp_path / "unet.onnx"
 
 
 @pytest.mark.parametrize("name", [ENGINE, CLASSIFIER])
@@ -496,3 +515,15 @@ def test_sidecar_is_plain_ascii_that_any_editor_keeps(tmp_path: Path) -> None:
     again = read_sidecar(tmp_path / CLASSIFIER)
     assert isinstance(again, ClassifierSidecar)
     assert again.class_names == ("Knöchelstiefel", "靴")
+
+
+def test_the_shipped_engine_of_a_run_is_found_by_its_hash() -> None:
+    for engine in (shipped_engine(), shipped_engine(on_gpu=True)):
+        assert shipped_engine_of(read_sidecar(engine).file.sha256) == engine
+    assert shipped_engine_of("0" * 64) == shipped_engine()
+
+
+def test_the_shipped_model_is_known_by_the_weights_of_both_its_networks() -> None:
+    shipped = open_bundle(shipped_engine(on_gpu=True))
+    assert is_shipped(shipped)
+    assert not is_shipped(replace(shipped, classifier=replace(shipped.classifier, weights_sha256="0" * 64)))

@@ -15,7 +15,7 @@ from densepure_rt.errors import CheckFailed
 from densepure_rt.runtime import host_device
 from densepure_rt.runtime.bundle import Bundle
 from densepure_rt.runtime.device import NOT_FINITE, Floats
-from densepure_rt.runtime.host_device import HostDevice
+from densepure_rt.runtime.host_device import HostDevice, Networks
 from densepure_rt.runtime.noise import smoothing_law, smoothing_noise, vote_noise
 from densepure_rt.runtime.reverse import decide
 from densepure_rt.runtime.schedule import make_chain
@@ -35,7 +35,7 @@ def bundle() -> Bundle:
 
 def device_of(bundle: Bundle, step: Network = shrink, callers: int = 2, batch: int = BATCH) -> HostDevice:
     classify = partial(by_sign, len(bundle.classifier.class_names))
-    return HostDevice(bundle, step, classify, batch, callers, {"provider": "numpy"})
+    return HostDevice(bundle, Networks(step, classify), batch, callers, {"provider": "numpy"})
 
 
 def labels_by(bundle: Bundle, device: HostDevice) -> list[int]:

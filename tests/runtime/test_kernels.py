@@ -474,7 +474,7 @@ def test_random_batches_leave_what_they_leave_on_the_reference_device(
     bundle = dataclasses.replace(shipped, unet=dataclasses.replace(shipped.unet, image=shape))
     networks = [Networks(len(bundle.classifier.class_names)) for _ in range(2)]
     opening = iter(networks)
-    monkeypatch.setattr(onnx_device, "open_session", lambda *_: next(opening))
+    monkeypatch.setattr(onnx_device, "open_session", lambda *_, **__: next(opening))
     sigmas, keys = [0.25, 0.5, 1.0], draw.integers(0, 1 << 64, (3, 2), np.uint64).tolist()
     images = [(random_image(shape, i), (low, high), sigmas[i], 0.7) for i, (low, high) in enumerate(keys)]
     rows = image_rows([(pixels, key, smoothing_law(sigma), scale) for pixels, key, sigma, scale in images])

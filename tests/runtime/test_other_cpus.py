@@ -37,7 +37,7 @@ from densepure_rt.runtime.bundle import open_bundle
 from densepure_rt.runtime.open_device import open_device
 device = open_device(open_bundle(Path(sys.argv[1])), batch=4, threads=1)
 mean = np.random.default_rng(1).normal(size=(4, 1, 4, 4)).astype(np.float32)
-(logits,) = device._classify({"mean": mean})
+(logits,) = device.networks.classify({"mean": mean})
 print(json.dumps({"arithmetic": asdict(arithmetic_of(device.describe())), "logits": logits.tolist()}))
 """
 

@@ -12,7 +12,7 @@ import pytest
 from densepure_rt.errors import CheckFailed
 from densepure_rt.runtime.bundle import Bundle
 from densepure_rt.runtime.device import Floats
-from densepure_rt.runtime.host_device import HostDevice
+from densepure_rt.runtime.host_device import HostDevice, Networks
 from densepure_rt.runtime.probe import AGAIN, ITEMS, Probed
 from tests.support.plain_networks import by_sign, shrink, small_images
 
@@ -26,7 +26,7 @@ def bundle() -> Bundle:
 
 def probed(of: Bundle, step: Network = shrink, batch: int = 4, callers: int = 1, any_batch: bool = True) -> Probed:
     classify = partial(by_sign, len(of.classifier.class_names))
-    with closing(HostDevice(of, step, classify, batch, callers, {}, any_batch)) as device:
+    with closing(HostDevice(of, Networks(step, classify, any_batch), batch, callers, {})) as device:
         return device.probed
 
 
@@ -132,4 +132,4 @@ def test_an_engine_that_is_not_the_same_twice_is_refused_at_batch_1_too(bundle: 
 
 def test_a_batch_that_comes_back_short_is_refused(bundle: Bundle) -> None:
     with pytest.raises(CheckFailed, match="logits of"):
-        closing(HostDevice(bundle, shrink, lambda feed: [np.zeros((1, 10), np.float32)], 4, 1, {}, any_batch=False))
+        closing(HostDevice(bundle, Networks(shrink, lambda feed: [np.zeros((1, 10), np.float32)]), 4, 1, {}))

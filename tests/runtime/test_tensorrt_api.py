@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import json
+import mmap
 import os
 import re
 import shutil
@@ -24,7 +25,7 @@ import densepure_rt.runtime.tensorrt_api
 import densepure_rt.runtime.tensorrt_device
 from densepure_rt.errors import EnvironmentFault
 from densepure_rt.runtime import tensorrt_api
-from densepure_rt.runtime.bundle import open_bundle, release
+from densepure_rt.runtime.bundle import TAGS, open_bundle, release
 from densepure_rt.runtime.tensorrt_api import (
     GUARDED,
     Library,
@@ -188,6 +189,49 @@ def test_a_call_with_one_argument_too_many_would_be_found() -> None:
     ]
 
 
+# What the device calls of cuda-core, by the class it is called on; None for the module itself.
+OF_CUDA = {
+    None: {"launch"},
+    "Device": {"set_current", "create_stream", "create_event", "allocate"},
+    "LegacyPinnedMemoryResource": {"allocate"},
+    "Buffer": {"from_handle", "copy_from", "copy_to"},
+    "Stream": {"record", "sync", "create_graph_builder"},
+    "Event": {"sync"},
+    "GraphBuilder": {"begin_building", "end_building", "complete"},
+    "Graph": {"launch"},
+    "Program": {"compile"},
+    "ObjectCode": {"get_kernel"},
+}
+
+
+def test_every_call_of_cuda_core_fits_its_signature() -> None:
+    core = pytest.importorskip("cuda.core", reason="cuda-core is not installed")
+    graph = importlib.import_module("cuda.core.graph")
+    takers: dict[str, list[inspect.Signature]] = {}
+    for kind, names in OF_CUDA.items():
+        owner = core if kind is None else getattr(core, kind, None) or getattr(graph, kind)
+        for name in names:
+            taken = inspect.signature(getattr(owner, name))
+            own = "self" in taken.parameters
+            takers.setdefault(name, []).append(taken.replace(parameters=list(taken.parameters.values())[own:]))
+    seen = set()
+    for name, count, words in calls_in(densepure_rt.runtime.tensorrt_device):
+        if name in takers:
+            seen.add(name)
+            assert any(fits(taken, count, words) for taken in takers[name]), (name, count, words)
+    assert seen == set().union(*OF_CUDA.values())
+    for made, fields in (("LaunchConfig", ("grid", "block")), ("EventOptions", ("blocking_sync",))):
+        assert all(f"{word}:" in getattr(core, made).__doc__ for word in fields)
+
+
+def fits(taken: inspect.Signature, count: int, words: set[str]) -> bool:
+    try:
+        taken.bind(*range(count), **dict.fromkeys(words))
+    except TypeError:
+        return False
+    return True
+
+
 def in_lean(folder: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Python code in a process of its own that finds this lean library."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(folder), str(ROOT)))}
@@ -258,6 +302,16 @@ def test_a_lean_library_tells_its_version_and_is_found_by_it(
     assert lean_library("10.3.0.30") is None
 
 
+@needs_lean
+@pytest.mark.parametrize(("version", "folder"), LEAN, ids=VERSIONS)
+def test_the_lean_library_looks_for_the_tag_that_is_asked_of_a_plan_here(version: str, folder: Path) -> None:
+    """So plans that were built for later versions begin with it too; a plan of tensorrt-rtx has another."""
+    (path,) = (folder / "tensorrt_lean_libs").glob("libnvinfer_lean.so.*")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        known = [flavour for tag, flavour in TAGS.items() if content.find(tag) >= 0]
+    assert known == ["tensorrt"]
+
+
 def test_what_is_no_library_of_tensorrt_has_no_version(tmp_path: Path) -> None:
     path = tmp_path / "libnvinfer_lean.so.10"
     assert library_version(str(path)) is None
@@ -295,6 +349,11 @@ COMPATIBLE = {"version_compatible": "true"}
         ({"full": "10.16.1.11"}, ("tensorrt", "10.16.1.11", None)),
         ({"full": "11.4.0.106", "lean_library": "10.16.1.11"}, ("tensorrt-lean", "10.16.1.11", "lean.so")),
         ({"lean": "11.4.0.106", "lean_library": "10.16.1.11"}, ("tensorrt-lean", "10.16.1.11", "lean.so")),
+        (
+            {"full": "10.3.0", "lean": "11.4.0.106", "lean_library": "10.16.1.11"},
+            ("tensorrt-lean", "10.16.1.11", "lean.so"),
+        ),
+        ({"full": "10.16.1.11", "lean": "11.4.0.106"}, ("tensorrt", "10.16.1.11", None)),
     ],
 )
 def test_a_plan_for_later_versions_runs_on_the_lean_library_of_its_own(
@@ -304,9 +363,18 @@ def test_a_plan_for_later_versions_runs_on_the_lean_library_of_its_own(
     plan = a_plan("tensorrt", version="10.16.1.11", recipe=COMPATIBLE)
     found = library_for(plan, "unet.plan", "rebuild")
     assert (found.name, found.version, found.lean) == expected
-    assert found.bindings.__version__ == here.get(
-        "full" if expected[0] == "tensorrt" else "x", found.bindings.__version__
-    )
+
+
+def test_a_lean_runtime_that_cannot_be_imported_is_one_error(
+    installed: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed(lean="10.16.1.11")
+    monkeypatch.setattr(importlib, "import_module", {}.__getitem__)
+    plan = a_plan("tensorrt", version="10.16.1.11", recipe=COMPATIBLE)
+    with pytest.raises(
+        EnvironmentFault, match=r"tensorrt-lean is installed and cannot be imported .*cu12==10\.16\.1\.11"
+    ):
+        library_for(plan, "unet.plan", "rebuild")
 
 
 @pytest.mark.parametrize(

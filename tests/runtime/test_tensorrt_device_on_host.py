@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import json
 import logging
 import math
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -54,6 +56,7 @@ from tests.runtime.host_cuda import (
     opened_on_host,
 )
 from tests.support.batches import random_batch
+from tests.support.cli import densepure_rt
 from tests.support.small_engines import (
     ALARM,
     BATCH_MEAN_GRAPH,
@@ -441,12 +444,24 @@ def test_no_batch_takes_more_of_the_gpus_memory_for_its_states_than_is_left_besi
     with opened_on_host(library, as_plans(small, "tensorrt", (4,))) as (device, trt):
         device.reserve(2)
         monkeypatch.setattr(device, "size", imagenet)
+        monkeypatch.setattr(trt.cuda, "allocate", None)
         live = dict(trt.cuda.memory.live)
         with pytest.raises(UsageError, match=r"26880 states, 39\.4 GiB .*use `batch` 1 or less.*fewer `votes`"):
             device.reserve(4 * slots)
         monkeypatch.undo()
         assert trt.cuda.memory.live == live
         assert device.read([1])[0].shape == (1, *SHAPE)
+
+
+def test_a_batch_that_is_chosen_for_the_gpus_memory_is_said(
+    library: ctypes.CDLL, small: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(host_cuda, "GPU", dataclasses.replace(host_cuda.GPU, memory=200_000))
+    with opened_on_host(library, as_plans(small, "tensorrt", (4, 8))) as (device, _):
+        assert device.batch == 4
+    assert "batches of 4: the states of 8 may take more of the GPU's memory" in caplog.text
+    with opened_on_host(library, as_plans(small, "tensorrt", (4, 8)), batch=8) as (device, _):
+        assert device.batch == 8
 
 
 def test_the_states_that_were_held_are_freed_before_more_are_asked_for(
@@ -646,6 +661,47 @@ def test_closing_frees_everything_and_is_safe_twice_and_before_images_are_closed
         device.close_image(handle)
         loop.close()
         assert device.describe()["batch"] == 4
+
+
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_the_times_of_layers_are_means_of_the_rounds(library: ctypes.CDLL, small: Bundle, flavour: Flavour) -> None:
+    with opened_on_host(library, as_plans(small, flavour, (4,))) as (device, trt):
+        ran = trt.cuda.ran["step engine"]
+        assert device.layer_times(5) == {"step": trt.layers, "classify": trt.layers}
+        assert trt.cuda.ran["step engine"] == ran + 5
+        trt.layers = {}
+        with pytest.raises(CheckFailed, match=f"{flavour} .* reports no times of layers"):
+            device.layer_times(1)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_bench_shows_the_layers_of_a_plan_by_their_times(library: ctypes.CDLL, small: Bundle, as_json: bool) -> None:
+    plans = as_plans(small, "tensorrt", (4,))
+    with on_host(HostTensorRT(HostCuda(library), "tensorrt", [4])):
+        arguments = ["--profile", "--engine", plans.unet_path, "--rounds", "3", *(["--json"] if as_json else [])]
+        done = densepure_rt("bench", *arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    if as_json:
+        layers = {"a convolution": 0.25, "an activation": 0.5}
+        assert json.loads(done.stdout) == {"batch": 4, "rounds": 3, "ms": {"step": layers, "classify": layers}}
+        return
+    lines = done.stdout.splitlines()
+    assert lines[0] == "step: 0.750 ms a call of 4 images, 2 layers"
+    assert lines[1].split(maxsplit=3) == ["0.5000", "ms", "66.7%", "an activation"]
+    assert lines[3].startswith("classify: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "--profile times the layers of a plan, and .*unet.onnx is none: give one with --engine"),
+        (["--sigma", "0.5"], "--sigma: only for other measurements than --profile"),
+    ],
+)
+def test_bench_profiles_plans_alone(arguments: list[str], words: str) -> None:
+    done = densepure_rt("bench", "--profile", *arguments)
+    assert done.returncode == 2
+    assert re.search(words, done.stderr)
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS)

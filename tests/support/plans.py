@@ -17,9 +17,11 @@ from densepure_rt.runtime.bundle import (
     sidecar_path,
     to_json,
 )
+from densepure_rt.runtime.gpu import Gpu
 from tests.runtime.host_cuda import plan_of
 
 SHIPPED = shipped_engine()
+ADA = Gpu("NVIDIA RTX 4090", "8.9", "12.6")
 NOT_A_PLAN = b"nothing that a library would run"
 
 

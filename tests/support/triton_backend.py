@@ -138,6 +138,6 @@ class Triton:
 
 def triton_of(bundle: Bundle) -> Triton:
     """A server of the two engines of a bundle, which ONNX Runtime runs."""
-    step = Network(bundle.unet_path, bundle.unet, STEP_INPUTS, STEP_OUTPUTS, "cpu")
-    classify = Network(bundle.classifier_path, bundle.classifier, CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, "cpu")
+    step = Network(bundle.unet_path, bundle.unet, STEP_INPUTS, STEP_OUTPUTS)
+    classify = Network(bundle.classifier_path, bundle.classifier, CLASSIFY_INPUTS, CLASSIFY_OUTPUTS)
     return Triton({("unet", 1): (STEP_OUTPUTS, step), ("classifier", 1): (CLASSIFY_OUTPUTS, classify)})

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from densepure_rt.commands.options import SHIPPED_MAX
+from densepure_rt.commands.image_options import SHIPPED_MAX
 from tests.support.bundles import ENGINES, engines_copied
 from tests.support.cli import (
     DRY,

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from densepure_rt.commands.console import finite, in_options, write_report
+from densepure_rt.commands.export import folder_of_model
 from densepure_rt.errors import EnvironmentFault
 from densepure_rt.export.models.model_options import ModelOptions
 from densepure_rt.runtime.bundle import shipped_engine
@@ -70,6 +71,26 @@ def test_model_options_are_the_same_on_every_command(name: str) -> None:
     assert found == described("export")
     for option in dataclasses.fields(ModelOptions):
         assert found[option.name][0] == ["--" + option.name.replace("_", "-")]
+
+
+def test_a_bundle_goes_into_a_folder_named_after_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the weights that ship are exported to `engines`, which a checkout tracks."""
+    (tmp_path / "models" / "ddpm").mkdir(parents=True)
+    (tmp_path / "models" / "ema_0.9999.pt").touch()
+    monkeypatch.chdir(tmp_path / "models" / "ddpm")
+    for given, folder in (
+        (ModelOptions(), "engines"),
+        (ModelOptions(unet="mymodel:unet", classifier="other:classifier"), "mymodel"),
+        (ModelOptions(unet="package.mymodel:make.unet"), "mymodel"),
+        (ModelOptions(unet="../ddpm/", classifier="timm:vit"), "ddpm"),
+        (ModelOptions(unet=".", classifier="timm:vit"), "ddpm"),
+        (ModelOptions(unet="../ema_0.9999.pt"), "ema_0.9999"),
+        (ModelOptions(classifier="timm:vit_base.augreg"), "vit_base.augreg"),
+        (ModelOptions(unet="none", classifier="timm:hf_hub:org/vit"), "vit"),
+        (ModelOptions(unet="none", classifier="mymodel:classifier"), "mymodel"),
+        (ModelOptions(weights=Path("..")), "models"),
+    ):
+        assert folder_of_model(given) == Path(folder)
 
 
 def test_the_options_that_were_given_are_named() -> None:
@@ -211,6 +232,7 @@ def test_an_engine_that_is_not_the_model_is_exit_1_with_the_reasons(
         (["--images", "none.npz"], 2, ["none.npz"]),
         (["--timestep-rule", "nonsense"], 2, ["--timestep-rule nonsense"]),
         (OTHER_MODEL, 2, ["unet.onnx was exported from weights", "--unet", "--engine"]),
+        ([*OTHER_MODEL, "--images", "none.npz"], 2, ["--unet"]),  # not of the images of the model that is not meant
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else str(value),
 )

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from densepure_rt.commands.inspect import inspect
 from densepure_rt.commands.inspection import inspection, layer_rows, onnx_graph
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.runtime import gpu, tensorrt_api
+from densepure_rt.runtime.bundle import shipped_engine
 from tests.support.bundles import ENGINES, engines_copied
 from tests.support.cli import Done, in_a_process, sha256
 from tests.support.plans import a_plan, put_bundle
@@ -30,6 +32,14 @@ def sidecar_of(engine: Path) -> dict[str, Any]:
     return written
 
 
+def leaves(place: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        yield place, value
+        return
+    for name, inner in value.items():
+        yield from leaves(f"{place}.{name}", inner)
+
+
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
     """A copy of the shipped bundle, to be damaged."""
@@ -44,12 +54,9 @@ def test_every_field_of_the_sidecar_is_printed(name: str) -> None:
     for field, value in sidecar_of(ENGINES / name).items():
         if field == "schema_version":
             continue
-        if isinstance(value, dict):
-            for inner, content in value.items():
-                assert printed[f"{field}.{inner}"].strip() == str(content)
-        else:
-            expected = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-            assert printed[field].strip() == expected
+        for place, content in leaves(field, value):
+            expected = ", ".join(map(str, content)) if isinstance(content, list) else str(content)
+            assert printed[place].strip() == expected
     assert printed["check.matches"].strip() == "True"
     assert printed["check.sha256"].strip() == sha256(ENGINES / name)
 
@@ -130,11 +137,16 @@ def test_a_missing_file_exits_2_and_says_how_to_get_one(tmp_path: Path, name: st
     assert (done.returncode, done.stdout) == (2, "")
     assert str(tmp_path / "nothing.onnx") in done.stderr
     assert "densepure-rt export" in done.stderr
+    assert f"such as {shipped_engine()}, which ships" in done.stderr  # from a wheel too
 
 
 def test_a_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no file at"):
+    with pytest.raises(UsageError, match="holds no step engine"):
         inspection(tmp_path)
+
+
+def test_the_folder_of_a_bundle_stands_for_its_step_engine() -> None:
+    assert inspection(ENGINES) == inspection(ENGINES / "unet.onnx")
 
 
 def test_a_missing_sidecar_is_refused_by_name(bundle: Path) -> None:

@@ -20,7 +20,7 @@ def predicted(*options: object) -> list[list[str]]:
     done = cli("predict", *TINY, *options)
     assert done.returncode == 0, done.stderr
     header, *lines = done.stdout.splitlines()
-    assert header == "idx\tlabel\tpredict\tcorrect\tname\tvotes\terror_bound"
+    assert header == "idx\tlabel\tpredict\tcorrect\tname\tvotes\terror_bound\tfile"
     return [line.split("\t") for line in lines]
 
 
@@ -55,7 +55,7 @@ def test_predict_as_json_says_how_sure_it_is_and_the_test_can_be_repeated() -> N
     names = json.loads((ENGINES / "classifier.onnx.json").read_text())["class_names"]
     for line in done.stdout.splitlines():
         found = json.loads(line)
-        assert list(found) == ["idx", "label", "predict", "error_bound", "n", "votes"]
+        assert list(found) == ["idx", "label", "predict", "error_bound", "n", "votes", "file"]
         assert sum(found["votes"].values()) == found["n"] <= 40
         if found["predict"] is None:
             assert found["error_bound"] is None
@@ -75,16 +75,20 @@ def test_predict_abstains_with_minus_1_where_n_leaves_it_open() -> None:
 
 def test_thirteen_votes_that_agree_are_a_prediction() -> None:
     (row,) = predicted("--n", 100, "--alpha", 0.001, "--max", 1, "--sigma", 0.1, "--seed", 1)
-    assert row[5:] == ["13/13", "0.00079"]  # 2 / E, with E = 2540 by the closed form for 13 of 13
+    assert row[5:] == [
+        "13/13",
+        "0.00079",
+        "fashion_mnist_test.npz:0",
+    ]  # 2 / E, with E = 2540 by the closed form for 13 of 13
 
 
-def test_an_image_without_a_label_is_never_predicted_correctly(tmp_path: Path) -> None:
+def test_an_image_without_a_label_is_predicted_neither_right_nor_wrong(tmp_path: Path) -> None:
     grey = np.random.default_rng(0).integers(0, 256, (2, 28, 28, 1), dtype=np.uint8)
     np.savez(tmp_path / "grey.npz", x=grey)
     for n, alpha in ((2, 0.001), (6, 0.49)):  # all abstained, and most answered
         for row in predicted("--images", tmp_path / "grey.npz", "--n", n, "--alpha", alpha):
-            assert row[1] == "-1"
-            assert row[3] == "0"
+            assert row[1] == "-"
+            assert row[3] == "-"
 
 
 # options

@@ -943,3 +943,44 @@ def test_no_single_flipped_bit_changes_what_is_read(tmp_path: Path, name: str) -
         path.write_bytes(damaged)
         with suppress(UsageError):
             assert read_all(path, shape, TEN).sha256() == expected
+
+
+def test_one_file_that_cannot_be_read_has_failed_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a", "b", "c", "d"):
+        save(tmp_path / f"{name}.png", DRAWING[0])
+    (tmp_path / "b.png").write_bytes(b"no picture")
+    content = (tmp_path / "c.png").read_bytes()
+    (tmp_path / "c.png").write_bytes(content[:-20])  # whose header is whole
+    images = open_images(tmp_path, GREY, CLASSES)
+    first = images.sha256()
+    assert [image.name for image in images.readable()] == ["a.png", "d.png"]
+    assert sorted(images.unreadable) == [1, 2]
+    assert "b.png is not PNG" in images.unreadable[1]
+    assert [record.message for record in caplog.records if "has failed" in record.message][0].startswith("image 1 ")
+    with pytest.raises(UsageError, match=r"b\.png"):
+        list(images)
+    save(tmp_path / "b.png", DRAWING[0])
+    (tmp_path / "c.png").write_bytes(content)
+    again = open_images(tmp_path, GREY, CLASSES)
+    assert again.sha256() != first
+    assert again.hashed_as([1, 2]).sha256() == first
+    assert len(list(again.readable())) == 4
+    assert not again.unreadable
+
+
+def test_labels_of_files_come_from_a_table_of_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        save(tmp_path / f"{name}.png", DRAWING[0])
+    (tmp_path / "mine.csv").write_text("file,label\nb.png,1\na.png,0\n")
+    images = open_images(tmp_path, GREY, CLASSES, labels_csv=tmp_path / "mine.csv")
+    assert [(image.name, image.label) for image in images] == [("b.png", 1), ("a.png", 0)]
+    monkeypatch.chdir(tmp_path)
+    images = open_images([Path("a.png")], GREY, CLASSES, labels_csv=Path("mine.csv"))
+    assert [(image.name, image.label) for image in images] == [("a.png", 0)]
+    save(tmp_path / "c.png", DRAWING[0])
+    with pytest.raises(UsageError, match=r"c\.png is not in mine\.csv"):
+        open_images([Path("c.png")], GREY, CLASSES, labels_csv=Path("mine.csv"))
+    with pytest.raises(UsageError, match="name them"):
+        open_images(None, GREY, CLASSES, labels_csv=Path("mine.csv"))
+    with pytest.raises(UsageError, match="is a folder"):
+        open_images([tmp_path, Path("c.png")], GREY, CLASSES)

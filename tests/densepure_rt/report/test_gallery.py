@@ -64,7 +64,7 @@ def test_what_a_gallery_cannot_show_is_refused(here: Callable[..., Done], run: P
         strange = other | {"identity": other["identity"] | {part: other["identity"][part] | {"sha256": "f" * 64}}}
         shutil.copytree(run, tmp_path / part)
         (tmp_path / part / "manifest.json").write_text(json.dumps(strange))
-        refused(here("report", tmp_path / part, *out, "--gallery", 1), code, part)
+        refused(here("report", tmp_path / part, *out, "--gallery", 1), code, "of ffffffffffffffff: name", "--engine")
     (run / "secret.key").rename(run / "elsewhere")
     refused(here("report", run, *out, "--gallery", 1), 2, "secret")
     (run / "elsewhere").rename(run / "secret.key")

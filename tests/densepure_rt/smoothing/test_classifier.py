@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import pydoc
 import re
 import subprocess
 import sys
@@ -77,12 +78,8 @@ GREY = np.zeros(SHAPE, np.uint8)
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (Image.new("L", (28, 28)), ["a Pillow image of mode L", "np.asarray(image)[None]"]),
-        (Image.new("RGB", (28, 28)), ["a Pillow image of mode RGB", "of one of mode L"]),
         (GREY.tolist(), ["type list", "np.array(image, dtype=np.uint8)"]),
         (None, ["type NoneType"]),
-        ("a.png", ["the name 'a.png'", "open_images"]),
-        (Path("a.png"), ["the name 'a.png'", "open_images"]),
         (GREY[0], ["uint8 [28, 28]", "image[None]"]),
         (GREY.transpose(1, 2, 0), ["uint8 [28, 28, 1]", "image.transpose(2, 0, 1)"]),
         (GREY[None], ["uint8 [1, 1, 28, 28]", "image[0]"]),
@@ -106,8 +103,8 @@ def test_what_is_no_image_is_refused_with_what_it_is_and_how_it_becomes_one(
     ("given", "words"),
     [
         (GREY, "give [image]"),
-        ("a.png", "the name 'a.png'"),
-        (Image.new("L", (28, 28)), "Pillow"),
+        ("a.png", "a.png: no such file"),
+        (Image.new("L", (28, 28)), "give [image]"),
         (5, "type int"),
         (np.array(5), "[]"),
     ],
@@ -120,9 +117,48 @@ def test_one_image_in_place_of_several_is_refused(shipped: SmoothedClassifier, g
 
 def test_what_the_refusal_of_another_form_says_to_give_is_taken(shipped: SmoothedClassifier) -> None:
     picture = Image.fromarray(next(iter(open_images(None, SHAPE, NAMES))).pixels[0])
-    asked = [np.asarray(picture)[None], np.array([np.asarray(picture).tolist()], dtype=np.uint8)]
-    first, second = (shipped.certify(image, sigma=0.25, steps=0, n=20, alpha=0.3) for image in asked)
-    assert first == second
+    asked: list[Any] = [np.asarray(picture)[None], np.array([np.asarray(picture).tolist()], dtype=np.uint8), picture]
+    first, *others = (shipped.certify(image, sigma=0.25, steps=0, n=20, alpha=0.3) for image in asked)
+    assert others == [first, first]
+
+
+def test_a_batch_is_certified_as_its_images_are_one_by_one(
+    shipped: SmoothedClassifier, images: list[LabelledImage], tmp_path: Path
+) -> None:
+    settings = Settings(sigma=0.25, steps=0, n=20, alpha=0.3, radii=(0.0, 0.1))
+    expected = [found.certificate for found in shipped.certify_each(images[:4], settings)]
+    pixels = np.stack([image.pixels for image in images[:4]])
+    labels = [image.label for image in images[:4]]
+    watched: list[Any] = []
+
+    def watch(work: Any, /, *, total: int | None) -> Iterator[Any]:
+        for item in work:
+            watched.append((item.image.idx, total))
+            yield item
+
+    found = shipped.certify_batch(pixels, labels, settings, watch=watch)
+    assert [each.certificate for each in found] == expected
+    assert [each.image.label for each in found] == labels
+    assert watched == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    for i, image in enumerate(images[:4]):
+        Image.fromarray(image.pixels[0]).save(tmp_path / f"{i}.png")
+    turned = shipped.certify_iter(pixels.transpose(0, 2, 3, 1), labels, settings, layout="HWC")
+    assert [each.certificate for each in turned] == expected
+    assert [each.certificate for each in shipped.certify_iter(tmp_path, labels, settings)] == expected
+    assert shipped.predict(tmp_path, sigma=0.25, steps=0) == shipped.predict(pixels, sigma=0.25, steps=0)
+    assert shipped.certify_batch([], [], settings) == []
+
+
+def test_a_seed_and_a_key_say_what_keys_the_noise(tmp_path: Path) -> None:
+    key = tmp_path / "secret.key"
+    with load(seed=18, batch=1, threads=1) as seeded, load(key=key, batch=1, threads=1) as first:
+        assert seeded.secret == seeded_secret(18)
+        assert first.secret.hex() == key.read_text().strip()
+        with load(key=str(key), batch=1, threads=1) as second:
+            assert second.secret == first.secret
+        assert repr(seeded) == "SmoothedClassifier(unet.onnx, images 1x28x28, 10 classes)"
+    with pytest.raises(UsageError, match="give one"):
+        load(seed=1, key=key)
 
 
 class PlainPipeline:
@@ -500,6 +536,9 @@ def test_package_offers_what_it_names() -> None:
     assert densepure_rt.SmoothedClassifier is SmoothedClassifier
     assert densepure_rt.Settings is Settings
     assert densepure_rt.Certificate is Certificate
+    assert set(densepure_rt.__all__) <= set(dir(densepure_rt))
+    said = pydoc.plain(pydoc.render_doc(densepure_rt))
+    assert [name for name in densepure_rt.__all__ if not re.search(rf"\b{name}\b *[=(]", said)] == ["__version__"]
     with pytest.raises(AttributeError, match="no_such_thing"):
         getattr(densepure_rt, "no_such_thing")  # noqa: B009
 

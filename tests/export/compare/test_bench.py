@@ -39,8 +39,9 @@ from densepure_rt.export.compare.bench import (
 )
 from densepure_rt.export.compare.engine_run import EngineRun, flat, torch_settings
 from densepure_rt.export.models import reference
+from densepure_rt.export.models.check_images import made_up
 from densepure_rt.export.models.classifiers import zoo_classifier
-from densepure_rt.export.models.sources import Models, made_up
+from densepure_rt.export.models.sources import Models
 from densepure_rt.export.models.unets import zoo_unet
 from densepure_rt.runtime.bundle import Bundle, open_bundle, shipped_engine
 from densepure_rt.runtime.device import STEP_INPUTS, Batch
@@ -228,7 +229,7 @@ def test_the_engine_without_a_network_is_the_update_alone(toy: Bundle, tmp_path:
     chain = unet.chain(0.5, 2)
     mean, std, noise = np.random.default_rng(0).standard_normal((3, 1, *IMAGE), np.float32)
     feed = dict(zip(STEP_INPUTS, (mean, std, noise, chain.t[:1], chain.coef[:1]), strict=True))
-    found = Network(empty.unet_path, empty.unet, STEP_INPUTS, ("mean_next", "std_next", "finite"), "cpu")(feed)
+    found = Network(empty.unet_path, empty.unet, STEP_INPUTS, ("mean_next", "std_next", "finite"))(feed)
     echo = nn.Module()
     echo.forward = lambda x, t: torch.cat([x, x], 1)
     expected = reference.reverse_step(
