@@ -123,8 +123,9 @@ zoo: $(DEV) ## train the default model into runs/zoo, or go on where it stopped 
 schemas: $(DEV) ## write the JSON Schemas of a run's files to docs/schemas/
 	$(ENV)/bin/python -m densepure_rt.runs.records
 
-engines: $(DEV) ## export the default model's weights to engines/
+engines: $(DEV) ## export the default model's weights to engines/, and write them there in fp16
 	$(ENV)/bin/densepure-rt export --out engines --force
+	$(ENV)/bin/densepure-rt export --precision fp16 --engine engines/unet.onnx --out engines --force
 
 clean: ## remove build outputs and caches; runs/ stays
 	rm -rf build dist *.egg-info .mypy_cache .import_linter_cache .ruff_cache .pytest_cache .hypothesis

@@ -15,7 +15,18 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 Kind = Literal[
-    "key", "sidecar", "run file", "results file", "ledger", "table", "picture", "data set", "model", "log", "array"
+    "key",
+    "sidecar",
+    "run file",
+    "results file",
+    "ledger",
+    "config file",
+    "table",
+    "picture",
+    "data set",
+    "model",
+    "log",
+    "array",
 ]
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 MOST_BYTES: dict[Kind, int] = {
@@ -24,6 +35,7 @@ MOST_BYTES: dict[Kind, int] = {
     "run file": 64 * MIB,  # manifest, summary, seal
     "results file": 4 * GIB,  # a line an image, of about 1 KiB
     "ledger": 256 * GIB,  # read page by page
+    "config file": MIB,
     "table": 512 * MIB,  # labels.csv; that of ImageNet has 50 MiB
     "picture": GIB,  # one of a data set; its size in pixels is judged by its header
     "data set": 256 * GIB,  # .npz, IDX, .bin: judged by their headers before they are read

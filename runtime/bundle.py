@@ -29,12 +29,13 @@ from densepure_rt import files
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.json_files import adapter, strict
 from densepure_rt.runtime import gpu
-from densepure_rt.runtime.schedule import Schedule, TimestepRule, Variance
+from densepure_rt.runtime.schedule import Chain, Schedule, TimestepRule, Variance, make_chain
 from densepure_rt.runtime.transport import transfer_fault
 from densepure_rt.text import all_printable, printable
 
 SCHEMA_VERSION = 1
 PIXEL_RANGE = (-1.0, 1.0)  # what the runtime feeds
+ON_GPU = "fp16"  # the precision of the model that ships where a GPU runs it, unless an engine is named
 MAX_STEPS = 1_000_000  # of a schedule; published ones have 1000 or 4000
 Kind = Literal["step", "classify"]
 # What a network gives: the noise (Ho et al. 2020), v (Salimans & Ho 2022) or the clean image; the clean image, but from
@@ -107,10 +108,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How far an ONNX file was from float32 PyTorch when it was exported.
+    """How far an ONNX file was from its float32 source when it was made: from PyTorch, or from a float32 bundle.
 
     by: what evaluated it. relative_l2: the worst of so many comparisons of its outputs. labels: how many labels of its
-    bundle were compared, on equal noise, and labels_differ: how many were not PyTorch's; both 0 where none were.
+    bundle were compared, on equal noise, and labels_differ: how many were not the source's; both 0 where none were.
     """
 
     by: str
@@ -189,6 +190,10 @@ class StepSidecar(Sidecar):
     timestep_rule: TimestepRule = field(default="nearest", kw_only=True)
     attention: str | None = field(default=None, kw_only=True)
     denoising: Denoising | None = field(default=None, kw_only=True)
+
+    def chain(self, sigma: float, steps: int, rule: TimestepRule | None = None) -> Chain:
+        """Make the chain of so many steps from smoothing noise `sigma`. rule: None for the network's own."""
+        return make_chain(self.schedule, self.variance, sigma, steps, rule or self.timestep_rule)
 
 
 @dataclass(frozen=True)
@@ -367,7 +372,7 @@ def _noises(schedule: Schedule) -> bool:
 def build_command(engine: Path, flavour: Flavour, sidecar: Sidecar | None, options: Iterable[str] = ()) -> str:
     """The command that builds the plan of this bundle on this machine."""
     words = ["densepure-rt export --target", flavour, "--out", str(engine.parent)]
-    if sidecar is not None and sidecar.precision != "fp32":
+    if sidecar is not None:
         words += ["--precision", sidecar.precision]
     words += options
     if flavour == "tensorrt-rtx":
@@ -420,7 +425,7 @@ def verified_bytes(path: Path, expected_sha256: str) -> bytes:
         if fault := transfer_fault(path):
             raise CheckFailed(f"{path} is no engine: {fault}")
         raise CheckFailed(
-            f"{path} has SHA-256 {found[:16]}..., its sidecar or `engine_sha256` says {expected_sha256[:16]}...: "
+            f"{path} has SHA-256 {found[:16]}..., its sidecar says {expected_sha256[:16]}...: "
             f"the file is damaged or is another engine; copy it again, or export the bundle again"
         )
     return content
@@ -558,6 +563,21 @@ def missing_engine(engine: Path) -> str:
     return f'no engine at {engine}: make one with "densepure-rt export", or leave `engine` out'
 
 
-def shipped_engine() -> Path:
-    """The step engine that comes with the package."""
-    return Path(str(resources.files("densepure_rt"))) / "engines" / STEP_ENGINE
+def shipped_engine(on_gpu: bool = False) -> Path:
+    """The step engine that comes with the package: on a GPU that of ON_GPU, else the float32 one."""
+    name = f"unet.{ON_GPU}.onnx" if on_gpu else "unet.onnx"
+    return Path(str(resources.files("densepure_rt"))) / "engines" / name
+
+
+def shipped_engine_of(sha256: str) -> Path:
+    """The shipped step engine that hashes to this, else the float32 one."""
+    known = (shipped_engine(on_gpu) for on_gpu in (False, True))
+    return next((path for path in known if read_sidecar(path).file.sha256 == sha256), shipped_engine())
+
+
+def is_shipped(bundle: Bundle) -> bool:
+    """Say whether a bundle is of the model that ships, in whichever precision."""
+    shipped = open_bundle(shipped_engine())
+    return [side.weights_sha256 for side in (bundle.unet, bundle.classifier)] == [
+        side.weights_sha256 for side in (shipped.unet, shipped.classifier)
+    ]

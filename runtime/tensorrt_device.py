@@ -54,6 +54,7 @@ from densepure_rt.runtime.device import (
 from densepure_rt.runtime.machine import installed_versions
 from densepure_rt.runtime.noise import Key, RoundedNormal, smoothing_law, vote_law
 from densepure_rt.runtime.probe import probe
+from densepure_rt.runtime.reverse import slots_of
 from densepure_rt.runtime.tensorrt_api import (
     KernelCache,
     Library,
@@ -70,7 +71,7 @@ MAX_IMAGES = 4096  # open at a time
 UPLOADS, UPLOAD_BYTES = 16, 1 << 16  # pinned regions for what goes to the GPU, in turn: a MiB, some images of 64 x 64
 # The states of a loop take at most this, nor more than half of the GPU's memory: engines, cuBLAS and others want some.
 MOST_STATE_BYTES = 16 << 30
-STATES_AN_ITEM = 105  # that the loop holds for an item of a batch, by 40 votes; `reverse`, (3 + IN_FLIGHT) * (1 + 20)
+STATES_AN_ITEM = sum(slots_of(1, IN_FLIGHT))  # that the loop holds for an item of a batch
 AMPERE = (8, 0)  # what HardwareCompatibilityLevel.AMPERE_PLUS asks for at least
 KERNELS = ("smooth", "gather", "scatter", "gather_means", "argmax")
 # What `close` lets go of, which frees it: contexts before the runtime, all before the stream.

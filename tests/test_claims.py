@@ -247,8 +247,7 @@ def text_of_failures(tmp_path: Path) -> None:
 
 def text_of_export(tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    from densepure_rt.export.convert.parity import Difference, LabelParity
-    from densepure_rt.export.convert.to_onnx import Exported
+    from densepure_rt.export.convert.parity import Difference, Exported, LabelParity
 
     worst = Difference("step", 16, MOST, GAP)
     labels = LabelParity("cpu", 0.5, 5, 20, 0, UPPER, (0.0,), ((1999 / 2000,), (199 / 200,)))

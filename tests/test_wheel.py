@@ -69,6 +69,12 @@ def test_the_wheel_holds_the_default_model_and_its_images(wheel: zipfile.ZipFile
     assert {f"{folder}/{name}" for name in files} <= set(wheel.namelist())
 
 
+def test_the_wheel_holds_the_default_model_in_fp16(wheel: zipfile.ZipFile) -> None:
+    names = [f"densepure_rt/engines/{part}.fp16.onnx{end}" for part in ("unet", "classifier") for end in ("", ".json")]
+    assert set(names) <= set(wheel.namelist())
+    assert sum(wheel.getinfo(name).compress_size for name in names) < 5 << 20
+
+
 def test_the_wheel_holds_every_file_that_the_runtime_reads(wheel: zipfile.ZipFile) -> None:
     kernels = {f"densepure_rt/runtime/{path.name}" for path in ROOT.glob("runtime/*.cu")}
     data = {f"densepure_rt/data/{path.name}" for path in ROOT.glob("densepure_rt/data/*") if ".plan" not in path.name}

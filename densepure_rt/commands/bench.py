@@ -107,7 +107,8 @@ def bench(
         from densepure_rt.export.compare import bench as step
         from densepure_rt.export.compare import procedure as whole
         from densepure_rt.export.compare.engine_run import EngineRun, flat
-        from densepure_rt.export.models.sources import LABEL_IMAGES, comparison_images, open_models
+        from densepure_rt.export.models.check_images import LABEL_IMAGES, comparison_images
+        from densepure_rt.export.models.sources import open_models
     import numpy as np
 
     from densepure_rt.runtime.bundle import open_bundle, shipped_engine
@@ -116,7 +117,7 @@ def bench(
         make_folder(out)  # first: what follows may take long
     opened = open_models(models)
     chosen = comparison_images(opened, images, limit, say, CERTIFIED if procedure else LABEL_IMAGES)
-    run = EngineRun(open_bundle(engine or shipped_engine()), batch, threads, device)
+    run = EngineRun(open_bundle(engine or shipped_engine(device != "cpu")), batch, threads, device)
     if not procedure:
         pixels = np.stack([image.pixels for image in chosen])
         work = told(step.DEFAULT, sigma=sigma, rounds=rounds, compile=compiled)

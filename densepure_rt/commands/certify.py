@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,7 +14,9 @@ import typer
 from rich.table import Table
 
 from densepure_rt import signals
-from densepure_rt.commands.console import print_attacks, rows, stderr, stdout, track
+from densepure_rt.commands.config import write_config
+from densepure_rt.commands.console import print_attacks, ranged, rows, stderr, stdout, track
+from densepure_rt.commands.from_run import to_keep
 from densepure_rt.commands.groups import with_options
 from densepure_rt.commands.image_options import ImageOptions
 from densepure_rt.commands.options import (
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
     from densepure_rt.runtime.bundle import Bundle
     from densepure_rt.smoothing.certificate import Abstention, Certificate
     from densepure_rt.smoothing.classifier import SmoothedClassifier
-    from densepure_rt.smoothing.forecast import Forecast, Range
+    from densepure_rt.smoothing.forecast import Forecast
     from densepure_rt.smoothing.settings import Settings
 
 PROPOSALS = 2  # of gradients, to an attack
@@ -108,6 +110,9 @@ def certify(
     seconds = Budget(seconds_of(budget, "--budget"), seconds_of(run_budget, "--run-budget"))
     settings = asked.settings()
     output.check()
+    kept = to_keep(asked, settings)
+    if output.save_config is not None:
+        write_config(output.save_config, kept)
     part = None if shard is None else Shard.parsed(shard)
     if part is not None:
         refuse_half_a_shard(part, output, falsify)
@@ -116,7 +121,8 @@ def certify(
         raise UsageError(f"--shard {part} needs the secret that all shards share: name one file for all of them, --key")
     with elsewhere.open(engines, secret) as smoothed:
         folder = output.out or Path("runs") / datetime.datetime.now().strftime("certify-%Y%m%d-%H%M%S")
-        request = RunRequest(source.open(smoothed), settings, folder, noise.seed, seconds, part, falsify)
+        images = source.open(smoothed)
+        request = RunRequest(images, settings, folder, noise.seed, seconds, part, falsify, kept)
         expected = forecast(smoothed, settings, len(request.mine), request.images.labelled)
         if not messages.quiet:
             print_forecast(smoothed, request.images, settings, expected, part)
@@ -158,12 +164,6 @@ def print_ending(summary: Summary, folder: Path, names: Mapping[int, str]) -> No
         raise typer.Exit(signals.exit_code())
     if summary.failed:
         raise typer.Exit(CheckFailed.exit_code)
-
-
-def ranged(found: Range, show: Callable[[float], str]) -> str:
-    """Show what is expected, and how little or much it can be."""
-    least, expected, most = (show(value) for value in found)
-    return least if least == most else f"about {expected} ({least} to {most})"
 
 
 def counted(value: float) -> str:

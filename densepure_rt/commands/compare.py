@@ -113,5 +113,5 @@ def change_table(name: str, changes: Sequence[Change]) -> Table:
         radii = ("-" if radius is None else floored(radius) for radius in (change.a, change.b))
         names = dict.fromkeys(name for name in (change.name_a, change.name_b) if name)
         files = [" / ".join(map(printable, names))] if named else []
-        table.add_row(idx, "-" if change.label is None else str(change.label), *radii, *files)
+        table.add_row(idx, "no label" if change.label is None else str(change.label), *radii, *files)
     return table

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
 
 from densepure_rt.errors import PARAMETER, CheckFailed, EnvironmentFault
 from densepure_rt.optional import optional
@@ -25,6 +27,7 @@ from densepure_rt.text import duration, numbered, plural, printable
 
 if TYPE_CHECKING:
     from densepure_rt.runs.falsifier import Falsification
+    from densepure_rt.smoothing.forecast import Range
 
 PLAIN_EVERY = 10.0  # seconds between plain lines
 BAR_EVERY = 0.5  # seconds between changes of a bar's status
@@ -50,47 +53,101 @@ def rows(console: Console, pairs: Iterable[tuple[str, str]]) -> None:
         console.print(f"{name:<{width}}  {value}")
 
 
-def track(work: Iterable[T], total: int, text: Callable[[], str] = str, before: int = 0) -> Iterator[T]:
-    """`work`, item by item, while images done, rate, time left and `text` are shown.
+def track(
+    work: Iterable[T],
+    total: int,
+    text: Callable[[], str] = str,
+    before: int = 0,
+    left: Callable[[], Range | None] = lambda: None,
+) -> Iterator[T]:
+    """`work`, item by item, while images done, rate, time left and `text` are shown, also while one takes long.
 
-    total: with those that were done `before`.
+    total: with those that were done `before`. left: of the seconds, where it is known better than by the items done.
     """
-    show = _bar if stderr.is_terminal else _lines
-    return show(work, total, text, before)
+    pace = Pace(total, text, before, left)
+    return (_bar if stderr.is_terminal else _lines)(work, pace)
 
 
-def _bar(work: Iterable[T], total: int, text: Callable[[], str], before: int) -> Iterator[T]:
+class Pace:
+    """How far the work is, in words. total, text, before, left: as `track` has them."""
+
+    def __init__(self, total: int, text: Callable[[], str], before: int, left: Callable[[], Range | None]) -> None:
+        self.total, self.text, self.done, self._before, self._left = total, text, before, before, left
+        self._started = time.monotonic()
+
+    def rate(self) -> str:
+        """What an item takes; nothing before the first."""
+        came = self.done - self._before
+        return f"{duration((time.monotonic() - self._started) / came)} an image" if came else ""
+
+    def left(self) -> str:
+        """The time that is left; nothing while it is not known."""
+        if (found := self._left()) is not None:
+            return f"{ranged(found, duration)} left"
+        came, seconds = self.done - self._before, time.monotonic() - self._started
+        return f"{duration(seconds / came * (self.total - self.done))} left" if came else ""
+
+
+def ranged(found: Range, show: Callable[[float], str]) -> str:
+    """Show what is expected, and how little or much it can be."""
+    least, expected, most = (show(value) for value in found)
+    return least if least == most else f"about {expected} ({least} to {most})"
+
+
+class LiveColumn(ProgressColumn):
+    """Words that change while nothing else does, asked for no more often than BAR_EVERY."""
+
+    def __init__(self, words: Callable[[], str]) -> None:
+        super().__init__()
+        self._words, self._asked, self._said = words, (-math.inf, -1.0), Text()
+
+    def render(self, task: Task) -> Text:
+        now = time.monotonic()
+        asked, completed = self._asked
+        if now - asked >= BAR_EVERY or (task.finished and completed < task.completed):
+            self._asked, self._said = (now, task.completed), Text(printable(self._words()))
+        return self._said
+
+
+def _bar(work: Iterable[T], pace: Pace) -> Iterator[T]:
     columns = (
         MofNCompleteColumn(),
         TextColumn("images"),
         BarColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[status]}"),
+        *map(LiveColumn, (pace.rate, pace.left, pace.text)),
     )
     with Progress(*columns, console=stderr, transient=True, redirect_stdout=stdout.is_terminal) as progress:
-        task = progress.add_task("", total=total, completed=before, rate="", status="")
-        started = said = time.monotonic()
-        for done, item in enumerate(work, start=1):
+        task = progress.add_task("", total=pace.total, completed=pace.done)
+        for item in work:
             yield item
-            now = time.monotonic()
-            if now - said >= BAR_EVERY or before + done == total:
-                said = now
-                progress.update(task, status=text())
-            rate = f"{duration((time.monotonic() - started) / done)} an image"
-            progress.update(task, completed=before + done, rate=rate)
+            pace.done += 1
+            progress.update(task, completed=pace.done)
 
 
-def _lines(work: Iterable[T], total: int, text: Callable[[], str], before: int) -> Iterator[T]:
-    started = said = time.monotonic()
-    for done, item in enumerate(work, start=1):
-        yield item
-        now = time.monotonic()
-        if now - said >= PLAIN_EVERY or before + done == total:
-            said = now
-            each, left = (now - started) / done, total - before - done
-            line = f"{before + done}/{total} images, {duration(each)} an image, {duration(each * left)} left"
-            print(f"{line}; {text()}" if text() else line, file=sys.stderr, flush=True)
+def _lines(work: Iterable[T], pace: Pace) -> Iterator[T]:
+    said, ended, speaking = [time.monotonic()], threading.Event(), threading.Lock()
+
+    def speak() -> None:
+        with speaking:
+            if time.monotonic() - said[0] >= PLAIN_EVERY or pace.done == pace.total:
+                said[0] = time.monotonic()
+                line = ", ".join(filter(None, (f"{pace.done}/{pace.total} images", pace.rate(), pace.left())))
+                print("; ".join(filter(None, (line, pace.text()))), file=sys.stderr, flush=True)
+
+    def go_on() -> None:
+        while not ended.wait(max(PLAIN_EVERY, 1.0)):
+            speak()
+
+    between = threading.Thread(target=go_on, name="densepure-rt lines", daemon=True)
+    between.start()
+    try:
+        for item in work:
+            yield item
+            pace.done += 1
+            speak()
+    finally:
+        ended.set()
+        between.join()
 
 
 def needs_pytorch(command: str) -> AbstractContextManager[None]:
@@ -132,6 +189,11 @@ def speak_for(app: typer.Typer) -> None:
     """Let `in_options` name the options of an application's commands."""
     _apps[:] = [app]
     known_options.cache_clear()
+
+
+def command(name: str) -> Any:
+    """Return a command of the application, as Click has it."""
+    return getattr(typer.main.get_command(_apps[0]), "commands")[name]  # noqa: B009  of a group, which mypy cannot know
 
 
 @cache

@@ -133,11 +133,11 @@ def next_command(
         return "pip install --force-reinstall --no-deps densepure-rt"
     if isinstance(here, Gpu):
         if plans["tensorrt"].state == "ok":
-            return "densepure-rt export --target tensorrt && densepure-rt certify --engine engines/unet.plan"
+            return "densepure-rt export --target tensorrt && densepure-rt certify --engine engines/unet.fp16.plan"
         if plans["tensorrt-rtx"].state == "ok":
             return (
                 f"densepure-rt export --target tensorrt-rtx --compute-capability {here.compute_capability} && "
-                f"densepure-rt certify --engine engines/unet.rtx.plan"
+                f"densepure-rt certify --engine engines/unet.fp16.rtx.plan"
             )
         return f"pip install 'densepure-rt[{tensorrt_extra(here.cuda_major)}]'"
     return "densepure-rt certify" if runtime.state == "ok" else "pip install 'densepure-rt[cpu]'"
@@ -294,10 +294,12 @@ def import_fault(statement: str, seconds: float = IMPORT_SECONDS) -> str | None:
 
 def engines_finding() -> Finding:
     try:
-        bundle = open_bundle(shipped_engine())
-        for path, expected in ((bundle.unet_path, bundle.unet), (bundle.classifier_path, bundle.classifier)):
-            if sha256_of(path) != expected.file.sha256:
-                return Finding("shipped engines", "broken", f"{path} does not match its sidecar", True)
+        bundle, on_gpu = open_bundle(shipped_engine()), open_bundle(shipped_engine(on_gpu=True))
+        for found in (bundle, on_gpu):
+            for path, expected in ((found.unet_path, found.unet), (found.classifier_path, found.classifier)):
+                if sha256_of(path) != expected.file.sha256:
+                    return Finding("shipped engines", "broken", f"{path} does not match its sidecar", True)
     except (DensePureError, OSError) as error:
         return Finding("shipped engines", "broken", in_options(str(error)), True)
-    return Finding("shipped engines", "ok", f"{bundle.unet_path}, {bundle.unet.precision}, hashes match", True)
+    said = f"{bundle.unet_path}, {bundle.unet.precision}, on a GPU {on_gpu.unet.precision}, hashes match"
+    return Finding("shipped engines", "ok", said, True)

@@ -26,12 +26,12 @@ from densepure_rt.text import plural
 
 if TYPE_CHECKING:
     from densepure_rt.export.convert.build_options import BuildOptions
-    from densepure_rt.export.convert.to_onnx import Exported
+    from densepure_rt.export.convert.parity import Exported
+    from densepure_rt.export.models.check_images import Images
+    from densepure_rt.export.models.pair import Pair
     from densepure_rt.runtime.bundle import Denoising, Flavour
 
-of_checks, of_plans, of_triton = (
-    partial(typer.Option, rich_help_panel=panel) for panel in ("Checks", "Plans", "Triton")
-)
+of_checks, of_plans = (partial(typer.Option, rich_help_panel=panel) for panel in ("Checks", "Plans"))
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,13 @@ class CheckOptions(Options):
     strict: Annotated[
         bool, of_checks("--strict", help="Publish nothing where the UNet denoises better otherwise than as declared.")
     ] = False
+
+    def images_of(self, models: Pair) -> Images:
+        """Open what these models are checked on, and calibrated on."""
+        from densepure_rt.export.models.check_images import check_images
+
+        counts = self.parity_images, self.parity_samples
+        return check_images(models, self.images, self.calibration_images, *counts, say)
 
 
 @dataclass(frozen=True)
@@ -132,11 +139,19 @@ def export(
         ),
     ] = "onnx",
     engine: Annotated[
-        Path | None, of_triton(help="triton: step engine, ONNX file or plan; default: the one that ships.")
+        Path | None,
+        typer.Option(
+            help="A bundle in place of PyTorch models. onnx: its float32 engines in each --precision, without PyTorch; "
+            "tensorrt: plans of it; triton: it is packaged, ONNX files or plans; default: the one that ships."
+        ),
     ] = None,
     precision: Annotated[
-        str, typer.Option(help="fp32, fp16, bf16, int8, int8-cpu or fp8; several with commas, a bundle each.")
-    ] = "fp32",
+        str | None,
+        typer.Option(
+            help="fp32, fp16, bf16, int8, int8-cpu or fp8; several with commas, a bundle each. Default: fp32; plans of "
+            "the model that ships: fp16."
+        ),
+    ] = None,
     force: Annotated[
         bool,
         typer.Option(
@@ -151,15 +166,15 @@ def export(
 ) -> None:
     """Export a UNet and a classifier from PyTorch to ONNX engines, checked against PyTorch, and build TensorRT plans.
 
-    Without options it is the model that ships. ONNX engines need densepure-rt\\[export], plans densepure-rt\\[tensorrt]
-    or densepure-rt\\[tensorrt-rtx], and a model repository of Triton none of them.
+    Without options it is the model that ships. ONNX engines need densepure-rt\\[export], but those of --engine do not;
+    plans need densepure-rt\\[tensorrt] or densepure-rt\\[tensorrt-rtx], and a model repository of Triton none of them.
     """
     from densepure_rt.runtime.bundle import PLAN_SUFFIXES
 
     request = Request(
         models,
         targets=words(target, "--target", ("onnx", *sorted(PLAN_SUFFIXES), "triton")),
-        precisions=[kind.strip() for kind in precision.split(",")],
+        precisions=[kind.strip() for kind in precision.split(",")] if precision else [],
         out=out,
         force=force,
         engine=engine,
@@ -175,7 +190,10 @@ def export(
 
 @dataclass(frozen=True)
 class Request:
-    """What `export` was asked for. batch: as typed, for plans several. quiet: print nothing of what is made."""
+    """What `export` was asked for. batch: as typed, for plans several. quiet: print nothing of what is made.
+
+    precisions: empty for those that suit what is to be made.
+    """
 
     models: ModelOptions
     targets: Sequence[str]
@@ -193,17 +211,20 @@ class Request:
         unused = list(map(in_options, [*self.models.given().values(), *self.checks.given().values()]))
         if "triton" in self.targets:
             unused += [f"--target {kind}" for kind in self.targets if kind != "triton"]
-            unused += ["--precision"] if self.precisions != ["fp32"] else []
+            unused += ["--precision"] if self.precisions else []
             unused += map(in_options, self.plans.given().values())
             if unused:
                 raise UsageError(
                     f"{', '.join(unused)}: --target triton packages the bundle of --engine as it is; make it first"
                 )
-        elif self.engine is not None:
+            return
+        of_pytorch = [*map(in_options, self.models.given().values()), *(["--strict"] if self.checks.strict else [])]
+        if self.engine is not None and of_pytorch:
             raise UsageError(
-                f"--engine {self.engine} is what --target triton packages, and {','.join(self.targets)} was asked for"
+                f"{', '.join(of_pytorch)}: these are of PyTorch models, and --engine {self.engine} is a bundle: give "
+                f"one"
             )
-        elif "onnx" not in self.targets and unused:
+        if "onnx" not in self.targets and unused:
             raise UsageError(f"{', '.join(unused)}: these change the ONNX engines; add onnx to --target")
 
 
@@ -215,7 +236,9 @@ def exported(request: Request) -> dict[str, Any]:
     if "triton" in request.targets:
         return {"triton": export_triton(request, request.out or Path("models"))}
     out = request.out or folder_of_model(request.models)
-    report: dict[str, Any] = {"onnx": export_onnx(request, out)} if "onnx" in request.targets else {}
+    report: dict[str, Any] = {}
+    if "onnx" in request.targets:
+        report["onnx"] = export_onnx(request, out) if request.engine is None else lower(request.engine, request, out)
     return report | {
         flavour: export_plans(request, flavour, out) for flavour in PLAN_SUFFIXES if flavour in request.targets
     }
@@ -239,13 +262,19 @@ def folder_of_model(models: ModelOptions) -> Path:
 
 
 def export_plans(request: Request, flavour: Flavour, out: Path) -> list[str]:
-    """Build plans of each precision from the bundles in `out`, else of those that ship; the files that were written."""
+    """Build plans of each precision from the bundle that was named, or one in `out`, or that ships; what was written.
+
+    Of ONNX engines that were made just now, those in `out` are taken.
+    """
     with optional("building plans", "onnx", f"run \"pip install 'densepure-rt[{flavour}]'\""):
         from densepure_rt.export.convert.to_tensorrt import build_plans, source_bundle
     batches = tuple(number(word, "--batch") for word in (request.batch or "64").split(","))
     options, written = request.plans.build_options(batches), list[str]()
-    for kind in request.precisions:
-        plans = build_plans(source_bundle(out, kind), out, flavour, options, request.force, say)
+    made = "onnx" in request.targets
+    kinds: Sequence[str | None] = request.precisions or (["fp32"] if made else [None])
+    for kind in kinds:
+        bundle = source_bundle(out, kind, None if made else request.engine, lambda line: say(in_options(line)))
+        plans = build_plans(bundle, out, flavour, options, request.force, say)
         written += map(str, plans)
         if not request.quiet:
             stdout.print(f"wrote {plans[0]} and {plans[1]}, each with its sidecar")
@@ -286,14 +315,12 @@ def export_onnx(request: Request, out: Path) -> dict[str, Any]:
         from densepure_rt.export.compare.denoising import judge
         from densepure_rt.export.convert.precision import OPSETS, QUANTIZED
         from densepure_rt.export.convert.to_onnx import export_bundle
-        from densepure_rt.export.models.sources import check_images, open_models
-    asked = request.checks
-    words(",".join(request.precisions), "--precision", tuple(OPSETS))
+        from densepure_rt.export.models.sources import open_models
+    asked, precisions = request.checks, request.precisions or ["fp32"]
+    words(",".join(precisions), "--precision", tuple(OPSETS))
     models = open_models(request.models)
-    checks = check_images(
-        models, asked.images, asked.calibration_images, asked.parity_images, asked.parity_samples, say
-    )
-    for kind in request.precisions:
+    checks = asked.images_of(models)
+    for kind in precisions:
         if kind in QUANTIZED and checks.calibration is None:  # before any is exported
             raise UsageError(
                 f"--precision {kind} is calibrated on training images: give them with --calibration-images"
@@ -305,7 +332,7 @@ def export_onnx(request: Request, out: Path) -> dict[str, Any]:
     if doubted and asked.strict:
         raise CheckFailed(f"{doubted}. Nothing was published; without --strict it is exported all the same")
     report = {}
-    for kind in dict.fromkeys(request.precisions):
+    for kind in dict.fromkeys(precisions):
         done = export_bundle(models, out, checks, request.force, say, kind, asked.keep_fp32 or (), denoising)
         report[kind] = dataclasses.asdict(done)
         if not request.quiet:
@@ -314,6 +341,30 @@ def export_onnx(request: Request, out: Path) -> dict[str, Any]:
         print_denoising(denoising)
     if doubted:
         stderr.print(f"warning: {doubted}")
+    return report
+
+
+def lower(engine: Path, request: Request, out: Path) -> dict[str, Any]:
+    """Write a float32 bundle in other precisions, without PyTorch; what was found, by precision."""
+    with optional("another precision", "ONNX Runtime and onnx", "run \"pip install 'densepure-rt[cpu]' onnx\""):
+        from densepure_rt.export.convert.precision import OPSETS
+        from densepure_rt.export.convert.to_precision import lower_bundle
+    from densepure_rt.runtime.bundle import open_bundle
+
+    known = [kind for kind in OPSETS if kind != "fp32"]
+    if not request.precisions:
+        raise UsageError(
+            f"--engine {engine}: say in which --precision it is to be written ({', '.join(known)}), or with --target "
+            f"triton or tensorrt what else is to be made of it"
+        )
+    words(",".join(request.precisions), "--precision", known)
+    bundle, keep = open_bundle(engine), request.checks.keep_fp32 or ()
+    checks, report = request.checks.images_of(bundle), {}
+    for kind in dict.fromkeys(request.precisions):
+        done = lower_bundle(bundle, out, kind, checks, keep, request.force, say)
+        report[kind] = dataclasses.asdict(done)
+        if not request.quiet:
+            print_exported(done)
     return report
 
 

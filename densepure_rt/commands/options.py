@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
@@ -10,8 +11,10 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from densepure_rt import logs
+from densepure_rt.commands.config import read_config
 from densepure_rt.commands.console import in_options, stderr
-from densepure_rt.commands.groups import TypedOptions
+from densepure_rt.commands.from_run import PRESET, taken
+from densepure_rt.commands.groups import Elsewhere, TypedOptions
 from densepure_rt.commands.values import folder_of, none_as, radii_of
 from densepure_rt.errors import UsageError
 from densepure_rt.optional import optional
@@ -25,7 +28,6 @@ if TYPE_CHECKING:
 # The panels of --help.
 IMAGES, SAMPLING, CERTIFICATES, ENGINES = "Images", "Noise and votes", "Certificates", "Engines"
 SECRET, CLUSTER, RESULTS, MESSAGES = "Secret", "Cluster", "Results", "Messages"
-PRESET = ("steps", "votes", "method", "n0", "n")  # what --preset says
 
 ProviderName = Annotated[
     str,
@@ -87,6 +89,7 @@ class EngineOptions(TypedOptions):
         """Open the engines. secret: what keys the noise; None for a new one."""
         from densepure_rt.smoothing.classifier import load
 
+        self.say_precision()
         return load(
             self.engine,
             self.classifier,
@@ -97,6 +100,17 @@ class EngineOptions(TypedOptions):
             engine_sha256=self.engine_sha256,
             trust=self.trust,
         )
+
+    def say_precision(self) -> None:
+        """Say that the model that ships is no float32 one on a GPU."""
+        from densepure_rt.runtime.bundle import ON_GPU, shipped_engine
+        from densepure_rt.runtime.open_device import provider_of
+
+        if self.engine is None and provider_of(self.provider) != "cpu":
+            stderr.print(
+                f"with --provider {self.provider} the model that ships runs in {ON_GPU}: --engine {shipped_engine()} "
+                f"is float32"
+            )
 
 
 @dataclass(frozen=True)
@@ -313,6 +327,7 @@ class ClusterOptions(TypedOptions):
             return engines.open(secret)
         with optional("--cluster", "Ray", "run \"pip install 'densepure-rt[cluster]'\""):
             from densepure_rt.cluster import ray_workers
+        engines.say_precision()
         engine, classifier = (path and path.absolute() for path in (engines.engine, engines.classifier))
         threads = none_as(1, engines.threads)
         recipe = ray_workers.WorkerEngines(
@@ -365,7 +380,7 @@ class OutputOptions(TypedOptions):
         bool,
         typer.Option(
             "--resume",
-            help="Go on with the run in --out, which happens anyway: for scripts that say so.",
+            help="Go on with the run in --out, with its own options: no other is needed.",
             rich_help_panel=RESULTS,
         ),
     ] = False
@@ -376,11 +391,30 @@ class OutputOptions(TypedOptions):
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the result as JSON on stdout.", rich_help_panel=RESULTS)
     ] = False
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help='TOML file of options, such as sigma = 0.25 or run-budget = "2h"; what is typed counts before it.',
+            rich_help_panel=RESULTS,
+        ),
+    ] = None
+    save_config: Annotated[
+        Path | None,
+        typer.Option(help="Write the options of this run to a file for --config.", rich_help_panel=RESULTS),
+    ] = None
 
     def check(self) -> None:
         """Raise UsageError for a run that goes on nowhere."""
         if self.resume and self.out is None:
             raise UsageError("--resume goes on with a run: name its folder with --out")
+
+    def elsewhere(self) -> Iterator[Elsewhere]:
+        """Take options from --config, and those of a run that goes on, or is attacked, from its manifest."""
+        configured = {} if self.config is None else read_config(self.config)
+        if self.config is not None:
+            yield Elsewhere(str(self.config), configured, as_typed=True)
+        if self.out is not None and (self.resume or "falsify" in self.typed):
+            yield from taken(self.out, self.typed, frozenset(configured))
 
 
 def noted(settings: Settings) -> Settings:

@@ -64,7 +64,8 @@ def parity(
     """
     with needs_pytorch("parity"):
         from densepure_rt.export.compare.agreement import agree, draw, failures
-        from densepure_rt.export.models.sources import comparison_images, open_models, refuse_other_models
+        from densepure_rt.export.models.check_images import comparison_images
+        from densepure_rt.export.models.sources import open_models, refuse_other_models
     from densepure_rt.runtime.bundle import open_bundle, shipped_engine
     from densepure_rt.smoothing.classifier import load
     from densepure_rt.smoothing.settings import Settings

@@ -33,7 +33,7 @@ def predict(
     """Label images with the smoothed classifier, or abstain (-1). Without --seed every call draws new noise.
 
     An image is sampled until one class has more than half of all votes but for probability alpha, or n are taken.
-    Exit code 1 when an image could not be read.
+    Without a label, label and correct are -. Exit code 1 when an image could not be read.
     """
     MessageOptions().set_up()
     settings = asked.settings()

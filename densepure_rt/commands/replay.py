@@ -11,6 +11,7 @@ import typer
 
 from densepure_rt.commands.audit import warn_of_other_arithmetic
 from densepure_rt.commands.console import rows, stderr, stdout
+from densepure_rt.commands.from_run import FILES, file_of
 from densepure_rt.commands.options import Json, RunImages, RunPath
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.text import all_printable, printable, tsv_cell
@@ -24,7 +25,7 @@ def replay(
     run: RunPath,
     image: Annotated[str, typer.Option(metavar="IDX|NAME", help="Its idx in the results, or its name.")],
     sample: Annotated[int, typer.Option(help="Which of its samples, from 0; fixed: of the n, not of the n0.")] = 0,
-    engine: Annotated[Path | None, typer.Option(help="The engine that was run; default: the one that ships.")] = None,
+    engine: Annotated[Path | None, typer.Option(help="The engine that was run; default: as the run says.")] = None,
     classifier: Annotated[Path | None, typer.Option(help="The classifier engine, where it was named.")] = None,
     images: RunImages = None,
     batch: Annotated[int | None, typer.Option(help="Items a call of the engine.")] = None,
@@ -39,6 +40,7 @@ def replay(
     from densepure_rt.runs.identity import settings_of
     from densepure_rt.runs.layout import read_manifest
     from densepure_rt.runs.secret import secret_of
+    from densepure_rt.runtime.bundle import shipped_engine_of
     from densepure_rt.smoothing.classifier import load
     from densepure_rt.smoothing.replay import replay as draw
 
@@ -48,9 +50,13 @@ def replay(
     if batch is None and identity.arithmetic is not None:
         batch = identity.arithmetic.batch
     place = sample + (identity.rule.n0 or 0)
+    images, engine, classifier = (
+        file_of(run, name, given) for name, given in zip(FILES, (images, engine, classifier), strict=True)
+    )
     chosen = open_images(images, identity.image, identity.class_names, identity.images.preparation)
     idx = idx_of(image, chosen, run)
     counted = counted_label(run, idx, place, identity.rule.most_samples)
+    engine = engine or shipped_engine_of(identity.engine.sha256)
     with load(engine, classifier, secret=secret_of(run, manifest), batch=batch, threads=1) as smoothed:
         bundle = smoothed.bundle
         for ref, known in ((bundle.unet.file, identity.engine), (bundle.classifier.file, identity.classifier)):

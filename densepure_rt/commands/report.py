@@ -10,6 +10,7 @@ import typer
 
 from densepure_rt.commands.compare import ALSO
 from densepure_rt.commands.console import stdout
+from densepure_rt.commands.from_run import file_of
 from densepure_rt.errors import EnvironmentFault, UsageError
 
 if TYPE_CHECKING:
@@ -30,10 +31,10 @@ def report(
         typer.Option(help="Show so many images of the first run with noise and purified: runs its engine again."),
     ] = None,
     engine: Annotated[
-        Path | None, typer.Option(help="For --gallery: the engine that was run; default: the one that ships.")
+        Path | None, typer.Option(help="For --gallery: the engine that was run; default: as the run says.")
     ] = None,
     images: Annotated[
-        Path | None, typer.Option(help="For --gallery: what was certified; default: the shipped images.")
+        Path | None, typer.Option(help="For --gallery: what was certified; default: as the run says.")
     ] = None,
 ) -> None:
     """Make a page of one or several runs: certified accuracy with its band, abstentions, cost and what was run.
@@ -59,6 +60,7 @@ def report(
         first = reports[0].source
         if not isinstance(first, Run):
             raise UsageError(f"--gallery draws samples again, and {first.path} was imported: name an own run first")
+        images, engine = (file_of(first.path, name, given) for name, given in (("images", images), ("engine", engine)))
         pictures = shown_again(first, gallery, secret_of(first.path, first.manifest), engine, images)
     makers: Mapping[str, Callable[[], str | bytes]] = {
         "png": lambda: accuracy_png(reports),

@@ -104,7 +104,7 @@ class ServerOptions:
     decoders: Annotated[
         int,
         typer.Option(
-            help="Processes that decode the pictures that come to /demo/; each is started when needed.",
+            help="Processes that decode the pictures that come; each is started when needed.",
             rich_help_panel=LIMITS,
         ),
     ] = 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,28 +19,41 @@ from densepure_rt.runs.falsify import Proposals, attack_each, attacked, no_propo
 from densepure_rt.runs.folder import RunFolder
 from densepure_rt.runs.identity import manifest_of
 from densepure_rt.runs.layout import MANIFEST, read_manifest
+from densepure_rt.runs.progress import Progress
 from densepure_rt.runs.records import Summary
 from densepure_rt.runs.shards import Shard
 from densepure_rt.runs.summary import accuracy_so_far, radii_of, summarize
 from densepure_rt.smoothing.classifier import Certified, SmoothedClassifier
-from densepure_rt.smoothing.forecast import require_reach
+from densepure_rt.smoothing.forecast import Range, require_reach
 from densepure_rt.smoothing.settings import UNLIMITED, Budget, Settings
+from densepure_rt.text import plural
 
 T = TypeVar("T")
+
+
+Left = Callable[[], Range | None]
+
+
+def unknown() -> Range | None:
+    """Time of which nothing is known."""
+    return None
 
 
 class Watch(Protocol):
     """Pass `work` on, item by item, and show how far it is, of `total`, with `before` done when it began.
 
-    text: returns one line on how it goes so far, asked for when it is shown.
+    text: returns one line on how it goes so far. left: returns the seconds that are left, where it is known better than
+    by the items that are done. Both are asked from any thread, also while an item is worked at.
     """
 
     def __call__(
-        self, work: Iterable[T], total: int, text: Callable[[], str] = str, before: int = 0
+        self, work: Iterable[T], total: int, text: Callable[[], str] = str, before: int = 0, left: Left = unknown
     ) -> Iterator[T]: ...
 
 
-def unwatched(work: Iterable[T], total: int, text: Callable[[], str] = str, before: int = 0) -> Iterator[T]:
+def unwatched(
+    work: Iterable[T], total: int, text: Callable[[], str] = str, before: int = 0, left: Left = unknown
+) -> Iterator[T]:
     return iter(work)
 
 
@@ -50,6 +63,7 @@ class RunRequest:
 
     images: all that the run is about. shard: the part of them to certify here; None for all. seed: public; None where a
     secret keys the noise. falsify: the share of their samples to attack the certificates with, once all are there.
+    options: what it was asked for by, for the manifest.
     """
 
     images: ImageSet
@@ -59,6 +73,7 @@ class RunRequest:
     budget: Budget = UNLIMITED
     shard: Shard | None = None
     falsify: float | None = None
+    options: Mapping[str, str | int | float | bool] | None = None
 
     @property
     def mine(self) -> ImageSet:
@@ -81,7 +96,9 @@ def certify_images(
     settings, images = request.settings, request.mine
     secret = classifier.secret if request.seed is None else None
     reach = require_reach(settings, math.prod(classifier.bundle.unet.image))
-    manifest = manifest_of(classifier, request.images, settings, request.budget, request.seed, request.shard)
+    manifest = manifest_of(
+        classifier, request.images, settings, request.budget, request.seed, request.shard, request.options
+    )
     places = {idx: place for place, idx in enumerate(request.images.order)}
     attacks: list[Falsification] = []
     interrupted = True
@@ -91,8 +108,9 @@ def certify_images(
         failed = sorted({*classifier.failed, *images.unreadable}.intersection(images.order) - done)
         return summarize(folder.done, len(images), interrupted, radii_of(settings), reach, failed)
 
-    def progress() -> str:
-        said = (classifier.sampler.status(), accuracy_so_far(summary()) if images.labelled else "")
+    def status() -> str:
+        accuracy = accuracy_so_far(summary()) if images.labelled and folder.done else ""
+        said = (plural(progress.samples(), "sample"), progress.slow(), classifier.sampler.status(), accuracy)
         return "; ".join(filter(None, said))
 
     with RunFolder(request.out, manifest, secret) as folder:
@@ -104,9 +122,11 @@ def certify_images(
                 images=len(images),
                 done=len(finished),
             )
-            left = (image for image in images.readable() if image.idx not in finished)
-            work = classifier.certify_each(left, settings, request.budget, folder.ledger)
-            for result in watch(work, len(images), progress, before=len(finished)):
+            others = (image for image in images.readable() if image.idx not in finished)
+            work = classifier.certify_each(others, settings, request.budget, folder.ledger)
+            rule = settings.rule(math.prod(classifier.bundle.unet.image), images.labelled)
+            progress = Progress(classifier, rule, len(images), lambda: folder.done, request.budget)
+            for result in watch(work, len(images), status, before=len(finished), left=progress.left):
                 folder.add(result, places[result.image.idx])
                 report(result)
             if request.falsify is not None:

@@ -2,8 +2,8 @@
 
 manifest.json   what was run, on what, with which engines; written before the first sample
 ledger.sqlite   the truth while the run goes on: every label, and every certificate
-results.tsv     idx label predict radius correct time, the field's format (-1 and 0.0 abstain; radius rounded down),
-                then the name, of runs that name their images
+results.tsv     idx label predict radius correct time, the field's format (-1 and 0.0 abstain; radius rounded down;
+                without a label, label is -1 and correct 0), then the name, of runs that name their images
 results.jsonl   the same with full precision and the counts, no times: equal for equal runs
 timing.jsonl    what each image took
 summary.json    the run in numbers; written when it ends
@@ -151,7 +151,7 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         """Take over the manifest that is there, unless it is that of another run, or of one that must not go on."""
         there = read_manifest(self.path)
         refuse_unrecorded_arithmetic(there.identity, self.path)
-        if differs := differences(there.identity, self.manifest.identity, "there", "now"):
+        if differs := differences(there, self.manifest, "there", "now"):
             raise UsageError(
                 f"{self.path} already holds a run of another identity ({differs}): choose another folder with "
                 f"`out`, or ask for what that run was started with"

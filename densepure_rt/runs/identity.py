@@ -7,7 +7,7 @@ import json
 import math
 import platform
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from densepure_rt._version import __version__
 from densepure_rt.errors import UsageError
 from densepure_rt.images.datasets import ImageSet
 from densepure_rt.keys import commitment
+from densepure_rt.rounding import exact
 from densepure_rt.runs.records import (
     SCHEMA_VERSION,
     ArithmeticIdentity,
@@ -37,9 +38,25 @@ from densepure_rt.runtime.noise import NOISE_LAW, smoothing_law, vote_law
 from densepure_rt.runtime.schedule import Coefficients
 from densepure_rt.smoothing.classifier import SmoothedClassifier
 from densepure_rt.smoothing.settings import Budget, Settings
-from densepure_rt.text import brief, printable
+from densepure_rt.text import all_printable, brief, printable
 
-MOST_FIELDS = 4  # that a message names of those in which two identities differ
+MOST_FIELDS = 4  # that a message names of those in which two identities differ, beside options
+OPTIONS = {  # fields of the identity that are parameters as they stand
+    **{name: name for name in ("sigma", "steps", "votes", "timestep_rule")},
+    **{f"rule.{name}": name for name in ("method", "n0", "n", "alpha", "radii", "radius_loss")},
+    **{"budget_seconds.image": "budget", "budget_seconds.run": "run_budget", "public_seed": "seed"},
+}
+CHOSEN_BY = {  # other fields, with the options that a run's manifest has of them
+    "images": ("images", "skip", "max"),
+    "engine": ("engine",),
+    "classifier": ("classifier",),
+    "runs_on": ("provider",),
+    "arithmetic": ("batch",),
+}
+DERIVED = (  # fields that follow from options
+    *("sigma_in_network_units", "timesteps", "conditioning", "coefficients", "alpha_bar", "noise", "rule"),
+    "secret_commitment",
+)
 
 
 def manifest_of(
@@ -49,10 +66,11 @@ def manifest_of(
     budget: Budget,
     seed: int | None,
     shard: Shard | None = None,
+    options: Mapping[str, str | int | float | bool] | None = None,
 ) -> Manifest:
     """What is to be run. `identity` is all that a result depends on; `provenance` is who runs it where and when.
 
-    images: all, also where a shard of them alone is run.
+    images: all, also where a shard of them alone is run. options: those that it was asked for by, where it was.
     """
     identity = identity_of(classifier, images, settings, budget, seed)
     bundle = classifier.bundle
@@ -72,6 +90,7 @@ def manifest_of(
         left_out=images.left_out,
         grey_repeated=images.repeated,
         images_named=images.name_at is not None,
+        options=None if options is None else all_printable(dict(options)),
     )
     return Manifest(SCHEMA_VERSION, identity.sha256, identity, provenance)
 
@@ -175,12 +194,33 @@ def differing(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = 
             yield prefix + name, one, other
 
 
-def differences(one: Identity, other: Identity, where_one: str, where_other: str) -> str:
-    """The first fields in which two identities differ, as a message names them; nothing when they are equal."""
-    fields = list(differing(asdict(one), asdict(other)))
-    shown = (f"{name}: {brief(a)} {where_one}, {brief(b)} {where_other}" for name, a, b in fields[:MOST_FIELDS])
-    more = (f"and {len(fields) - MOST_FIELDS} more",) if len(fields) > MOST_FIELDS else ()
-    return "; ".join((*shown, *more))
+def differences(one: Manifest, other: Manifest, where_one: str, where_other: str) -> str:
+    """Say in what two identities differ, options first and what follows from them last; nothing when they are equal."""
+    fields = list(differing(asdict(one.identity), asdict(other.identity)))
+    options = [(OPTIONS[name], a, b) for name, a, b in fields if name in OPTIONS]
+    options += options_behind({name.partition(".")[0] for name, _, _ in fields}, one, other)
+    rest = [field for field in fields if field[0] not in OPTIONS]
+    rest.sort(key=lambda field: field[0].partition(".")[0] in DERIVED)
+    shown = [f"`{name}` {told(a)} {where_one}, {told(b)} {where_other}" for name, a, b in options]
+    shown += [f"{name}: {brief(a)} {where_one}, {brief(b)} {where_other}" for name, a, b in rest[:MOST_FIELDS]]
+    return "; ".join((*shown, *([f"and {len(rest) - MOST_FIELDS} more"] if len(rest) > MOST_FIELDS else [])))
+
+
+def options_behind(fields: Collection[str], one: Manifest, other: Manifest) -> Iterator[tuple[str, Any, Any]]:
+    """The options by which two runs chose what differs, where both say theirs and they differ: name and values."""
+    ours, theirs = one.provenance.options, other.provenance.options
+    if ours is None or theirs is None:
+        return
+    for name in (name for field, names in CHOSEN_BY.items() if field in fields for name in names):
+        if ours.get(name) != theirs.get(name):
+            yield name, ours.get(name), theirs.get(name)
+
+
+def told(value: Any) -> str:
+    """Write an option's value as it is typed."""
+    if isinstance(value, list | tuple):
+        return ",".join(map(told, value))
+    return "not given" if value is None else exact(value) if isinstance(value, float) else printable(str(value))
 
 
 def refuse_unrecorded_arithmetic(identity: Identity, path: Path) -> None:

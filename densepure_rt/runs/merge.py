@@ -122,7 +122,7 @@ def refuse_other_runs(manifests: Mapping[Path, Manifest]) -> None:
         refuse_unrecorded_arithmetic(manifest.identity, path)
         if manifest.identity.sha256 != manifest.identity_sha256:
             raise CheckFailed(f"{path / MANIFEST} has not the identity that it claims: see densepure-rt audit")
-        if differs := differences(expected.identity, manifest.identity, f"in {first}", f"in {path}"):
+        if differs := differences(expected, manifest, f"in {first}", f"in {path}"):
             raise UsageError(
                 f"{path} is of another run than {first} ({differs}): certify all shards with the same options, the "
                 f"same `key` or `seed`, and on machines that compute alike"
@@ -196,7 +196,7 @@ def named(things: Iterable[object]) -> str:
 
 def provenance_of(parts: Sequence[Part]) -> Provenance:
     """Who merged them, where and when, and from what; the rest is the first shard's."""
-    merged_from = []
+    merged_from, options = [], parts[0].manifest.provenance.options
     for part in parts:
         shard, provenance = str(part.manifest.shard), part.manifest.provenance
         merged_from.append(MergedShard(shard, provenance.started, provenance.host, part.seal_sha256))
@@ -210,6 +210,7 @@ def provenance_of(parts: Sequence[Part]) -> Provenance:
         shard=None,
         revealed_secret=None,
         merged_from=tuple(merged_from),
+        options=None if options is None else {name: options[name] for name in options if name != "shard"},
         images_named=any(part.manifest.provenance.images_named for part in parts),
     )
 

@@ -262,7 +262,8 @@ class Provenance:
     argv, started, host, python and platform are then those of the merge, and the rest that of its first shard.
     parity: how far the engine's ONNX file was from PyTorch when it was exported, where its sidecar says so.
     left_out: what lay beside the images in their source. grey_repeated: of all images, how many were grey and repeated
-    to three channels. images_named: whether results name the images' files. All three are None in manifests of before.
+    to three channels. images_named: whether results name the images' files. options: those of certify, by their names
+    and as typed, paths absolute; of a merged run those of its first shard. All four are None in manifests of before.
     """
 
     __pydantic_config__ = STRICT
@@ -283,6 +284,7 @@ class Provenance:
     left_out: tuple[LeftOut, ...] | None = None
     grey_repeated: Count | None = None
     images_named: bool | None = None
+    options: Mapping[Text, Text | int | float | bool] | None = None
 
     @property
     def of_shards(self) -> bool:

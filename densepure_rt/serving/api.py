@@ -7,6 +7,7 @@ was begun for it along.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import logging
 import math
@@ -33,6 +34,7 @@ from densepure_rt.serving.decoders import Decoders
 from densepure_rt.serving.metrics import Metrics, RequestOutcome
 from densepure_rt.serving.models import models_of, values_of
 from densepure_rt.serving.origins import SameOrigin
+from densepure_rt.serving.pictures import Busy, Pictures, media_type
 from densepure_rt.serving.protocol import (
     EXTENSIONS,
     HEADER_LENGTH,
@@ -43,6 +45,7 @@ from densepure_rt.serving.protocol import (
     encode_error,
     encode_response,
     metadata,
+    parse_address,
     parse_request,
 )
 from densepure_rt.serving.service import DeviceFailed, Draining, Full, ModelName, Service
@@ -87,8 +90,9 @@ class Deadlines:
 class Api:
     """The routes of the protocol, for one service."""
 
-    def __init__(self, service: Service, deadlines: Deadlines) -> None:
+    def __init__(self, service: Service, deadlines: Deadlines, pictures: Pictures) -> None:
         self.service, self.deadlines, self.metrics = service, deadlines, Metrics(service)
+        self.pictures = pictures
         self.models = models_of(service.served, service.describe(), service.most)
         (self.input,) = {model.input for model in self.models.values()}
 
@@ -140,8 +144,10 @@ class Api:
     async def answered(self, request: Request, model: Model, came: float) -> tuple[Response, RequestOutcome]:
         """A response and what it is, whatever happens."""
         try:
-            asked = await parsed(model, await self.body(request), request.headers.get(HEADER_LENGTH))
+            asked = await self.asked(request, model)
             deadline = came + self.deadlines.of(asked)
+            if not len(asked.images):
+                asked = await self.with_picture(request, asked)
             work = self.service.answers(cast(ModelName, model.name), list(asked.images), deadline)
             answers = await unless_gone(request, work)
             body, headers = encode_response(model, asked, values_of(answers))
@@ -152,7 +158,7 @@ class Api:
             return refusal(error.status_code, error.detail, error.headers), "refused"
         except ClientDisconnect:
             return Response(status_code=CLIENT_CLOSED), "gone"
-        except Full as error:
+        except (Full, Busy) as error:
             return busy(str(error), "full"), "full"
         except Draining as error:
             return busy(str(error), "draining"), "draining"
@@ -169,13 +175,37 @@ class Api:
             raise HTTPException(404, f"there is no such model: {known} are served, of which the version is {VERSION}")
         return self.models[name]
 
-    async def body(self, request: Request) -> bytes:
-        """All of a request's body. Raises HTTPException for one that is too large, too slow or of another type."""
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind not in CONTENT_TYPES:
-            raise HTTPException(415, f"a request is application/json or application/octet-stream, got {kind[:40]!r}")
+    async def asked(self, request: Request, model: Model) -> InferRequest:
+        """What a request asks for; of one whose body is a picture, which is not read yet, without images.
+
+        Raises HTTPException for a body that is too large, too slow or of another type.
+        """
+        kind = media_type(request)
+        picture = kind.startswith("image/")
+        if not picture and kind not in CONTENT_TYPES:
+            known = "application/json or application/octet-stream, or a picture, image/..."
+            raise HTTPException(415, f"a request is {known}; got {kind[:40]!r}")
         if request.headers.get("content-encoding", "identity") != "identity":
             raise HTTPException(415, "a compressed body is not taken: send it as it is")
+        if picture:
+            return parse_address(model, request.query_params)
+        return await parsed(model, await self.body(request), request.headers.get(HEADER_LENGTH))
+
+    async def with_picture(self, request: Request, asked: InferRequest) -> InferRequest:
+        """A request with the picture in its body as the engine takes it, and what was done to get there.
+
+        Raises ProtocolError for what is no picture, or takes too much to decode.
+        """
+        content = await self.pictures.content(request)
+        try:
+            found = await unless_gone(request, self.pictures.decoded(content))
+        except UsageError as error:
+            raise ProtocolError(str(error)) from error
+        told = {**asked.told, "changes": list(found.changes)}
+        return dataclasses.replace(asked, images=found.pixels[None], told=told)
+
+    async def body(self, request: Request) -> bytes:
+        """All of a request's body. Raises HTTPException for one that is too large or too slow."""
         return await body_of(request, "a body", self.most_bytes, BODY_SECONDS)
 
     @functools.cached_property
@@ -236,11 +266,12 @@ def make_app(
 ) -> Starlette:
     """Make the application. names: that the server goes by; see `origins`.
 
-    provider: Of the demo's own device; decoders: of its pictures, one where none are given; see `demo.routes`.
+    provider: Of the demo's own device, see `demo.routes`; decoders: of pictures, one where none are given.
     """
-    routes = Api(service, deadlines).routes()
+    pictures = Pictures(service.served.bundle.unet.image, decoders or Decoders())
+    routes = Api(service, deadlines, pictures).routes()
     if with_demo:
-        routes += demo.routes(service.served, provider, decoders or Decoders())
+        routes += demo.routes(service.served, provider, pictures)
     return Starlette(
         routes=routes,
         middleware=[Middleware(SameOrigin, names=names)],

@@ -19,9 +19,8 @@ import hashlib
 import logging
 import math
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
 from importlib import resources
 from typing import Any
 
@@ -40,8 +39,8 @@ from densepure_rt.rounding import raised
 from densepure_rt.runtime.bundle import Bundle, open_bundle, shipped_engine
 from densepure_rt.runtime.device import Device, Provider
 from densepure_rt.runtime.open_device import open_device
-from densepure_rt.serving.clients import body_of, unless_gone
-from densepure_rt.serving.decoders import Decoders
+from densepure_rt.serving.clients import unless_gone
+from densepure_rt.serving.pictures import Busy, Pictures, Turns
 from densepure_rt.serving.service import Draining, Served
 from densepure_rt.smoothing.classifier import SmoothedClassifier
 from densepure_rt.smoothing.forecast import reach_of
@@ -50,20 +49,13 @@ from densepure_rt.smoothing.samplers import OnDevice
 from densepure_rt.smoothing.settings import PREDICT_N
 
 MOST_SAMPLES = 16  # a request
-MOST_READING = 32  # pictures that come at a time, MOST_BYTES each
-MOST_WAITING = 8  # requests of a kind, the one at work among them
 RETRY_SECONDS = 2
-BODY_SECONDS = 30.0  # in which a picture has to come
 Handler = Callable[[Request], Awaitable[Response]]
 
 
-class Busy(DensePureError):
-    """As many requests wait as may."""
-
-
-def routes(served: Served, provider: Provider, decoders: Decoders) -> list[Route]:
+def routes(served: Served, provider: Provider, pictures: Pictures) -> list[Route]:
     """What to mount at the server's root. provider: what the server runs .onnx engines on; see `SecondDevice`."""
-    demo = Demo(served, provider, decoders)
+    demo = Demo(served, provider, pictures)
     return [
         Route("/demo/", page(), methods=["GET"]),
         Route("/demo/model", answered(demo.model), methods=["GET"]),
@@ -131,50 +123,35 @@ def answered(handler: Handler) -> Handler:
 class Demo:
     """The handlers, and what they share."""
 
-    def __init__(self, served: Served, provider: Provider, decoders: Decoders) -> None:
-        self.served, self.device, self.decoders = served, SecondDevice(served.bundle, provider), decoders
-        self.decoding, self.drawing = Turns(decoders.most), Turns()
+    def __init__(self, served: Served, provider: Provider, pictures: Pictures) -> None:
+        self.served, self.device, self.pictures = served, SecondDevice(served.bundle, provider), pictures
+        self.drawing = Turns()
         self.artist = ThreadPoolExecutor(1, "densepure-rt demo")  # a sample that is under way is never left to itself
-        self.reading = 0
         self.facts = facts(served)
 
     async def model(self, _: Request) -> Response:
         return JSONResponse(self.facts)
 
     async def image(self, request: Request) -> Response:
-        content = await self.content(request)
-        found = await unless_gone(request, self.decoded(content))
+        content = await self.pictures.content(request)
+        found = await unless_gone(request, self.pictures.decoded(content))
         return await asyncio.to_thread(tensor_of, found)
 
     async def samples(self, request: Request) -> Response:
         first = whole(request, "first", 0, 0, PREDICT_N - 1)
         count = whole(request, "count", 4, 1, MOST_SAMPLES)
-        content = await self.content(request)
+        content = await self.pictures.content(request)
         drawn = await unless_gone(request, self.drawn(content, first, count))
         return await asyncio.to_thread(JSONResponse, {"samples": drawn})
 
-    async def decoded(self, content: bytes) -> Fitted:
-        async with self.decoding.mine():
-            return await self.decoders.fitted(content, self.served.bundle.unet.image)
-
     async def drawn(self, content: bytes, first: int, count: int) -> list[dict[str, Any]]:
-        found = await self.decoded(content)
+        found = await self.pictures.decoded(content)
         async with self.drawing.mine():
             loop = asyncio.get_running_loop()
             return [
                 await loop.run_in_executor(self.artist, self.draw, found.pixels, sample)
                 for sample in range(first, first + count)
             ]
-
-    async def content(self, request: Request) -> bytes:
-        """The picture file that was sent. Raises Busy before any of it is read."""
-        if self.reading >= MOST_READING:
-            raise Busy(f"{self.reading} pictures are on their way here, no more are taken: try again in a while")
-        self.reading += 1
-        try:
-            return await body(request)
-        finally:
-            self.reading -= 1
 
     def draw(self, pixels: Pixels, sample: int) -> dict[str, Any]:
         """One sample of `predict`, its pictures as data: addresses. A label of -1 is no label: NaN or Inf came out."""
@@ -225,24 +202,6 @@ def smallest_batch(bundle: Bundle) -> int | None:
     return min(set[int].intersection(*(set(plan.batches) for plan in plans)), default=None) if plans else 1
 
 
-class Turns:
-    """Few requests at a time, in the order in which they came; one that would have to wait too long is refused."""
-
-    def __init__(self, at_a_time: int = 1) -> None:
-        self._room, self._here = asyncio.Semaphore(at_a_time), 0
-
-    @asynccontextmanager
-    async def mine(self) -> AsyncIterator[None]:
-        if self._here >= MOST_WAITING:
-            raise Busy(f"{self._here} requests for pictures are waiting, no more are taken: try again in a while")
-        self._here += 1
-        try:
-            async with self._room:
-                yield
-        finally:
-            self._here -= 1
-
-
 def facts(served: Served) -> dict[str, Any]:
     """What the page says of the model before it is given a picture. radii: those asked about, or 0 and the largest."""
     settings, unet = served.settings, served.bundle.unet
@@ -279,14 +238,6 @@ def examples(bundle: Bundle) -> list[dict[str, str]]:
         {"name": f"{classes[label]} (test image {image.idx})", "picture": data_address(image.pixels)}
         for label, image in sorted(first.items())
     ]
-
-
-async def body(request: Request) -> bytes:
-    """What was sent. Raises HTTPException for more than MOST_BYTES, for what is slow, and for a form."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if not kind.startswith("image/") and kind not in ("", "application/octet-stream"):
-        raise HTTPException(415, f"a picture is sent as image/... or application/octet-stream, got {kind[:40]!r}")
-    return await body_of(request, "a picture", MOST_BYTES, BODY_SECONDS)
 
 
 def whole(request: Request, name: str, default: int, least: int, most: int) -> int:

@@ -12,7 +12,8 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Literal, TypeVar
 
@@ -60,12 +61,16 @@ class Model:
 
 @dataclass(frozen=True, eq=False)
 class InferRequest:
-    """images: uint8, of the model's shape. outputs: those asked for, by name, and whether as raw bytes."""
+    """images: uint8, of the model's shape. outputs: those asked for, by name, and whether as raw bytes.
+
+    told: parameters of the response.
+    """
 
     id: str | None
     images: NDArray[np.uint8]
     outputs: Mapping[str, bool]
     deadline_ms: float | None
+    told: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Sent(BaseModel):
@@ -138,6 +143,28 @@ def parse_request(model: Model, body: bytes, header_length: str | None = None) -
         images=image_of(model, request.inputs, raw),
         outputs=outputs_of(model, request.outputs, parameters.binary_data_output),
         deadline_ms=parameters.deadline_ms,
+    )
+
+
+def parse_address(model: Model, query: Mapping[str, str]) -> InferRequest:
+    """What is asked of a picture, which is all of the body: ?name=, which is told in the answer, and &deadline_ms=.
+
+    Its images are none yet. Raises ProtocolError, and nothing else.
+    """
+    if unknown := sorted(set(query) - {"name", "deadline_ms"}):
+        raise ProtocolError(f"the address has {shown(unknown[0])}, which is not known here: deadline_ms, name")
+    if len(query.get("name", "")) > MOST_ID:
+        raise ProtocolError(f"name is a string of {MOST_ID} characters at most, got {len(query['name'])}")
+    given: dict[str, Any] = {name: value for name, value in query.items() if name == "deadline_ms"}
+    with suppress(ValueError):
+        given = {name: float(value) for name, value in given.items()}
+    parameters = checked(RequestParameters, given, "the address")
+    return InferRequest(
+        id=None,
+        images=np.empty((0, *model.input.shape[1:]), np.uint8),
+        outputs=outputs_of(model, [], binary=False),
+        deadline_ms=parameters.deadline_ms,
+        told={"name": query["name"]} if "name" in query else {},
     )
 
 
@@ -289,7 +316,9 @@ def encode_response(
         if request.outputs[tensor.name]
     }
     outputs = [encoded(tensor, values[tensor.name], raw.get(tensor.name)) for tensor in tensors]
-    response = {"model_name": model.name, "model_version": VERSION, "outputs": outputs}
+    response: dict[str, Any] = {"model_name": model.name, "model_version": VERSION, "outputs": outputs}
+    if request.told:
+        response["parameters"] = dict(request.told)
     if request.id is not None:
         response["id"] = request.id
     head = json.dumps(response, allow_nan=False).encode("ascii")

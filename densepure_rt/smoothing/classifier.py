@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from densepure_rt import logs
 from densepure_rt.errors import EnvironmentFault, UsageError
@@ -23,7 +23,7 @@ from densepure_rt.runtime.bundle import Bundle, open_bundle, shipped_engine
 from densepure_rt.runtime.device import CLOSED, MAX_BATCH, MAX_THREADS, Device
 from densepure_rt.runtime.noise import image_key
 from densepure_rt.runtime.open_device import default_threads, open_device, provider_of
-from densepure_rt.runtime.schedule import Chain, make_chain
+from densepure_rt.runtime.schedule import Chain
 from densepure_rt.smoothing.answers import Certified as Certified
 from densepure_rt.smoothing.answers import Predicted as Predicted
 from densepure_rt.smoothing.answers import prediction_of as prediction_of
@@ -45,8 +45,7 @@ def chain_of(bundle: Bundle, settings: Settings) -> Chain:
             f"{bundle.unet_path.name} holds no diffusion network, so there is nothing to take "
             f"{settings.steps} steps with: ask for 0 steps, plain randomized smoothing"
         )
-    rule = settings.timestep_rule or unet.timestep_rule
-    return make_chain(unet.schedule, unet.variance, settings.sigma, settings.steps, rule)
+    return unet.chain(settings.sigma, settings.steps, settings.timestep_rule)
 
 
 class SmoothedClassifier(AbstractContextManager["SmoothedClassifier"]):
@@ -54,12 +53,13 @@ class SmoothedClassifier(AbstractContextManager["SmoothedClassifier"]):
 
     secret: what all noise is keyed with. Noise belongs to (secret, image, sigma): the same image under the same secret
     gets the same certificate. failed: `idx` of the images of the last iteration that could not be sampled, and of which
-    nothing was said; see `scheduling.LostSample`.
+    nothing was said; see `scheduling.LostSample`. scheduler: of the last iteration, None before the first.
     """
 
     def __init__(self, bundle: Bundle, sampler: Sampler, secret: bytes | None = None) -> None:
         self.bundle, self.sampler = bundle, sampler
         self.failed: list[int] = []
+        self.scheduler: Scheduler[Any] | None = None
         if secret is not None and len(secret) < SECRET_BYTES:
             raise UsageError(f"a secret is {SECRET_BYTES} bytes or more, got {len(secret)}")
         self.secret = new_secret() if secret is None else secret
@@ -274,7 +274,7 @@ class SmoothedClassifier(AbstractContextManager["SmoothedClassifier"]):
         if self.busy:
             raise UsageError("this classifier is already at work: finish or close that iteration, or load another one")
         self._busy_in, self.failed = os.getpid(), []
-        scheduler = Scheduler(opened())
+        self.scheduler = scheduler = Scheduler(opened())
         try:
             while not scheduler.done:
                 with closing(self.sampler.decide(chain, scheduler, settings.ballot)) as outcomes:
@@ -322,6 +322,8 @@ def load(
 ) -> SmoothedClassifier:
     """The engine at `engine`, or the one that ships with the package, and its classifier, ready to certify.
 
+    The one that ships is float32 on the CPU and fp16 on a GPU; `engine` is taken as it is.
+
     classifier: instead of the one that the engine's sidecar names. What keys all noise, one of these: secret: 32
     bytes; seed: public, for reproduction; key: a file with the secret, made where there is none; else 32 new bytes
     from the system. batch: items a call of the engine, else what suits it. threads: callers of the engine, else one for
@@ -340,7 +342,7 @@ def load(
         if not 1 <= count <= most:
             raise UsageError(f"`{name}` is a count from 1 up to {most}, got {count}")
     bundle = open_bundle(
-        shipped_engine() if engine is None else Path(engine),
+        shipped_engine(on_gpu=known != "cpu") if engine is None else Path(engine),
         None if classifier is None else Path(classifier),
         engine_sha256,
         trust,

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple
+
+import numpy as np
 
 from densepure_rt.errors import UsageError
 from densepure_rt.rounding import exact
@@ -16,6 +20,9 @@ from densepure_rt.smoothing.settings import Settings
 # What an image is expected to be like before its first sample: 20 quantiles of the share of samples that voted for the
 # label, of the 500 shipped images at sigma 0.25 and 0.5 (`make table`); 1.0 is taken for 0.9999.
 TYPICAL_P = (0.0, 0.125, 0.49, 0.81, 0.946, 0.984, 0.996, *(0.9999,) * 13)
+
+
+PRIOR = 5.0  # images that the typical ones count for beside those of a run
 
 
 class Range(NamedTuple):
@@ -76,11 +83,45 @@ def require_reach(settings: Settings, pixels: int) -> float:
     )
 
 
+@lru_cache(4)
+def typical_samples(rule: Rule) -> tuple[float, ...]:
+    """What images like TYPICAL_P take."""
+    return tuple(rule.expected_samples(p) for p in TYPICAL_P) if rule.anytime else (float(rule.samples[1]),)
+
+
 def samples_of(rule: Rule) -> Range:
     """Of one image."""
-    least, most = rule.samples
-    expected = sum(rule.expected_samples(p) for p in TYPICAL_P) / len(TYPICAL_P) if rule.anytime else most
-    return Range(least, expected, most)
+    (least, most), typical = rule.samples, typical_samples(rule)
+    return Range(least, sum(typical) / len(typical), most)
+
+
+def samples_left(rule: Rule, seen: Sequence[int], taken: Sequence[int], untouched: int) -> Range:
+    """Samples that a run still takes, judged by what its images took so far: `seen`, besides PRIOR typical ones.
+
+    The range is of two standard deviations: images differ, and `seen` is a sample of them. It is within what is
+    possible, and narrows as images finish.
+
+    Args:
+        rule: How images are judged.
+        seen: Samples of each image that is done.
+        taken: Samples so far of each that is under way.
+        untouched: Images that nothing was drawn of.
+    """
+    fewest, most = rule.samples
+    typical = typical_samples(rule)
+    costs = np.array([*typical, *seen])
+    weights = np.array([PRIOR / len(typical)] * len(typical) + [1.0] * len(seen))
+    mean = float(np.average(costs, weights=weights))
+    variance = float(np.average((costs - mean) ** 2, weights=weights))
+    low, expected, high = untouched * fewest, untouched * mean, untouched * most
+    spread = variance * (untouched + untouched**2 / weights.sum())
+    for samples in taken:
+        longer = costs > samples
+        rest = np.average(costs[longer], weights=weights[longer]) if longer.any() else most  # of those that took more
+        low, expected, high = low + max(0, fewest - samples), expected + rest - samples, high + most - samples
+        spread += variance
+    margin = 2 * math.sqrt(spread)
+    return Range(max(low, expected - margin), expected, min(high, expected + margin))
 
 
 def forecast(classifier: SmoothedClassifier, settings: Settings, images: int, labelled: bool = True) -> Forecast:

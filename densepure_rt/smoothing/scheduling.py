@@ -7,6 +7,7 @@ never what comes of it.
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -97,13 +98,14 @@ class ImageProgress(Generic[D]):
             self._judge(label)
         self.returned = self.drawn = len(saved.labels)
         self.handles: list[int] = []
+        self.opened = math.inf  # when it was, by time.monotonic
         self._open_handles = open_handles
         self._next = deque[tuple[int, int]]()  # the samples that are drawn and not judged
         self._early: dict[tuple[int, int], Outcome] = {}  # of them, those that came before their turn
 
     def open(self) -> None:
         """Take its handles, for the samples that are drawn from now on."""
-        self.handles = self._open_handles(self.decider.phases)
+        self.handles, self.opened = self._open_handles(self.decider.phases), time.monotonic()
         every = (
             (handle, sample)
             for handle, (_, samples) in zip(self.handles, self.decider.phases, strict=True)
@@ -226,6 +228,11 @@ class Scheduler(Generic[D]):
         """
         while self._in_order and self._in_order[0].decided and (self._in_order[0].idle or self._in_order[0].stopped):
             yield self._in_order.popleft()
+
+    @property
+    def held(self) -> tuple[ImageProgress[D], ...]:
+        """Images that were begun and are not `finished`, decided ones too, the oldest first; any thread may ask."""
+        return tuple(self._in_order)
 
     @property
     def done(self) -> bool:

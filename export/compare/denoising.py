@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from densepure_rt.errors import UsageError
-from densepure_rt.export.convert.parity import noisy_states
+from densepure_rt.export.convert.parity import LARGE_NETWORK, noisy_states
 from densepure_rt.export.convert.precision import SIGMAS
-from densepure_rt.export.convert.to_onnx import LARGE_NETWORK, weight_bytes
+from densepure_rt.export.convert.to_onnx import weight_bytes
 from densepure_rt.export.models import reference
+from densepure_rt.export.models.check_images import LARGE_IMAGE
 from densepure_rt.export.models.openai_unet import AttentionOrder, Heads, OpenAIUNet, openai_schedule, resplit
-from densepure_rt.export.models.sources import LARGE_IMAGE
 from densepure_rt.export.models.unets import BELOW_ONE, DiffusionModel
 from densepure_rt.runtime.bundle import Denoising, Prediction, Verdict
 from densepure_rt.runtime.noise import first_state

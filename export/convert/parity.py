@@ -1,4 +1,7 @@
-"""How far an exported bundle is from PyTorch: numbers at real images and timesteps, and labels on equal noise."""
+"""How far a bundle is from its float32 source: numbers at real images and timesteps, and labels on equal noise.
+
+The source is PyTorch where it is exported, or a float32 bundle where it is lowered, which needs no PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -8,26 +11,26 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import onnx
 import onnxruntime
-import torch
 from numpy.typing import NDArray
 
 from densepure_rt import files
 from densepure_rt.errors import CheckFailed
 from densepure_rt.export.convert.precision import SIGMAS, STEPS
-from densepure_rt.export.models import reference
-from densepure_rt.export.models.classifiers import ClassifierModel
-from densepure_rt.export.models.sources import Models
-from densepure_rt.export.models.unets import DiffusionModel
+from densepure_rt.export.models.check_images import LARGE_IMAGE
+from densepure_rt.export.models.pair import Pair, Trained
 from densepure_rt.images.datasets import LabelledImage
 from densepure_rt.rounding import exact, floored, raised, typed
+from densepure_rt.runtime.bundle import Denoising
 from densepure_rt.runtime.device import CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, STEP_INPUTS, STEP_OUTPUTS, Floats
+from densepure_rt.runtime.machine import installed_versions
 from densepure_rt.runtime.noise import first_state, image_key, smoothing_law, smoothing_noise, vote_noise
 from densepure_rt.runtime.onnx_device import open_session, run_session
-from densepure_rt.runtime.reverse import step_feed, walk_graph
+from densepure_rt.runtime.reverse import walk_graph
 from densepure_rt.runtime.schedule import Chain, Coefficients
 from densepure_rt.smoothing.bounds import clopper_pearson_lower
 from densepure_rt.smoothing.certificate import certified_accuracy
@@ -46,6 +49,7 @@ SECRET = b"densepure-rt parity"  # public: nothing is certified with it
 EPS_ALONE = Coefficients(1.0, 1e3, 1.0, 0.0, -1000.0, -1000.0)  # mean_next = (x - eps) / 1000
 EPS_REACH = 0.05  # of that; a clip beyond it changes nothing
 BATCH = 32
+LARGE_NETWORK = 40 << 20  # bytes of weights from which a call of it for one image takes a tenth of a second
 
 Run = Callable[[Mapping[str, Floats]], Sequence[Floats]]
 Labeller = Callable[[Floats, Chain], NDArray[np.int64]]  # first states [n, C, H, W] of a chain of one step -> [n]
@@ -93,12 +97,49 @@ def classify_runner(engine: Path, precision: str) -> Run:
     )
 
 
-class NotFinite(CheckFailed):
-    """A file gives NaN or Inf where it was compared. inputs: what its network was given there, x and t or pixels."""
+class Reference(Protocol):
+    """What an engine is compared with: a diffusion network in float32, and how it was trained.
 
-    def __init__(self, message: str, inputs: tuple[torch.Tensor, ...]) -> None:
+    x: [n, C, H, W]; t: what the network is told of all of them. step: mean and std of the next state. eps: the noise
+    that the network predicts, asked of those that do.
+    """
+
+    @property
+    def model(self) -> Trained: ...
+    def step(self, x: Floats, t: np.float32, step: Coefficients) -> tuple[Floats, Floats]: ...
+    def eps(self, x: Floats, t: np.float32) -> Floats: ...
+
+
+@dataclass(frozen=True)
+class EngineReference:
+    """A float32 step engine as a `Reference`."""
+
+    run: Run
+    model: Trained
+
+    def step(self, x: Floats, t: np.float32, step: Coefficients) -> tuple[Floats, Floats]:
+        mean, std, _ = self.run(fed(x, t, step))
+        return mean, std
+
+    def eps(self, x: Floats, t: np.float32) -> Floats:
+        return eps_of(self.run, x, t)
+
+
+def fed(x: Floats, t: np.float32, step: Coefficients) -> dict[str, Floats]:
+    """Return what a step graph takes of states x [n, C, H, W] that have no spread."""
+    zeros, coef = np.zeros_like(x), np.tile(np.array(step, np.float32), (len(x), 1))
+    return {"mean": x, "std": zeros, "noise": zeros, "t": np.repeat(t, len(x)), "coef": coef}
+
+
+class NotFinite(CheckFailed):
+    """A file gives NaN or Inf where it was compared. inputs: what its network was given there, x and t or pixels.
+
+    feed: what the file was given, by input.
+    """
+
+    def __init__(self, message: str, inputs: tuple[Floats, ...], feed: Mapping[str, Floats]) -> None:
         super().__init__(message)
-        self.inputs = inputs
+        self.inputs, self.feed = inputs, feed
 
 
 @dataclass(frozen=True)
@@ -118,6 +159,40 @@ def difference(what: str, batch: int, found: Floats, expected: Floats) -> Differ
     return Difference(what, batch, float(np.abs(gap).max()), norm and float(norm / np.linalg.norm(expected)))
 
 
+@dataclass(frozen=True)
+class Exported:
+    """Where the bundle is, and the worst difference from its float32 sources that was found in it.
+
+    by: what evaluated the files. types: of the operands of Conv, MatMul and Gemm, as `onnx_graph.types_of` counts them.
+    labels: how many labels change on equal noise; None for fp32. against: what the files were compared with.
+    denoising: what `denoising.judge` found.
+    """
+
+    unet: Path
+    classifier: Path
+    precision: str
+    by: str
+    worst_step: Difference
+    worst_logits: Difference
+    comparisons: int
+    types: dict[str, dict[str, dict[str, int]]]
+    labels: LabelParity | None
+    against: str = "PyTorch"
+    denoising: Denoising | None = None
+
+
+def comparable(pixels: NDArray[np.uint8], kind: str, weights: int) -> tuple[NDArray[np.uint8], tuple[int, ...]]:
+    """The images and the numbers of steps that numbers are compared on: fewer where a call takes long.
+
+    weights: bytes of the network's.
+    """
+    if pixels[0].size > LARGE_IMAGE:
+        return pixels[:1], STEPS[:1]
+    if kind in EVALUATORS:
+        return pixels[:2], STEPS[:2]
+    return (pixels[:2] if weights > LARGE_NETWORK else pixels), STEPS
+
+
 def noisy_states(pixels: NDArray[np.uint8], sigma: float, scale: float) -> Floats:
     """The first states of real images [n, C, H, W] under smoothing noise."""
     law = smoothing_law(sigma)
@@ -127,17 +202,18 @@ def noisy_states(pixels: NDArray[np.uint8], sigma: float, scale: float) -> Float
 
 def step_differences(
     engine: Path,
-    model: DiffusionModel,
+    reference: Reference,
     pixels: NDArray[np.uint8],
     precision: str = "fp32",
     counts: Sequence[int] = STEPS,
+    run: Run | None = None,
 ) -> Iterator[Difference]:
-    """Walk whole chains with the engine, comparing every step with PyTorch from the same state and the same noise.
+    """Walk whole chains with the engine, comparing every step with the reference, from the same state and noise.
 
-    model: in float32. counts: the numbers of steps of the chains. Compared are mean and std, and eps itself, read
-    through the step graph.
+    counts: the numbers of steps of the chains. Compared are mean and std, and eps itself, read through the step graph.
+    run: what evaluates the engine, if `step_runner` does not.
     """
-    run = step_runner(engine, precision)
+    run, model = run or step_runner(engine, precision), reference.model
 
     def draw(step: int) -> Floats:
         return np.stack([vote_noise(KEY, i, 0, step, image.shape) for i, image in enumerate(pixels)])
@@ -148,68 +224,64 @@ def step_differences(
             walked = walk_graph(run, chain, noisy_states(pixels, sigma, chain.scale), draw)
             for step, (feed, (mean, std, finite)) in enumerate(walked):
                 x, t, coef = feed["mean"] + feed["std"] * feed["noise"], chain.t[step], chain.coef[step]
-                wanted = reference.reverse_step(
-                    model, torch.from_numpy(x), torch.full((len(x),), float(t)), Coefficients(*coef.tolist())
-                )
+                wanted = reference.step(x, t, Coefficients(*coef.tolist()))
                 at = f"t = {chain.timesteps[step]}" if chain.timesteps else f"noise {coef[0] / coef[1]:.3g}"
                 if not (finite > 0).all():
-                    inputs = network_inputs(model, torch.from_numpy(x), t, Coefficients(*coef.tolist()))
-                    raise NotFinite(f"{engine.name} gives NaN or Inf at {at}", inputs)
+                    inputs = network_inputs(model, x, t, Coefficients(*coef.tolist()))
+                    raise NotFinite(f"{engine.name} gives NaN or Inf at {at}", inputs, feed)
                 where = f"step at {at} (sigma {sigma:g}, {steps} steps)"
-                yield difference(f"mean, {where}", len(x), mean, wanted[0].numpy())
+                yield difference(f"mean, {where}", len(x), mean, wanted[0])
                 if step + 1 < steps:
-                    yield difference(f"std, {where}", len(x), std, wanted[1].numpy())
+                    yield difference(f"std, {where}", len(x), std, wanted[1])
                 if len(x) > 1:
                     (alone, *_) = run({name: value[:1] for name, value in feed.items()})
-                    yield difference(f"mean, {where}", 1, alone, wanted[0][:1].numpy())
+                    yield difference(f"mean, {where}", 1, alone, wanted[0][:1])
                 if model.prediction == "epsilon" and (model.clip is None or min(map(abs, model.clip)) > EPS_REACH):
-                    yield difference(f"eps, {where}", len(x), eps_of(run, x, t), torch_eps(model, x, t))
+                    yield difference(f"eps, {where}", len(x), eps_of(run, x, t), reference.eps(x, t))
 
 
-def network_inputs(
-    model: DiffusionModel, x: torch.Tensor, t: float, step: Coefficients
-) -> tuple[torch.Tensor, torch.Tensor]:
+def network_inputs(model: Trained, x: Floats, t: np.float32, step: Coefficients) -> tuple[Floats, Floats]:
     """Return what the network is given for states x [n, C, H, W] at t: a denoiser is told sigma in place of t."""
     if model.prediction == "denoiser":
-        return x / step.signal, torch.full((len(x),), step.sigma / step.signal)
-    return x, torch.full((len(x),), float(t))
+        return x / np.float32(step.signal), np.full(len(x), step.sigma / step.signal, np.float32)
+    return x, np.full(len(x), t, np.float32)
 
 
-def first_inputs(
-    model: DiffusionModel, pixels: NDArray[np.uint8], sigma: float = 0.5
-) -> tuple[torch.Tensor, torch.Tensor]:
+def first_inputs(model: Trained, pixels: NDArray[np.uint8], sigma: float = 0.5) -> tuple[Floats, Floats]:
     """Return what a network is given first on a chain of one step from images [n, C, H, W] under noise sigma."""
     chain = model.chain(sigma, 1)
-    x = torch.from_numpy(noisy_states(pixels, sigma, chain.scale))
-    return network_inputs(model, x, float(chain.t[0]), Coefficients(*chain.coef[0].tolist()))
+    x = noisy_states(pixels, sigma, chain.scale)
+    return network_inputs(model, x, chain.t[0], Coefficients(*chain.coef[0].tolist()))
 
 
 def eps_of(run: Run, x: Floats, t: np.float32) -> Floats:
     """The noise that an engine predicts in x [n, C, H, W] at t, read through its step graph."""
-    zeros, coef = np.zeros_like(x), np.tile(np.array(EPS_ALONE, np.float32), (len(x), 1))
-    mean, *_ = run({"mean": x, "std": zeros, "noise": zeros, "t": np.repeat(t, len(x)), "coef": coef})
+    mean, *_ = run(fed(x, t, EPS_ALONE))
     eps: Floats = x - np.float32(EPS_ALONE.signal) * mean
     return eps
 
 
-@torch.inference_mode()
-def torch_eps(model: DiffusionModel, x: Floats, t: np.float32) -> Floats:
-    output: Floats = model.network(torch.from_numpy(x), torch.full((len(x),), float(t))).numpy()
-    return output[:, : x.shape[1]]
-
-
 def classifier_differences(
-    engine: Path, model: ClassifierModel, pixels: NDArray[np.uint8], precision: str = "fp32"
+    engine: Path,
+    reference: Callable[[Floats], Floats],
+    pixels: NDArray[np.uint8],
+    precision: str = "fp32",
+    run: Run | None = None,
 ) -> Iterator[Difference]:
-    run = classify_runner(engine, precision)
+    """Compare an engine's logits with those of a reference. pixels: uint8 [n, C, H, W]. run: see `step_differences`."""
+    run = run or classify_runner(engine, precision)
     x = first_state(pixels.astype(np.int32), 1.0)
-    with torch.inference_mode():
-        expected = model.network(torch.from_numpy(x)).numpy()
+    expected = reference(x)
     for batch in sorted({len(x), 1}, reverse=True):
         (logits,) = run({"mean": x[:batch]})
         if not np.isfinite(logits).all():
-            raise NotFinite(f"{engine.name} gives NaN or Inf as logits", (torch.from_numpy(x[:batch]),))
+            raise NotFinite(f"{engine.name} gives NaN or Inf as logits", (x[:batch],), {"mean": x[:batch]})
         yield difference("logits", batch, logits, expected[:batch])
+
+
+def logits_of(run: Run) -> Callable[[Floats], Floats]:
+    """Wrap a classify engine as a function of pixels."""
+    return lambda x: run({"mean": x})[0]
 
 
 @dataclass(frozen=True)
@@ -239,25 +311,17 @@ class LabelParity:
 def file_labels(unet: Path, classifier: Path, precision: str) -> Labeller:
     """What a bundle's files label. Not for bf16, which nothing here evaluates fast enough."""
     step, classify = step_runner(unet, precision), classify_runner(classifier, precision)
+    return labeller(lambda *state: step(fed(*state)), logits_of(classify))
+
+
+def labeller(
+    step: Callable[[Floats, np.float32, Coefficients], Sequence[Floats]], classify: Callable[[Floats], Floats]
+) -> Labeller:
+    """What a step of a diffusion network, see `Reference`, and a classifier label."""
 
     def labels(mean: Floats, chain: Chain) -> NDArray[np.int64]:
-        zeros = np.zeros_like(mean)
-        denoised, *_ = step(step_feed(chain, 0, mean, zeros, zeros))
-        (logits,) = classify({"mean": denoised})
-        found: NDArray[np.int64] = logits.argmax(axis=1)
-        return found
-
-    return labels
-
-
-def torch_labels(models: Models) -> Labeller:
-    """What the two models label in PyTorch."""
-
-    @torch.inference_mode()
-    def labels(mean: Floats, chain: Chain) -> NDArray[np.int64]:
-        step, t = Coefficients(*chain.coef[0].tolist()), torch.full((len(mean),), float(chain.t[0]))
-        denoised, _ = reference.reverse_step(models.unet, torch.from_numpy(mean), t, step)
-        found: NDArray[np.int64] = models.classifier.network(denoised).argmax(1).numpy()
+        denoised, *_ = step(mean, chain.t[0], Coefficients(*chain.coef[0].tolist()))
+        found: NDArray[np.int64] = classify(denoised).argmax(axis=1)
         return found
 
     return labels
@@ -278,7 +342,7 @@ def noisy_labels(label: Labeller, chain: Chain, images: Sequence[NDArray[np.uint
 def compare_labels(
     engines: tuple[Labeller, Labeller],
     by: str,
-    models: Models,
+    models: Pair,
     images: Sequence[LabelledImage],
     samples: int,
     sigma: float = 0.5,
@@ -322,19 +386,22 @@ def check_labels(found: LabelParity, precision: str) -> None:
         )
 
 
-def check(differences: list[Difference], precision: str, against: str = "PyTorch") -> Difference:
+def check(
+    differences: list[Difference], precision: str, against: str = "PyTorch", advice: str | None = None
+) -> Difference:
     """Return the worst difference from `against`. Raises CheckFailed when it is more than this precision may lose.
 
-    A quantized precision may lose anything finite here: it is judged by its labels.
+    A quantized precision may lose anything finite here: it is judged by its labels. advice: what to do about it.
     """
     worst = max(differences, key=lambda d: math.inf if math.isnan(d.relative_l2) else d.relative_l2)
     limit = RELATIVE_L2.get(precision, sys.float_info.max)
     if not worst.relative_l2 <= limit:
+        versions = {"onnxruntime": onnxruntime.__version__} | installed_versions("torch")
+        here = " and ".join(f"{name} {version}" for name, version in versions.items())
+        cure = advice or f"its export is at fault: try other versions than {here}"
         raise CheckFailed(
             f"the engine is not what {against} computes: {worst.what} at batch {worst.batch} differs by "
             f"{raised(worst.relative_l2, figures=2)} relative L2 ({raised(worst.max_abs, figures=2)} at most); "
-            f"{precision} allows {exact(limit)}. The source is repeatable and finite, so its export is at fault: try "
-            f"other versions than {onnxruntime.__name__} {onnxruntime.__version__} and torch {torch.__version__}. "
-            f"Nothing was published"
+            f"{precision} allows {exact(limit)}. The source is repeatable and finite, so {cure}. Nothing was published"
         )
     return worst

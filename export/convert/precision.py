@@ -1,35 +1,29 @@
-"""Precision lives in the graph: the network in a smaller type before it is exported, or quantized after.
+"""Precision lives in the graph: the network in a smaller type before it is exported, or its graph changed after.
 
-fp16, bf16: `cast` gives the same module with its convolutions and matrix products in that type; norms, softmax and the
-time embedding stay float32. int8, fp8: `quantize` puts QuantizeLinear and DequantizeLinear around the inputs of every
-Conv, MatMul and Gemm of the float32 graph. The boundary and the update of the step graph are float32 in all of them.
+fp16, bf16: convolutions and matrix products in that type; norms, softmax and the time embedding stay float32. `casting`
+does it to a PyTorch network, `lowering` to a graph. int8, fp8: `quantize_int8` and `to_fp8` put QuantizeLinear and
+DequantizeLinear around the inputs of every Conv, MatMul and Gemm of the float32 graph. The boundary and the update of
+the step graph are float32 in all of them. Needs no PyTorch.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
-import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from densepure_rt.errors import CheckFailed, UsageError
+from densepure_rt.errors import CheckFailed
 from densepure_rt.export.models.onnx_graph import PRODUCT_OPS, checked, nodes_within, products, scopes
-from densepure_rt.export.models.unets import DiffusionModel
+from densepure_rt.export.models.pair import Trained
+from densepure_rt.optional import optional
 from densepure_rt.runtime.device import CLASSIFY_INPUTS, STEP_INPUTS, STEP_OUTPUTS, Floats
 from densepure_rt.runtime.noise import first_state, image_key, smoothing_law, smoothing_noise, vote_noise
 from densepure_rt.runtime.onnx_device import open_session, run_session
@@ -37,7 +31,7 @@ from densepure_rt.runtime.reverse import RunStep, walk_graph
 from densepure_rt.runtime.schedule import Chain
 
 OPSETS = {"fp32": 20, "fp16": 20, "bf16": 22, "int8": 20, "int8-cpu": 20, "fp8": 22}  # 20: TensorRT 10.3 (JetPack 6)
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+CAST = ("fp16", "bf16")
 QUANTIZED = ("int8", "int8-cpu", "fp8")
 CPU_ONLY = ("int8-cpu",)
 # Of 2000 labels at sigma 0.5, one step, of an earlier default model: 33 changed with it and with percentile, 221 with
@@ -57,202 +51,7 @@ CALIBRATION_SECRET = b"densepure-rt calibration"  # public: nothing is certified
 INT8_MAX, FP8_MAX = 127, 448  # the largest of S8 in symmetric use; of FLOAT8E4M3FN (ONNX, "Float stored in 8 bits")
 
 TIME_EMBEDDING = ("*time_proj", "*time_embed*", "*time_mlp", "*map_noise")  # diffusers, guided-diffusion, others, EDM
-
-NORMS: tuple[type[nn.Module], ...] = (
-    nn.modules.batchnorm._NormBase,  # batch and instance norms of every dimension
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.RMSNorm,
-    nn.LocalResponseNorm,
-)
-NORM_FUNCTIONS = {
-    F.batch_norm,
-    F.instance_norm,
-    F.group_norm,
-    F.layer_norm,
-    F.rms_norm,
-    F.local_response_norm,
-    F.normalize,
-}
-FLOAT32_FUNCTIONS = NORM_FUNCTIONS | {
-    torch.batch_norm,
-    torch.instance_norm,
-    torch.group_norm,
-    torch.layer_norm,
-    F.softmax,
-    F.log_softmax,
-    torch.softmax,
-    torch.log_softmax,
-    Tensor.softmax,
-    Tensor.log_softmax,
-    F.multi_head_attention_forward,
-}
-PRODUCTS = {
-    F.linear,
-    F.conv1d,
-    F.conv2d,
-    F.conv3d,
-    F.conv_transpose1d,
-    F.conv_transpose2d,
-    F.conv_transpose3d,
-    torch.matmul,
-    torch.bmm,
-    torch.mm,
-    torch.addmm,
-    torch.baddbmm,
-    torch.einsum,
-    Tensor.matmul,
-    Tensor.__matmul__,
-    Tensor.bmm,
-    Tensor.mm,
-    Tensor.baddbmm,
-    torch.cat,
-    torch.stack,
-}
-CONVERSIONS = {Tensor.to, Tensor.type, Tensor.half, Tensor.bfloat16, Tensor.type_as}
-
-
-def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """`value` with every floating tensor in it changed."""
-    if isinstance(value, Tensor):
-        return change(value) if value.is_floating_point() else value
-    if isinstance(value, tuple | list):
-        return type(value)(_map(item, change) for item in value)
-    if isinstance(value, dict):
-        return {name: _map(item, change) for name, item in value.items()}
-    return value
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor) and value.is_floating_point():
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-
-
-class _Policy(TorchFunctionMode):
-    """Which type each function computes in, whatever type its arguments come in.
-
-    Products: the smaller type, as soon as one argument has it. Norms and softmax: float32, their result in the type of
-    what came in. A network's own conversions to the smaller type do nothing: where precision falls is decided here.
-    """
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            return self.attention(*args, **kwargs)
-        if func in FLOAT32_FUNCTIONS:
-            came = args[0].dtype
-            result = func(*_map(args, Tensor.float), **_map(kwargs, Tensor.float))
-            return result if came != self.dtype else _map(result, lambda x: x.to(came))
-        if func in PRODUCTS and any(x.dtype == self.dtype for x in _tensors((args, kwargs))):
-            return func(*_map(args, self.lowered), **_map(kwargs, self.lowered))
-        result = func(*args, **kwargs)
-        if func in CONVERSIONS and args[0].is_floating_point() and result.dtype == self.dtype:
-            return args[0]
-        return result
-
-    def lowered(self, x: Tensor) -> Tensor:
-        return x.to(self.dtype)
-
-    def attention(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        """Products in the smaller type around a softmax in float32; what is more than plain attention, all float32."""
-        if self.dtype not in (query.dtype, key.dtype, value.dtype):
-            return F.scaled_dot_product_attention(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-            )
-        if attn_mask is not None or is_causal or enable_gqa or dropout_p:
-            mask = attn_mask.float() if attn_mask is not None and attn_mask.is_floating_point() else attn_mask
-            found = F.scaled_dot_product_attention(
-                query.float(),
-                key.float(),
-                value.float(),
-                mask,
-                dropout_p,
-                is_causal,
-                scale=scale,
-                enable_gqa=enable_gqa,
-            )
-            return self.lowered(found)
-        root = math.sqrt(1 / math.sqrt(query.shape[-1]) if scale is None else scale)
-        scores = self.lowered(query * root) @ self.lowered(key * root).transpose(-2, -1)
-        return self.lowered(scores.float().softmax(-1)) @ self.lowered(value)
-
-
-class Lowered(nn.Module):
-    """A network whose convolutions and matrix products run in `dtype`; arguments and results are float32."""
-
-    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.network = network
-        self.dtype = dtype
-
-    def forward(self, *args: Tensor) -> Tensor:
-        with _Policy(self.dtype):
-            output: Tensor = self.network(*args)
-        return output.float()
-
-
-def matching(network: nn.Module, patterns: Iterable[str]) -> list[str]:
-    """The modules whose name matches one of the shell patterns, in the network's own naming, * crossing dots."""
-    patterns = list(patterns)
-    return [name for name, _ in network.named_modules() if name and any(fnmatchcase(name, p) for p in patterns)]
-
-
-def cast(network: nn.Module, dtype: torch.dtype, keep: Sequence[str] = ()) -> nn.Module:
-    """A copy of `network`, in evaluation mode, that computes in `dtype` and takes and gives float32.
-
-    What stays float32: norms, softmax, the modules that TIME_EMBEDDING names, and those that match a pattern of `keep`,
-    each with all below it. Their output is float32 too, up to the next convolution or matrix product.
-
-    Raises UsageError when a pattern matches no module.
-    """
-    for pattern in keep:
-        if not matching(network, [pattern]):
-            raise UsageError(f"`keep` {pattern} matches no module: the names are like {names_like(network)}")
-    network = copy.deepcopy(network).eval()
-    roots = matching(network, (*TIME_EMBEDDING, *keep))
-    kept = {m for name in roots for m in network.get_submodule(name).modules()}
-    kept |= {m for m in network.modules() if isinstance(m, NORMS)}
-    for module in network.modules():
-        if module not in kept:
-            for parameter in module._parameters.values():
-                if parameter is not None and parameter.is_floating_point():
-                    parameter.data = parameter.data.to(dtype)
-            for name, buffer in module._buffers.items():
-                if buffer is not None and buffer.is_floating_point():
-                    module._buffers[name] = buffer.to(dtype)
-    for name in roots:
-        network.get_submodule(name).register_forward_pre_hook(
-            lambda _, args, kwargs: (_map(args, Tensor.float), _map(kwargs, Tensor.float)), with_kwargs=True
-        )
-    return Lowered(network, dtype).eval()
-
-
-def names_like(network: nn.Module, count: int = 6) -> str:
-    names = [
-        name for name, module in network.named_modules() if next(module.parameters(recurse=False), None) is not None
-    ]
-    return ", ".join(names[:: max(1, len(names) // count)][:count]) or "(none)"
+PREPROCESSING = "preprocess"  # the module of a classifier that prepares its pixels
 
 
 @dataclass(frozen=True)
@@ -263,7 +62,7 @@ class Feeds:
     classify: list[dict[str, Floats]]
 
 
-def calibration_feeds(step: bytes, model: DiffusionModel, pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> Feeds:
+def calibration_feeds(step: bytes, model: Trained, pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> Feeds:
     """Real (x_t, t) pairs: whole chains of the float32 step graph, from images that no certificate is about.
 
     pixels: uint8 [n, C, H, W]. The images are dealt out to the chains of every noise level and number of steps, each
@@ -318,9 +117,10 @@ def quantize_int8(
     asks; or, with `cpu`, U8 with a zero point, behind it too, which is what onnxruntime's CPU kernels are fused from.
     method: of finding ranges, "minmax" or "percentile" (99.999).
     """
-    from onnxruntime.quantization import CalibrationMethod, QuantType, create_calibrator
-    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
-    from onnxruntime.quantization.quant_utils import save_and_reload_model_with_shape_infer
+    with optional("a quantized precision", "ml_dtypes", 'run "pip install ml_dtypes"'):  # with onnx before 1.19
+        from onnxruntime.quantization import CalibrationMethod, QuantType, create_calibrator
+        from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+        from onnxruntime.quantization.quant_utils import save_and_reload_model_with_shape_infer
 
     methods = {
         "minmax": (CalibrationMethod.MinMax, {}),
@@ -429,6 +229,8 @@ def to_fp8(content: bytes, feeds: Sequence[Mapping[str, Floats]], exclude: Seque
 
 
 def _to_float8(tensor: onnx.TensorProto, values: Floats) -> None:
+    import ml_dtypes  # older versions of onnx do without it
+
     rounded = values.clip(-FP8_MAX, FP8_MAX).astype(ml_dtypes.float8_e4m3fn)
     kind = onnx.TensorProto.FLOAT8E4M3FN
     tensor.CopyFrom(onnx.helper.make_tensor(tensor.name, kind, values.shape, rounded.tobytes(), raw=True))

@@ -13,6 +13,24 @@ from densepure_rt.errors import DensePureError, EnvironmentFault, UsageError
 from densepure_rt.runtime.bundle import FileRef, Sidecar, read_sidecar, sha256_of, sidecar_path, to_json
 
 DATA_SUFFIX = ".data"  # of the file of weights beside a graph that is too large to hold them
+LARGE = 3 << 29  # bytes of weights from which they lie in a file beside the graph; protobuf ends at 2 GiB
+
+
+def file_names(kind: str) -> tuple[str, str]:
+    """The step engine's name and the classifier's: unet.onnx, or unet.fp16.onnx and so on."""
+    suffix = ".onnx" if kind == "fp32" else f".{kind}.onnx"
+    return "unet" + suffix, "classifier" + suffix
+
+
+def data_path(path: Path) -> Path:
+    """Where the weights of a graph lie that is too large to hold them: unet.onnx.data beside unet.onnx."""
+    return path.with_name(path.name + DATA_SUFFIX)
+
+
+def data_ref(path: Path) -> FileRef | None:
+    """The file of weights beside a graph, if it has one."""
+    data = data_path(path)
+    return FileRef(data.name, sha256_of(data)) if data.exists() else None
 
 
 class Publication:

@@ -10,7 +10,6 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -23,16 +22,28 @@ from torch import nn
 
 from densepure_rt._version import __version__
 from densepure_rt.errors import CheckFailed, UsageError
-from densepure_rt.export.convert import parity, precision
-from densepure_rt.export.convert.precision import DTYPES, OPSETS, QUANTIZED, STEPS, TIME_EMBEDDING
-from densepure_rt.export.convert.publish import DATA_SUFFIX, Publication, refuse_replacement
+from densepure_rt.export.convert import casting, parity, precision
+from densepure_rt.export.convert.casting import DTYPES
+from densepure_rt.export.convert.parity import Exported, comparable
+from densepure_rt.export.convert.precision import OPSETS, PREPROCESSING, QUANTIZED, TIME_EMBEDDING
+from densepure_rt.export.convert.publish import (
+    LARGE,
+    Publication,
+    data_path,
+    data_ref,
+    file_names,
+    refuse_replacement,
+)
 from densepure_rt.export.convert.step_graph import ClassifyGraph, StepGraph
 from densepure_rt.export.models import source_check
+from densepure_rt.export.models.check_images import Images
 from densepure_rt.export.models.classifiers import ClassifierModel, Preprocessed
 from densepure_rt.export.models.onnx_classifiers import OnnxNetwork, merged_onnx
-from densepure_rt.export.models.onnx_graph import SCOPES, checked, nodes_within, refuse_for_tensorrt, types_of
+from densepure_rt.export.models.onnx_graph import SCOPES, checked, nodes_within, opset_of, refuse_for_tensorrt, types_of
 from densepure_rt.export.models.programs import first_line
-from densepure_rt.export.models.sources import LARGE_IMAGE, Images, Models
+from densepure_rt.export.models.reference import TorchReference
+from densepure_rt.export.models.source_check import as_function
+from densepure_rt.export.models.sources import Models
 from densepure_rt.export.models.unets import DiffusionModel
 from densepure_rt.runtime.bundle import (
     DATA_KEY,
@@ -45,43 +56,12 @@ from densepure_rt.runtime.bundle import (
     data_mark,
     sha256_of,
 )
-from densepure_rt.runtime.device import CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, MAX_BATCH, STEP_INPUTS, STEP_OUTPUTS
+from densepure_rt.runtime.device import CLASSIFY_INPUTS, CLASSIFY_OUTPUTS, MAX_BATCH, STEP_INPUTS, STEP_OUTPUTS, Floats
 from densepure_rt.runtime.machine import installed_versions
 from densepure_rt.runtime.noise import first_state
 
-PREPROCESSING = "preprocess"  # the module of a classifier that prepares its pixels
 TRACE_BATCH = 2  # 1 would be taken for a constant
 NEEDED = "may not branch on values, and must take any batch"  # a network that is to be exported
-LARGE_NETWORK = 40 << 20  # bytes of weights from which a call of it for one image takes a tenth of a second
-LARGE = 3 << 29  # bytes of weights from which they lie in a file beside the graph; protobuf ends at 2 GiB
-
-
-@dataclass(frozen=True)
-class Exported:
-    """Where the bundle is, and the worst difference from its float32 sources that was found in it.
-
-    by: what evaluated the files. types: of the operands of Conv, MatMul and Gemm, as `onnx_graph.types_of` counts them.
-    labels: how many labels change on equal noise; None for fp32. against: what the files were compared with.
-    denoising: what `denoising.judge` found.
-    """
-
-    unet: Path
-    classifier: Path
-    precision: str
-    by: str
-    worst_step: parity.Difference
-    worst_logits: parity.Difference
-    comparisons: int
-    types: dict[str, dict[str, dict[str, int]]]
-    labels: parity.LabelParity | None
-    against: str = "PyTorch"
-    denoising: Denoising | None = None
-
-
-def file_names(kind: str) -> tuple[str, str]:
-    """The step engine's name and the classifier's: unet.onnx, or unet.fp16.onnx and so on."""
-    suffix = ".onnx" if kind == "fp32" else f".{kind}.onnx"
-    return "unet" + suffix, "classifier" + suffix
 
 
 def to_onnx(
@@ -147,11 +127,6 @@ def weight_bytes(module: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in module.state_dict().values())
 
 
-def data_path(path: Path) -> Path:
-    """Where the weights of a graph lie that is too large to hold them: unet.onnx.data beside unet.onnx."""
-    return path.with_name(path.name + DATA_SUFFIX)
-
-
 def step_onnx(model: DiffusionModel, opset: int = OPSETS["fp32"], path: Path | None = None) -> bytes:
     """The step graph of a diffusion network; see `to_onnx`."""
     graph = StepGraph(model.network, model.clip, model.learned_variance, model.prediction)
@@ -181,10 +156,8 @@ def lowered(models: Models, kind: str, keep: Sequence[str]) -> Models:
     unet, classifier = models
     parts = unet.network, classifier.network
     for pattern in keep:
-        if not any(precision.matching(part, [pattern]) for part in parts):
-            raise UsageError(
-                f"`keep` {pattern} matches no module: their names are like {precision.names_like(parts[0])}"
-            )
+        if not any(casting.matching(part, [pattern]) for part in parts):
+            raise UsageError(f"`keep` {pattern} matches no module: their names are like {casting.names_like(parts[0])}")
     if kind not in DTYPES:
         return models
     if classifier.onnx is not None:
@@ -193,7 +166,7 @@ def lowered(models: Models, kind: str, keep: Sequence[str]) -> Models:
             f"in PyTorch, or export fp32 or int8"
         )
     first, second = (
-        precision.cast(part, DTYPES[kind], [pattern for pattern in keep if precision.matching(part, [pattern])])
+        casting.cast(part, DTYPES[kind], [pattern for pattern in keep if casting.matching(part, [pattern])])
         for part in parts
     )
     return Models(dataclasses.replace(unet, network=first), dataclasses.replace(classifier, network=second))
@@ -245,15 +218,15 @@ def check_sources(models: Models, pixels: NDArray[np.uint8]) -> None:
     pixels = np.concatenate((pixels, pixels[..., ::-1])) if len(pixels) == 1 else pixels
     if unet.prediction != "none":
         x, t = parity.first_inputs(unet, pixels)
-        call = source_check.as_function(unet.network, float(t[0]))
-        source_check.check_source(source_check.torch_source("the UNet in PyTorch", call, unet.network), x.numpy())
+        call = as_function(unet.network, float(t[0]))
+        source_check.check_source(source_check.torch_source("the UNet in PyTorch", call, unet.network), x)
     seen = first_state(pixels.astype(np.int32), 1.0)
     network = classifier.network
     if isinstance(network, Preprocessed) and isinstance(network.classifier, OnnxNetwork):
         with torch.inference_mode():
             source_check.check_source(network.classifier.source(), network.preprocess(torch.from_numpy(seen)).numpy())
         return
-    call = source_check.as_function(network)
+    call = as_function(network)
     source_check.check_source(source_check.torch_source("the classifier in PyTorch", call, network), seen)
 
 
@@ -266,7 +239,7 @@ def compared_with(models: Models) -> tuple[str, str]:
 
 
 def overflow(
-    error: CheckFailed, precise: nn.Module, lowered: nn.Module, kind: str, inputs: tuple[torch.Tensor, ...]
+    error: CheckFailed, precise: nn.Module, lowered: nn.Module, kind: str, inputs: tuple[Floats, ...]
 ) -> CheckFailed | None:
     """Find what gives NaN or Inf within a network, where that is why its file differs; else None.
 
@@ -275,7 +248,7 @@ def overflow(
 
     def run(module: nn.Module) -> bool:
         with torch.inference_mode():
-            return bool(module(*inputs).isfinite().all())
+            return bool(module(*map(torch.from_numpy, inputs)).isfinite().all())
 
     if not run(precise):
         place = source_check.first_overflow(source_check.torch_trace(lambda: run(precise), precise))
@@ -283,7 +256,7 @@ def overflow(
         return CheckFailed(f"{error}, as the network itself does in float32{where}. Nothing was published")
     if kind not in DTYPES or run(lowered):
         return None
-    inner = lowered.network if isinstance(lowered, precision.Lowered) else lowered
+    inner = lowered.network if isinstance(lowered, casting.Lowered) else lowered
     found = source_check.first_overflow(source_check.torch_trace(lambda: run(lowered), inner))
     name = found.split()[1] if found else "MODULE"
     return CheckFailed(
@@ -294,9 +267,7 @@ def overflow(
 
 
 @contextmanager
-def naming_overflow(
-    precise: nn.Module, lowered: nn.Module, kind: str, inputs: tuple[torch.Tensor, ...]
-) -> Iterator[None]:
+def naming_overflow(precise: nn.Module, lowered: nn.Module, kind: str, inputs: tuple[Floats, ...]) -> Iterator[None]:
     """Let a comparison that fails since a type is too small name the module; see `overflow` for the arguments."""
     try:
         yield
@@ -361,12 +332,12 @@ def export_bundle(
             publication.write(name, content) for name, content in ((classifier_file, classify), (unet_file, step))
         )
         say(f"comparing numbers with {against}")
-        fed = parity.first_inputs(unet, pixels), (torch.from_numpy(first_state(pixels.astype(np.int32), 1.0)),)
+        fed = parity.first_inputs(unet, pixels), (first_state(pixels.astype(np.int32), 1.0),)
         with naming_overflow(unet.network, smaller.unet.network, kind, fed[0]):
-            steps = list(parity.step_differences(files[0], unet, pixels, kind, counts))
+            steps = list(parity.step_differences(files[0], TorchReference(unet), pixels, kind, counts))
             worst_step = parity.check(steps, kind)
         with naming_overflow(classifier.network, smaller.classifier.network, kind, fed[1]):
-            logits = list(parity.classifier_differences(files[1], classifier, pixels, kind))
+            logits = list(parity.classifier_differences(files[1], as_function(classifier.network), pixels, kind))
             worst_logits = parity.check(logits, kind, of_classifier)
         if kind != "fp32":
             say(f"comparing labels with {against}")
@@ -426,28 +397,6 @@ def export_bundle(
         )
 
 
-def comparable(pixels: NDArray[np.uint8], kind: str, weights: int) -> tuple[NDArray[np.uint8], tuple[int, ...]]:
-    """The images and the numbers of steps that numbers are compared on: fewer where a call takes long.
-
-    weights: bytes of the network's.
-    """
-    if pixels[0].size > LARGE_IMAGE:
-        return pixels[:1], STEPS[:1]
-    if kind in parity.EVALUATORS:
-        return pixels[:2], STEPS[:2]
-    return (pixels[:2] if weights > LARGE_NETWORK else pixels), STEPS
-
-
-def opset_of(content: bytes) -> int:
-    return int(onnx.load_model_from_string(content).opset_import[0].version)
-
-
-def data_ref(path: Path) -> FileRef | None:
-    """The file of weights beside a graph, if it has one."""
-    data = data_path(path)
-    return FileRef(data.name, sha256_of(data)) if data.exists() else None
-
-
 def _compared_labels(
     models: Models, smaller: Models, files: tuple[Path, Path], kind: str, images: Images
 ) -> parity.LabelParity | None:
@@ -455,9 +404,13 @@ def _compared_labels(
     if kind == "fp32" or not (images.labelled and images.samples):
         return None
     if kind == "bf16":
-        second, by = parity.torch_labels(smaller), "PyTorch in bfloat16, not the files"
+        second, by = torch_labels(smaller), "PyTorch in bfloat16, not the files"
     else:
         second, by = parity.file_labels(*files, kind), parity.evaluator(kind)
-    found = parity.compare_labels((parity.torch_labels(models), second), by, models, images.labelled, images.samples)
+    found = parity.compare_labels((torch_labels(models), second), by, models, images.labelled, images.samples)
     parity.check_labels(found, kind)
     return found
+
+
+def torch_labels(models: Models) -> parity.Labeller:
+    return parity.labeller(TorchReference(models.unet).step, as_function(models.classifier.network))

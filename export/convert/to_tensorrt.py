@@ -22,19 +22,25 @@ from densepure_rt import files
 from densepure_rt.errors import CheckFailed, DensePureError, EnvironmentFault, UsageError
 from densepure_rt.export.convert.build_options import HARDWARE, TILING, BuildOptions
 from densepure_rt.export.convert.publish import Publication, refuse_replacement
-from densepure_rt.export.models.onnx_graph import described, refuse_for_tensorrt, refuse_unbuildable
+from densepure_rt.export.models.onnx_graph import (
+    described,
+    parsed_model,
+    refuse_for_tensorrt,
+    refuse_other_weights,
+    refuse_unbuildable,
+)
+from densepure_rt.optional import optional
 from densepure_rt.runtime import gpu
 from densepure_rt.runtime.bundle import (
-    DATA_KEY,
+    ON_GPU,
     Bundle,
     FileRef,
     Flavour,
     Plan,
     Sidecar,
-    data_mark,
+    is_shipped,
     open_bundle,
     plan_path,
-    sha256_of,
     shipped_engine,
     verified_engine,
 )
@@ -66,17 +72,41 @@ CAUSES = (
 )
 
 
-def source_bundle(out: Path, precision: str = "fp32") -> Bundle:
-    """The ONNX engines to build plans from: those in `out`, else the ones that ship. Raises UsageError without any."""
-    if precision not in PRECISION_TYPES:
+def source_bundle(
+    out: Path,
+    precision: str | None = None,
+    engine: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Bundle:
+    """The ONNX engines to build plans from: `engine` and its classifier, else those in `out`, else the ones that ship.
+
+    precision: of the plans; None for that of the engines, but fp16 for the model that ships. Where only float32 engines
+    are there, they are written into `out` in that precision; see `to_precision`. Raises UsageError for others.
+    """
+    if precision is not None and precision not in PRECISION_TYPES:
         raise UsageError(f"`precision` {precision}: plans are built in {', '.join(PRECISION_TYPES)}")
+    own = (path for path in (out / "unet.onnx", out / f"unet.{ON_GPU}.onnx") if path.is_file())
+    source = engine or next(own, shipped_engine())
+    bundle = open_bundle(source)
+    if bundle.unet.plan is not None:
+        raise UsageError(f"{source.name} is a plan: give the ONNX engine that it was built from")
+    if precision is None and (engine is not None or not is_shipped(bundle)):
+        return bundle
+    if precision is None:
+        say(f"building the model that ships in {ON_GPU}, as GPUs run it; `precision` fp32 is for float32")
+        precision = ON_GPU
     name = f"unet{'' if precision == 'fp32' else '.' + precision}.onnx"
-    for engine in (out / name, shipped_engine().with_name(name)):
-        if engine.is_file():
-            return open_bundle(engine)
-    raise UsageError(
-        f"no {out / name} to build a plan from: export it as well, with `target` onnx,tensorrt `precision` {precision}"
-    )
+    if engine is None and (out / name).is_file():
+        return open_bundle(out / name)
+    if bundle.unet.precision == precision:
+        return bundle
+    if is_shipped(bundle) and (ready := shipped_engine().with_name(name)).is_file():
+        return open_bundle(ready)
+    with optional("another precision", "ONNX Runtime", "run \"pip install 'densepure-rt[cpu]'\""):
+        from densepure_rt.export.convert.to_precision import lower_bundle
+        from densepure_rt.export.models.check_images import check_images
+    images = check_images(bundle, say=say)
+    return open_bundle(lower_bundle(bundle, out, precision, images, say=say).unet)
 
 
 def build_plans(
@@ -221,34 +251,6 @@ def build(
         except OSError as error:  # the plan is worth more than the cache
             say(f"could not keep the timings in {options.timing_cache} ({error.strerror}); going on")
     return bytes(blob), types
-
-
-def parsed_model(content: bytes, path: Path) -> onnx.ModelProto:
-    try:
-        return onnx.load_model_from_string(content)
-    except Exception as error:  # protobuf's errors, whichever protobuf is installed
-        raise CheckFailed(f"{path} is not an ONNX model ({error}): export it again") from error
-
-
-def refuse_other_weights(model: onnx.ModelProto, path: Path) -> None:
-    """Raise CheckFailed unless the files that a graph's weights lie in are those whose hash it names."""
-    promised = next((entry.value for entry in model.metadata_props if entry.key == DATA_KEY), None)
-    for name in {
-        entry.value
-        for tensor in model.graph.initializer
-        for entry in tensor.external_data
-        if tensor.data_location == onnx.TensorProto.EXTERNAL and entry.key == "location"
-    }:
-        try:
-            found = data_mark(FileRef(name, sha256_of(path.parent / name)))
-        except OSError as error:
-            raise UsageError(
-                f"cannot read {name}, the weights of {path.name} ({error.strerror}): copy it along with the graph"
-            ) from error
-        if found != promised:
-            raise CheckFailed(
-                f"{path.name} names other weights than {name} beside it: copy both again, or export the bundle again"
-            )
 
 
 def new_builder(trt: Any, flavour: Flavour, logger: Any) -> Any:

@@ -42,7 +42,8 @@ from densepure_rt.export.models.preprocessing import ChannelOrder, Interpolation
 from densepure_rt.export.models.programs import built, exported_program, first_line
 from densepure_rt.export.models.unets import read_config, state_sha256
 from densepure_rt.export.models.weight_files import variant_note, weight_file
-from densepure_rt.export.zoo.models import CLASS_NAMES, ZOO, Classifier, load_weights
+from densepure_rt.export.zoo.make_data import CLASS_NAMES
+from densepure_rt.export.zoo.models import ZOO, Classifier, load_weights
 from densepure_rt.optional import optional
 from densepure_rt.runtime.bundle import read_class_names, sha256_of
 from densepure_rt.text import printable

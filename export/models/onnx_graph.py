@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from densepure_rt.errors import CheckFailed
+from densepure_rt.errors import CheckFailed, UsageError
+from densepure_rt.runtime.bundle import DATA_KEY, FileRef, data_mark, sha256_of
 
 PRODUCT_OPS = ("Conv", "MatMul", "Gemm")
 SCOPES = "pkg.torch.onnx.name_scopes"  # the PyTorch exporter's record of the modules around a node
@@ -38,6 +39,38 @@ def checked(model: onnx.ModelProto, path: Path | None = None) -> bytes:
         raise CheckFailed(f"onnx.checker refuses the graph that was written: {error}") from error
     content: bytes = model.SerializeToString(deterministic=True)
     return content
+
+
+def parsed_model(content: bytes, path: Path) -> onnx.ModelProto:
+    try:
+        return onnx.load_model_from_string(content)
+    except Exception as error:  # protobuf's errors, whichever protobuf is installed
+        raise CheckFailed(f"{path} is not an ONNX model ({error}): export it again") from error
+
+
+def refuse_other_weights(model: onnx.ModelProto, path: Path) -> None:
+    """Raise CheckFailed unless the files that a graph's weights lie in are those whose hash it names."""
+    promised = next((entry.value for entry in model.metadata_props if entry.key == DATA_KEY), None)
+    for name in {
+        entry.value
+        for tensor in model.graph.initializer
+        for entry in tensor.external_data
+        if tensor.data_location == onnx.TensorProto.EXTERNAL and entry.key == "location"
+    }:
+        try:
+            found = data_mark(FileRef(name, sha256_of(path.parent / name)))
+        except OSError as error:
+            raise UsageError(
+                f"cannot read {name}, the weights of {path.name} ({error.strerror}): copy it along with the graph"
+            ) from error
+        if found != promised:
+            raise CheckFailed(
+                f"{path.name} names other weights than {name} beside it: copy both again, or export the bundle again"
+            )
+
+
+def opset_of(content: bytes) -> int:
+    return int(onnx.load_model_from_string(content).opset_import[0].version)
 
 
 def scopes(node: onnx.NodeProto) -> list[str]:

@@ -5,11 +5,31 @@ Written from the papers and not from the step graph, so that an engine has somet
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from densepure_rt.export.models.unets import DiffusionModel
+from densepure_rt.runtime.device import Floats
 from densepure_rt.runtime.schedule import Coefficients
+
+
+@dataclass(frozen=True)
+class TorchReference:
+    """The network of `model` as an engine is compared with it; see `parity.Reference`."""
+
+    model: DiffusionModel
+
+    def step(self, x: Floats, t: np.float32, step: Coefficients) -> tuple[Floats, Floats]:
+        mean, std = reverse_step(self.model, torch.from_numpy(x), torch.full((len(x),), float(t)), step)
+        return mean.numpy(), std.numpy()
+
+    @torch.inference_mode()
+    def eps(self, x: Floats, t: np.float32) -> Floats:
+        output: Floats = self.model.network(torch.from_numpy(x), torch.full((len(x),), float(t))).numpy()
+        return output[:, : x.shape[1]]
 
 
 @torch.inference_mode()

@@ -15,6 +15,18 @@ import typer
 from densepure_rt.images.datasets import open_images
 
 SHAPE = (1, 28, 28)
+CLASS_NAMES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)  # Fashion-MNIST, README of zalandoresearch/fashion-mnist
 # file name -> (split, every so many images, how many)
 CUTS = {
     "fashion_mnist_test.npz": ("t10k", 20, 500),

@@ -12,19 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from densepure_rt.errors import UsageError
+from densepure_rt.export.zoo.make_data import CLASS_NAMES
 
-CLASS_NAMES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)  # Fashion-MNIST, README of zalandoresearch/fashion-mnist
 ZOO = Path(__file__).resolve().parent
 M = TypeVar("M", bound=nn.Module)
 

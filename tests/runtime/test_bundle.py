@@ -29,10 +29,12 @@ from densepure_rt.runtime.bundle import (
     StepSidecar,
     Verdict,
     engine_file,
+    is_shipped,
     open_bundle,
     read_sidecar,
     sha256_of,
     shipped_engine,
+    shipped_engine_of,
     sidecar_path,
     to_json,
     verified_bytes,
@@ -513,3 +515,15 @@ def test_sidecar_is_plain_ascii_that_any_editor_keeps(tmp_path: Path) -> None:
     again = read_sidecar(tmp_path / CLASSIFIER)
     assert isinstance(again, ClassifierSidecar)
     assert again.class_names == ("Knöchelstiefel", "靴")
+
+
+def test_the_shipped_engine_of_a_run_is_found_by_its_hash() -> None:
+    for engine in (shipped_engine(), shipped_engine(on_gpu=True)):
+        assert shipped_engine_of(read_sidecar(engine).file.sha256) == engine
+    assert shipped_engine_of("0" * 64) == shipped_engine()
+
+
+def test_the_shipped_model_is_known_by_the_weights_of_both_its_networks() -> None:
+    shipped = open_bundle(shipped_engine(on_gpu=True))
+    assert is_shipped(shipped)
+    assert not is_shipped(replace(shipped, classifier=replace(shipped.classifier, weights_sha256="0" * 64)))

@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import cast
 
-from densepure_rt.export.models.sources import made_up
+from densepure_rt.export.models.check_images import made_up
 from densepure_rt.runtime.device import Device
 from densepure_rt.runtime.metered_device import MeteredDevice
 from densepure_rt.runtime.open_device import open_device

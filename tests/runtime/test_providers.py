@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from densepure_rt.errors import EnvironmentFault, UsageError
-from densepure_rt.runtime.bundle import open_bundle, shipped_engine
+from densepure_rt.runtime.bundle import Bundle, open_bundle, shipped_engine
 from densepure_rt.runtime.open_device import open_device
 from densepure_rt.smoothing.classifier import load
 from tests.runtime.stand_in_cuda import BUILT_FOR_GPUS
+from tests.support.cli import cli
 
 OPEN = """
 import json, sys
@@ -67,6 +68,30 @@ def test_the_same_wheel_serves_the_cpu_when_the_cpu_is_asked_for() -> None:
 def test_an_onnx_runtime_built_without_gpus_says_which_one_to_install(provider: str) -> None:
     with pytest.raises(EnvironmentFault, match=rf"`provider` {provider}.*densepure-rt\[gpu-cu13\]'"):
         load(provider=provider)
+
+
+@pytest.mark.parametrize(("provider", "name"), [("cpu", "unet.onnx"), ("cuda", "unet.fp16.onnx")])
+def test_the_model_that_ships_is_fp16_on_a_gpu_and_a_named_engine_is_taken_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, provider: str, name: str
+) -> None:
+    opened: list[Path] = []
+
+    def open_device(bundle: Bundle, *_: object) -> None:
+        opened.append(bundle.unet_path)
+        raise EnvironmentFault("no further")
+
+    monkeypatch.setattr("densepure_rt.smoothing.classifier.open_device", open_device)
+    for engine in (None, shipped_engine(), shipped_engine(on_gpu=True)):
+        with pytest.raises(EnvironmentFault, match="no further"):
+            load(engine, provider=provider)
+    assert [path.name for path in opened] == [name, "unet.onnx", "unet.fp16.onnx"]
+
+
+@pytest.mark.parametrize("command", ["certify", "predict"])
+def test_the_screen_says_that_the_model_that_ships_is_fp16_on_a_gpu(command: str) -> None:
+    said = "with --provider cuda the model that ships runs in fp16: --engine "
+    assert said in cli(command, "--provider", "cuda", "--max", 1).stderr
+    assert said not in cli(command, "--provider", "cuda", "--max", 1, "--engine", shipped_engine()).stderr
 
 
 def test_an_unknown_provider_is_a_usage_error_that_lists_the_known() -> None:

@@ -28,7 +28,7 @@ from densepure_rt.runtime.bundle import (
     sidecar_path,
 )
 from densepure_rt.runtime.open_device import open_device
-from densepure_rt.runtime.tensorrt_device import most_states, refuse_misfit, refuse_other_gpu
+from densepure_rt.runtime.tensorrt_device import STATES_AN_ITEM, most_states, refuse_misfit, refuse_other_gpu
 from tests.runtime.host_cuda import plan_of
 from tests.support.plans import ADA, NOT_A_PLAN, a_plan, put_bundle
 
@@ -203,11 +203,11 @@ def test_without_a_batch_the_largest_runs_whose_states_fit_the_gpu(tmp_path: Pat
     bundle = open_bundle(put_bundle(tmp_path, a_plan(batches=(16, 64, 1024))))
     imagenet = dataclasses.replace(bundle, unet=dataclasses.replace(bundle.unet, image=(3, 256, 256)))
     assert refuse_misfit(bundle, None, 80 << 30) == 1024
-    assert refuse_misfit(imagenet, None, 80 << 30) == 64
-    assert refuse_misfit(imagenet, None, 8 << 30) == 16
+    assert refuse_misfit(imagenet, None, 80 << 30) == 1024
+    assert refuse_misfit(imagenet, None, 8 << 30) == 64
     assert refuse_misfit(imagenet, None, 1 << 30) == 16  # what the loop then asks for is refused, if it is too much
     assert refuse_misfit(imagenet, 1024, 80 << 30) == 1024  # as it was asked for
-    assert most_states(3 * 256 * 256, 8 << 30) < 105 * 64
+    assert most_states(3 * 256 * 256, 8 << 30) < STATES_AN_ITEM * 1024
 
 
 AMPERE_PLUS = {"hw_compat": "ampere-plus"}
@@ -270,6 +270,6 @@ def test_the_command_that_builds_a_plan_again_has_the_options_of_its_recipe(tmp_
     recipe = {"tf32": "true", "workspace": "512", "version_compatible": "false", "hw_compat": "ampere-plus"}
     bundle = open_bundle(put_bundle(tmp_path, a_plan("tensorrt", batches=(8, 64), recipe=recipe)))
     assert rebuild_command(bundle.unet_path, bundle.unet) == (
-        f"densepure-rt export --target tensorrt --out {tmp_path} --batch 8,64 --hw-compat ampere-plus "
+        f"densepure-rt export --target tensorrt --out {tmp_path} --precision fp32 --batch 8,64 --hw-compat ampere-plus "
         f"--tf32 --workspace 512"
     )

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from densepure_rt.export.convert.to_onnx import export_bundle
+from densepure_rt.export.models.check_images import made_up
 from densepure_rt.export.models.classifiers import ClassifierModel
-from densepure_rt.export.models.sources import Models, made_up
+from densepure_rt.export.models.sources import Models
 from densepure_rt.export.models.unets import DiffusionModel
 from densepure_rt.runtime.bundle import Bundle, open_bundle
 from densepure_rt.runtime.schedule import Schedule

@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from rich.console import Console
 
 from densepure_rt.commands import console
 from densepure_rt.commands.console import track
+from densepure_rt.smoothing.forecast import Range
 from densepure_rt.text import duration
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -129,6 +132,35 @@ def test_without_a_terminal_lines_are_printed_at_an_interval(
     monkeypatch.setattr(console, "PLAIN_EVERY", 0.0)
     assert list(track(range(3), 3)) == [0, 1, 2]
     assert [line.split()[0] for line in capsys.readouterr().err.splitlines()] == ["1/3", "2/3", "3/3"]
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_what_is_shown_moves_while_one_item_takes_long(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], terminal: bool
+) -> None:
+    written = io.StringIO()
+    monkeypatch.setattr(console, "stderr", Console(file=written, force_terminal=terminal, width=200))
+    monkeypatch.setattr(console, "PLAIN_EVERY", 1.0)
+    monkeypatch.setattr(console, "BAR_EVERY", 0.1)
+    began = time.monotonic()
+
+    def work() -> Iterator[int]:
+        until = time.monotonic() + 30
+        while time.monotonic() < until and "7 samples" not in written.getvalue():
+            written.write(capsys.readouterr().err)
+            time.sleep(0.05)
+        yield 0
+
+    def samples() -> str:
+        return f"{7 if time.monotonic() - began > 1.5 else 3} samples; image 0 at 7 of 9"
+
+    assert list(track(work(), 2, samples, left=lambda: Range(1, 60, 1e6))) == [0]
+    shown = written.getvalue() + capsys.readouterr().err
+    assert "0/2" in shown
+    assert "7 samples; image 0 at 7 of 9" in shown
+    assert "about 60 s (1.0 s to 12 days) left" in shown
+    assert time.monotonic() - began < 25
+    assert not [thread for thread in threading.enumerate() if thread.name == "densepure-rt lines"]
 
 
 def test_on_a_terminal_the_bar_shows_the_status(monkeypatch: pytest.MonkeyPatch) -> None:

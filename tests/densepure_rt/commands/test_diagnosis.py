@@ -158,7 +158,7 @@ def package(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["unet.onnx", "classifier.onnx"])
+@pytest.mark.parametrize("name", ["unet.onnx", "classifier.onnx", "unet.fp16.onnx"])
 def test_a_damaged_shipped_engine_exits_3_and_says_to_install_again(package: Path, name: str) -> None:
     os.truncate(package / "densepure_rt" / "engines" / name, 1000)
     done = doctor(path=package, blocked=QUICK, cwd=package)

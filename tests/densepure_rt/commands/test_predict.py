@@ -82,7 +82,7 @@ def test_thirteen_votes_that_agree_are_a_prediction() -> None:
     ]  # 2 / E, with E = 2540 by the closed form for 13 of 13
 
 
-def test_an_image_without_a_label_is_never_predicted_correctly(tmp_path: Path) -> None:
+def test_an_image_without_a_label_is_predicted_neither_right_nor_wrong(tmp_path: Path) -> None:
     grey = np.random.default_rng(0).integers(0, 256, (2, 28, 28, 1), dtype=np.uint8)
     np.savez(tmp_path / "grey.npz", x=grey)
     for n, alpha in ((2, 0.001), (6, 0.49)):  # all abstained, and most answered

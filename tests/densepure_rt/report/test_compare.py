@@ -186,3 +186,21 @@ def test_the_json_says_the_same(here: Callable[..., Done], tmp_path: Path) -> No
 def test_a_level_is_a_probability(here: Callable[..., Done], tmp_path: Path) -> None:
     a, b = gate(tmp_path, lost=1, gained=0)
     refused(here("compare", a, b, "--level", 1.5), 2, "--level")
+
+
+def test_of_images_without_labels_is_said_so_and_none_counts_as_wrong(
+    here: Callable[..., Done], tmp_path: Path
+) -> None:
+    a = make_run(tmp_path / "a", [Made(0.5, label=None), Made(0.5, label=None)])
+    b = make_run(tmp_path / "b", [Made(0.5, label=None), Made(0.25, label=None)])
+    done = here("compare", a, b)
+    assert done.returncode == 0, done.stderr
+    assert "share certified" in done.stdout
+    (row,) = (line.split() for line in done.stdout.splitlines() if "no label" in line)
+    assert row == ["1", "no", "label", "0.500", "0.250"]
+    out = tmp_path / "page.html"
+    assert here("report", a, "--out", out).returncode == 0
+    assert "2 certified" in (text := out.read_text())
+    assert "no label" in text
+    assert "which is not its label" not in text
+    assert "2 certified for another class" not in text

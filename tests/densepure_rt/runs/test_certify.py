@@ -271,7 +271,8 @@ def test_a_run_of_another_identity_is_refused_and_stays_as_it_is(run: Run) -> No
     before = {path.name: path.read_bytes() for path in run.out.iterdir() if path.name != "ledger.sqlite"}
     again = certify(run.out, *TINY, "--max", 1).done
     assert (again.returncode, again.stdout) == (2, "")
-    assert f"error: {run.out} already holds a run of another identity (images.count: 4 there, 1 now" in again.stderr
+    differs = "(--skip 3 there, 1 now; --max 4 there, 1 now; images.count: 4 there, 1 now"
+    assert f"error: {run.out} already holds a run of another identity {differs}" in again.stderr
     assert "--out" in again.stderr
     assert {path.name: path.read_bytes() for path in run.out.iterdir() if path.name != "ledger.sqlite"} == before
 

@@ -106,7 +106,8 @@ def test_what_breaks_a_certificate_is_kept_and_the_audit_says_it(
     assert (kept == original[0] ^ 1).all()
     (failed,) = (finding for finding in audit(tmp_path / "run") if not finding.holds)
     assert failed.what == "attacks"
-    assert f"the certificate of image {first.idx} is broken at a distance of 0.04" in failed.faults
+    named = f"{first.idx} (fashion_mnist_test.npz:{first.idx // 20})"
+    assert f"the certificate of image {named} is broken at a distance of 0.04" in failed.faults
 
 
 @pytest.fixture

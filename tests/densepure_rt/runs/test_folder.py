@@ -162,7 +162,7 @@ def test_a_run_of_another_identity_is_refused_with_the_fields_that_differ(tmp_pa
     before = contents(tmp_path) | {"ledger.sqlite": b""}  # whose pages may differ
     other = manifest(sigma=0.25, images=ImagesIdentity(5, "b" * 64))
     with pytest.raises(
-        UsageError, match=r"another identity \(images.count: 4 there, 5 now; sigma: 0.5 there, 0.25 now\)"
+        UsageError, match=r"another identity \(`sigma` 0.5 there, 0.25 now; images.count: 4 there, 5 now\)"
     ):
         RunFolder(tmp_path, other, None)
     assert contents(tmp_path) | {"ledger.sqlite": b""} == before

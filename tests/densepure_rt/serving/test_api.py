@@ -36,12 +36,13 @@ from densepure_rt.serving.api import BODY_SECONDS, Deadlines
 from densepure_rt.serving.connections import Config
 from densepure_rt.serving.metrics import REFUSED_CONNECTIONS
 from densepure_rt.serving.models import MOST_IMAGES
+from densepure_rt.serving.pictures import MOST_READING
 from densepure_rt.serving.protocol import InferRequest, ProtocolError
 from densepure_rt.serving.server import Server, listen
 from densepure_rt.smoothing.classifier import Certified, Predicted, load
 from densepure_rt.smoothing.settings import Settings
-from tests.support.pictures import scan_bomb
-from tests.support.server import QUICK, ROOT, ServerProcess, serving, until
+from tests.support.pictures import GOOD, file_of, noise, scan_bomb
+from tests.support.server import QUICK, ROOT, Answer, ServerProcess, serving, until
 
 SEED = 1
 SETTINGS = Settings(sigma=0.5, steps=0, votes=1, n=160, alpha=0.05)  # as QUICK says
@@ -222,6 +223,87 @@ def test_null_is_answered_as_if_nothing_was_said(server: ServerProcess) -> None:
 
 
 # deadlines and queues
+
+
+# pictures
+
+
+def send(server: ServerProcess, content: bytes, query: str = "", model: str = "predict", **headers: str) -> Answer:
+    headers = {"Content_Type": "image/png"} | headers
+    return server.ask("POST", f"/v2/models/{model}/infer{query}", content, **headers)
+
+
+@pytest.mark.parametrize("model", ["predict", "certify"])
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "BMP"])  # which keep every level
+def test_a_picture_is_answered_as_its_tensor_is_and_by_its_name(server: ServerProcess, model: str, kind: str) -> None:
+    picture = file_of(Image.fromarray(IMAGES[1][0]), kind, **({"lossless": True} if kind == "WEBP" else {}))
+    answer = send(server, picture, "?name=a%20cat%1B%3Cb%3E%22.png", model, Content_Type=f"image/{kind.lower()}")
+    assert (answer.status, answer.headers["Content-Type"]) == (200, "application/json")
+    assert b"\x1b" not in answer.body
+    found = answer.json
+    assert found.pop("parameters") == {"name": 'a cat\x1b<b>".png', "changes": []}
+    tensor = server.ask("POST", f"/v2/models/{model}/infer", certify_json(IMAGES[1:2]), **JSON)
+    assert found == tensor.json
+    assert "parameters" not in tensor.json
+
+
+def test_what_was_done_to_a_photograph_is_told(server: ServerProcess) -> None:
+    photograph = file_of(Image.fromarray(noise(60, 90, 3)), "JPEG")
+    found = send(server, photograph, Content_Type="image/jpeg").json
+    done = ["made grey", "cropped around its middle to 60 x 60", "scaled from 60 x 60 to 28 x 28"]
+    assert found["parameters"] == {"changes": done}
+
+
+def test_a_picture_has_its_deadline_without_the_demo_too(long: ServerProcess) -> None:
+    began = time.monotonic()
+    answer = send(long, GOOD, "?deadline_ms=500", "certify")
+    assert {output["name"]: output["data"] for output in answer.json["outputs"]}["stopped"] == [True]
+    assert time.monotonic() - began >= 0.5
+
+
+@pytest.mark.parametrize(
+    ("content", "query", "headers", "status", "words"),
+    [
+        (b"MZ", "", {}, 400, "the picture is not PNG, JPEG, BMP, WEBP"),
+        (b"", "", {}, 400, "the picture is not PNG, JPEG, BMP, WEBP"),
+        (GOOD[:-40], "", {}, 400, "the picture"),
+        (scan_bomb(64, 2000), "", {"Content_Type": "image/jpeg"}, 400, "scans"),
+        (file_of(Image.new("L", (6000, 6000))), "", {}, 400, "at most 25,000,000 pixels are read"),
+        (bytes(MOST_BYTES + 1), "", {}, 413, "a picture has 16,777,216 bytes at most"),
+        (GOOD, "", {"Content_Encoding": "gzip"}, 415, "a compressed body is not taken"),
+        (GOOD, "", {"Content_Type": "text/html"}, 415, "or a picture, image/...; got 'text/html'"),
+        (GOOD, "?nmae=x", {}, 400, "the address has 'nmae', which is not known here: deadline_ms, name"),
+        (GOOD, f"?name={'x' * 257}", {}, 400, "name is a string of 256 characters at most, got 257"),
+        (GOOD, "?deadline_ms=soon", {}, 400, "deadline_ms is a finite number of milliseconds above 0, got 'soon'"),
+        (GOOD, "?deadline_ms=inf", {}, 400, "deadline_ms is a finite number of milliseconds above 0, got inf"),
+        (GOOD, "?deadline_ms=400000", {}, 400, "deadline_ms is at most 300000 on this server"),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+def test_a_picture_that_cannot_be_taken_is_refused_in_words(
+    server: ServerProcess, content: bytes, query: str, headers: dict[str, str], status: int, words: str
+) -> None:
+    answer = send(server, content, query, **headers)
+    assert (answer.status, answer.headers["Content-Type"]) == (status, "application/json")
+    assert words in answer.json["error"]
+
+
+def test_as_few_pictures_come_at_a_time_as_to_the_demo(server: ServerProcess) -> None:
+    """Clients that are silent hold all the room there is; the demo's pictures and the API's are counted together."""
+    head = "POST {} HTTP/1.1\r\nHost: localhost\r\nContent-Type: image/png\r\nContent-Length: 9\r\n\r\n"
+    paths = ["/demo/image", "/v2/models/certify/infer"]
+    with contextlib.ExitStack() as stack:
+        for i in range(MOST_READING):
+            silent = stack.enter_context(socket.create_connection((server.host, server.port)))
+            silent.sendall(head.format(paths[i % 2]).encode())
+        until(lambda: send(server, GOOD).status == 503)
+        refused = send(server, GOOD)
+        assert "32 pictures are on their way here" in refused.json["error"]
+        assert refused.headers["Retry-After"] == "1"
+        assert server.ask("POST", paths[0], GOOD).status == 503
+        body = certify_json(IMAGES[:1])
+        assert server.ask("POST", "/v2/models/predict/infer", body, **JSON).status == 200  # a tensor is no picture
+    until(lambda: send(server, GOOD).status == 200)
 
 
 def test_at_its_deadline_a_request_has_what_its_samples_bear_out(long: ServerProcess) -> None:

@@ -43,18 +43,9 @@ from densepure_rt.runtime.bundle import Plan
 from densepure_rt.runtime.noise import image_key, smoothing_law, smoothing_noise
 from densepure_rt.serving.api import Deadlines, make_app
 from densepure_rt.serving.decoders import Decoders
-from densepure_rt.serving.demo import (
-    MOST_READING,
-    MOST_WAITING,
-    Busy,
-    Demo,
-    Turns,
-    answered,
-    body,
-    facts,
-    smallest_batch,
-)
+from densepure_rt.serving.demo import Demo, answered, facts, smallest_batch
 from densepure_rt.serving.origins import LOOPBACK
+from densepure_rt.serving.pictures import MOST_READING, MOST_WAITING, Busy, Pictures, Turns, body
 from densepure_rt.serving.service import Service
 from densepure_rt.smoothing.classifier import SmoothedClassifier, load
 from densepure_rt.smoothing.settings import Settings
@@ -256,8 +247,12 @@ def request_of(*messages: dict[str, Any], query: str = "") -> Request:
     return Request(scope, receive)
 
 
+def demo_of(site: Site) -> Demo:
+    return Demo(site.service.served, "cpu", Pictures((1, 28, 28), Decoders()))
+
+
 def test_a_client_that_does_not_go_on_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("densepure_rt.serving.demo.BODY_SECONDS", 0.05)
+    monkeypatch.setattr("densepure_rt.serving.pictures.BODY_SECONDS", 0.05)
     slow = request_of({"type": "http.request", "body": b"a bit", "more_body": True})
     with pytest.raises(HTTPException, match="did not come within 0.05 s") as caught:
         asyncio.run(body(slow))
@@ -268,7 +263,7 @@ def test_nothing_more_is_drawn_for_a_client_that_is_gone(
     site: Site, image: LabelledImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent = {"type": "http.request", "body": png(image.pixels), "more_body": False}
-    demo = Demo(site.service.served, "cpu", Decoders())
+    demo = demo_of(site)
     drawn: list[int] = []
 
     def draw(pixels: Any, sample: int) -> dict[str, Any]:
@@ -286,7 +281,7 @@ def test_nothing_more_is_drawn_for_a_client_that_is_gone(
         with pytest.raises(ClientDisconnect):
             await ask(sent, {"type": "http.disconnect"})
         await asyncio.sleep(0.5)
-        demo.decoders.close()
+        demo.pictures.decoders.close()
 
     asyncio.run(ask_twice())
     assert len(drawn) <= 4  # one may have been under way
@@ -295,7 +290,7 @@ def test_nothing_more_is_drawn_for_a_client_that_is_gone(
 def test_the_samples_become_json_off_the_event_loop(
     site: Site, image: LabelledImage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    demo, rendered = Demo(site.service.served, "cpu", Decoders()), []
+    demo, rendered = demo_of(site), []
 
     class Recording(JSONResponse):
         def render(self, content: Any) -> bytes:
@@ -307,7 +302,7 @@ def test_the_samples_become_json_off_the_event_loop(
             sent = {"type": "http.request", "body": png(image.pixels), "more_body": False}
             return await demo.samples(request_of(sent, query="count=1"))
         finally:
-            demo.decoders.close()
+            demo.pictures.decoders.close()
 
     monkeypatch.setattr("densepure_rt.serving.demo.JSONResponse", Recording)
     answer = asyncio.run(ask())
@@ -316,7 +311,7 @@ def test_the_samples_become_json_off_the_event_loop(
 
 
 def test_few_pictures_come_at_a_time(site: Site, image: LabelledImage) -> None:
-    demo, sent = Demo(site.service.served, "cpu", Decoders()), png(image.pixels)
+    demo, sent = demo_of(site), png(image.pixels)
 
     async def many() -> None:
         silent = [asyncio.ensure_future(demo.image(request_of())) for _ in range(MOST_READING)]
@@ -329,7 +324,7 @@ def test_few_pictures_come_at_a_time(site: Site, image: LabelledImage) -> None:
         await asyncio.wait(silent)
         answer = await demo.image(request_of({"type": "http.request", "body": sent, "more_body": False}))
         assert answer.status_code == 200
-        demo.decoders.close()
+        demo.pictures.decoders.close()
 
     asyncio.run(many())
 

@@ -16,7 +16,7 @@ from densepure_rt.images.datasets import ImageSet, open_images
 from densepure_rt.keys import seeded_secret
 from densepure_rt.smoothing.certificate import Method
 from densepure_rt.smoothing.classifier import SmoothedClassifier, load
-from densepure_rt.smoothing.forecast import TYPICAL_P, calls_a_sample, forecast
+from densepure_rt.smoothing.forecast import TYPICAL_P, calls_a_sample, forecast, samples_left, typical_samples
 from densepure_rt.smoothing.settings import PAPER, Settings
 
 LABELS = (0, 1, 2)
@@ -162,3 +162,42 @@ def test_a_forecast_leaves_the_device_as_it_found_it(classifier: SmoothedClassif
     before = [result.certificate for result in classifier.certify_each(images, settings)]
     forecast(classifier, replace(settings, steps=3, sigma=0.25), 5)
     assert [result.certificate for result in classifier.certify_each(images, settings)] == before
+
+
+def test_what_is_left_narrows_as_images_finish_and_holds_what_they_take() -> None:
+    """Images like the typical ones, and others that take three times as many samples."""
+    rule = Settings(radii=(0.0, 0.25)).rule(784, labelled=True)
+    typical = typical_samples(rule)
+    draw, held, widths = random.Random(0), 0, list[list[float]]()
+    for trial in range(40):
+        factor = 3 if trial % 2 else 1
+        costs = [int(min(rule.samples[1], factor * draw.choice(typical))) for _ in range(100)]
+        found = [samples_left(rule, costs[:done], (), 100 - done) for done in (0, 30, 60, 90, 100)]
+        widths.append([each.most - each.least for each in found])
+        assert all(each.least <= each.expected <= each.most for each in found)
+        held += sum(
+            each.least <= sum(costs[done:]) <= each.most for done, each in zip((30, 60, 90), found[1:4], strict=True)
+        )
+    assert held >= 0.85 * 120  # two standard deviations, of costs with a heavy tail
+    before, *later = (sum(width) for width in zip(*widths, strict=True))  # one run may narrow less than others
+    assert before > 1.5 * later[0] > 1.5 * later[1] > 3 * later[2]
+    assert later[-1] == 0
+
+
+def test_an_image_that_took_long_is_expected_to_go_on() -> None:
+    rule = Settings(radii=(0.0, 0.25)).rule(784, labelled=True)
+    fewest, most = rule.samples
+    beyond = max(typical_samples(rule)) + 1
+    if beyond < most:
+        assert samples_left(rule, (), [int(beyond)], 0).expected == most - int(
+            beyond
+        )  # nothing that is known took more
+    at_start, later = (samples_left(rule, [64] * 50, [taken], 0) for taken in (0, 500))
+    assert later.expected > at_start.expected
+    assert at_start.least >= fewest
+    assert samples_left(rule, [64], [], 0) == (0, 0, 0)
+
+
+def test_a_rule_of_fixed_samples_leaves_nothing_open() -> None:
+    rule = Settings(method="fixed", n0=10, n=90).rule(784, labelled=True)
+    assert samples_left(rule, [100, 100], [40], 3) == (360, 360, 360)

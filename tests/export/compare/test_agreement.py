@@ -37,8 +37,9 @@ from densepure_rt.export.compare.agreement import (
 )
 from densepure_rt.export.convert.parity import SECRET
 from densepure_rt.export.convert.to_onnx import export_bundle
+from densepure_rt.export.models.check_images import made_up
 from densepure_rt.export.models.classifiers import ClassifierModel
-from densepure_rt.export.models.sources import Models, made_up
+from densepure_rt.export.models.sources import Models
 from densepure_rt.export.models.unets import DiffusionModel
 from densepure_rt.images.datasets import LabelledImage
 from densepure_rt.runtime.bundle import Bundle, open_bundle

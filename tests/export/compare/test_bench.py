@@ -39,8 +39,9 @@ from densepure_rt.export.compare.bench import (
 )
 from densepure_rt.export.compare.engine_run import EngineRun, flat, torch_settings
 from densepure_rt.export.models import reference
+from densepure_rt.export.models.check_images import made_up
 from densepure_rt.export.models.classifiers import zoo_classifier
-from densepure_rt.export.models.sources import Models, made_up
+from densepure_rt.export.models.sources import Models
 from densepure_rt.export.models.unets import zoo_unet
 from densepure_rt.runtime.bundle import Bundle, open_bundle, shipped_engine
 from densepure_rt.runtime.device import STEP_INPUTS, Batch

@@ -29,10 +29,11 @@ from densepure_rt.export.compare.denoising import (
 )
 from densepure_rt.export.convert.parity import noisy_states
 from densepure_rt.export.convert.precision import SIGMAS
+from densepure_rt.export.models.check_images import LARGE_IMAGE, made_up
 from densepure_rt.export.models.openai_unet import Architecture, Heads, OpenAIUNet, openai_schedule, resplit
-from densepure_rt.export.models.sources import LARGE_IMAGE, made_up
 from densepure_rt.export.models.unets import DiffusersNetwork, DiffusionModel, no_unet, zoo_unet
-from densepure_rt.export.zoo.models import CLASS_NAMES, new_unet
+from densepure_rt.export.zoo.make_data import CLASS_NAMES
+from densepure_rt.export.zoo.models import new_unet
 from densepure_rt.images.datasets import SHIPPED_SHAPE, open_images
 from densepure_rt.runtime.bundle import Denoising, Prediction
 from densepure_rt.runtime.noise import first_state

@@ -29,8 +29,9 @@ from densepure_rt.export.compare.procedure import (
     run_ours,
     run_published,
 )
+from densepure_rt.export.models.check_images import made_up
 from densepure_rt.export.models.classifiers import ClassifierModel
-from densepure_rt.export.models.sources import Models, made_up
+from densepure_rt.export.models.sources import Models
 from densepure_rt.export.models.unets import DiffusionModel, no_unet
 from densepure_rt.images.datasets import LabelledImage
 from densepure_rt.runtime.bundle import Bundle

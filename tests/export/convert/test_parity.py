@@ -14,6 +14,8 @@ from densepure_rt.export.convert import parity
 from densepure_rt.export.convert.parity import Difference
 from densepure_rt.export.convert.to_onnx import classifier_onnx, step_onnx
 from densepure_rt.export.models.classifiers import ClassifierModel
+from densepure_rt.export.models.reference import TorchReference
+from densepure_rt.export.models.source_check import as_function
 from densepure_rt.export.models.unets import DiffusionModel
 from densepure_rt.runtime.schedule import Schedule
 
@@ -89,7 +91,7 @@ def test_noisy_states_have_the_law_of_the_smoothed_image(sigma: float) -> None:
 
 
 def test_every_step_of_every_chain_is_compared_at_batch_one_and_n(engine: Path, pixels: NDArray[np.uint8]) -> None:
-    found = list(parity.step_differences(engine, diffusion(ToyUnet(1)), pixels))
+    found = list(parity.step_differences(engine, TorchReference(diffusion(ToyUnet(1))), pixels))
     steps = 3 * (1 + 2 + 10)  # noise levels, times the steps of the chains
     assert len([d for d in found if d.what.startswith("mean") and d.batch == 5]) == steps
     assert len([d for d in found if d.what.startswith("mean") and d.batch == 1]) == steps
@@ -102,11 +104,11 @@ def test_every_step_of_every_chain_is_compared_at_batch_one_and_n(engine: Path, 
 
 def test_engine_of_other_weights_is_found(engine: Path, pixels: NDArray[np.uint8]) -> None:
     with pytest.raises(CheckFailed, match="not what PyTorch computes"):
-        parity.check(list(parity.step_differences(engine, diffusion(ToyUnet(2)), pixels)), "fp32")
+        parity.check(list(parity.step_differences(engine, TorchReference(diffusion(ToyUnet(2))), pixels)), "fp32")
 
 
 def test_engine_that_errs_in_its_variance_alone_is_found(engine: Path, pixels: NDArray[np.uint8]) -> None:
-    found = list(parity.step_differences(engine, diffusion(ToyUnet(1, error=0.01)), pixels))
+    found = list(parity.step_differences(engine, TorchReference(diffusion(ToyUnet(1, error=0.01))), pixels))
     assert max(d.relative_l2 for d in found if d.what.startswith("mean")) < 1e-6
     with pytest.raises(CheckFailed, match=r"std, step at t = \d+"):
         parity.check(found, "fp32")
@@ -119,17 +121,17 @@ def test_engine_that_gives_nan_is_found(tmp_path: Path, pixels: NDArray[np.uint8
     path = tmp_path / "nan.onnx"
     path.write_bytes(step_onnx(diffusion(network)))
     with pytest.raises(CheckFailed, match=r"nan\.onnx gives NaN or Inf at t = 144"):
-        list(parity.step_differences(path, diffusion(network), pixels))
+        list(parity.step_differences(path, TorchReference(diffusion(network)), pixels))
 
 
 def test_classifier_is_compared_at_batch_one_and_n(tmp_path: Path, pixels: NDArray[np.uint8]) -> None:
     path = tmp_path / "toy.onnx"
     path.write_bytes(classifier_onnx(classifier(1)))
-    same = list(parity.classifier_differences(path, classifier(1), pixels))
+    same = list(parity.classifier_differences(path, as_function(classifier(1).network), pixels))
     assert sorted(d.batch for d in same) == [1, 5]
     assert parity.check(same, "fp32").relative_l2 < 1e-6
     with pytest.raises(CheckFailed, match="logits"):
-        parity.check(list(parity.classifier_differences(path, classifier(2), pixels)), "fp32")
+        parity.check(list(parity.classifier_differences(path, as_function(classifier(2).network), pixels)), "fp32")
 
 
 def test_check_returns_the_worst_and_names_it_when_it_is_too_much() -> None:

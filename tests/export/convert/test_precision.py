@@ -17,12 +17,14 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
 
 from densepure_rt.errors import CheckFailed, UsageError
-from densepure_rt.export.convert import parity, precision
-from densepure_rt.export.convert.precision import Feeds, cast, check_types, quantize_int8, to_fp8
-from densepure_rt.export.convert.to_onnx import Exported, classifier_onnx, export_bundle, step_onnx
-from densepure_rt.export.models.classifiers import ClassifierModel
+from densepure_rt.export.convert import casting, parity, precision
+from densepure_rt.export.convert.casting import cast
+from densepure_rt.export.convert.parity import Exported
+from densepure_rt.export.convert.precision import Feeds, check_types, quantize_int8, to_fp8
+from densepure_rt.export.convert.to_onnx import classifier_onnx, export_bundle, step_onnx
+from densepure_rt.export.models.check_images import Images
 from densepure_rt.export.models.onnx_graph import PRODUCT_OPS, nodes_within, refuse_for_tensorrt, types_of
-from densepure_rt.export.models.sources import Images, Models
+from densepure_rt.export.models.sources import Models
 from densepure_rt.export.models.unets import DiffusionModel
 from densepure_rt.images.datasets import LabelledImage
 from densepure_rt.runtime.bundle import open_bundle
@@ -32,66 +34,9 @@ from densepure_rt.runtime.onnx_device import OnnxDevice
 from densepure_rt.runtime.reverse import decide
 from densepure_rt.runtime.schedule import Schedule, make_chain
 from densepure_rt.smoothing.voting import Ballot
+from tests.support.precision_toys import IMAGE, ToyClassifier, ToyUnet, classifier, diffusion
 
-IMAGE = (1, 8, 8)
 TINY = {torch.float16: 2e-3, torch.bfloat16: 2e-2}  # a few units in the last place, relative
-
-
-class Block(nn.Module):
-    """A residual block with attention: group norm, convolution, functional attention and functional softmax."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm, self.conv = nn.GroupNorm(2, width), nn.Conv2d(width, width, 3, padding=1)
-        self.qkv, self.temb = nn.Linear(width, 3 * width), nn.Linear(16, width)
-
-    def forward(self, x: Tensor, temb: Tensor) -> Tensor:
-        x = x + self.conv(F.silu(self.norm(x))) + self.temb(temb)[:, :, None, None]
-        tokens = x.flatten(2).transpose(1, 2)
-        q, k, v = self.qkv(tokens)[:, None].chunk(3, dim=3)  # one head
-        tokens = tokens + F.scaled_dot_product_attention(q, k, v)[:, 0]
-        tokens = tokens + (torch.softmax(q @ k.transpose(2, 3) / 4, dim=-1) @ v)[:, 0]
-        output: Tensor = tokens.transpose(1, 2).reshape(x.shape)
-        return output
-
-
-class ToyUnet(nn.Module):
-    """What a published UNet does around its precision: it casts its time embedding to the type of its weights."""
-
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        self.conv_in, self.conv_out = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(16, 1, 3, padding=1)
-        self.time_embedding = nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 16))
-        self.block = Block(8)
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        angles = t[:, None] * torch.tensor([1.0, 0.3, 0.1, 0.03])
-        temb = self.time_embedding(torch.cat([angles.sin(), angles.cos()], 1).to(self.conv_in.weight.dtype))
-        x = self.conv_in(x)
-        return torch.tanh(self.conv_out(torch.cat([self.block(x, temb), x], 1))) + 0.1
-
-
-class ToyClassifier(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.body = nn.Sequential(nn.Conv2d(1, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU())
-        self.head = nn.Linear(8 * 16, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.body(x).flatten(1))
-        return logits
-
-
-def diffusion(seed: int = 0) -> DiffusionModel:
-    return DiffusionModel(
-        ToyUnet(seed).eval(), IMAGE, Schedule("linear", 1000), "fixed_small", "epsilon", (-1.0, 1.0), "0" * 64
-    )
-
-
-def classifier() -> ClassifierModel:
-    return ClassifierModel(ToyClassifier().eval(), IMAGE, ("a", "b", "c"), "1" * 64)
 
 
 def taken(network: nn.Module, name: str, *args: Tensor) -> Tensor:
@@ -280,7 +225,7 @@ def test_a_pattern_that_matches_no_module_is_refused() -> None:
 def test_the_exported_graph_computes_in_the_type_that_was_asked(kind: str, name: str) -> None:
     """The standard's own evaluator on the file, against the lowered module in PyTorch, and against float32."""
     model = diffusion()
-    network = cast(model.network, precision.DTYPES[kind])
+    network = cast(model.network, casting.DTYPES[kind])
     opset = precision.OPSETS[kind]
     content = step_onnx(
         DiffusionModel(network, IMAGE, model.schedule, "fixed_small", "epsilon", model.clip, "0" * 64), opset
@@ -305,8 +250,8 @@ def test_the_exported_graph_computes_in_the_type_that_was_asked(kind: str, name:
     for i in range(2):
         found = parity.eps_of(run, x[i : i + 1].numpy(), np.float32(t[i]))
         with torch.no_grad():
-            assert relative(found, network(x[i : i + 1], t[i : i + 1])) < TINY[precision.DTYPES[kind]]
-            assert relative(found, model.network(x[i : i + 1], t[i : i + 1])) < 2 * TINY[precision.DTYPES[kind]]
+            assert relative(found, network(x[i : i + 1], t[i : i + 1])) < TINY[casting.DTYPES[kind]]
+            assert relative(found, model.network(x[i : i + 1], t[i : i + 1])) < 2 * TINY[casting.DTYPES[kind]]
 
 
 def test_float32_graph_that_is_called_fp16_is_found(toy: Toy) -> None:

@@ -22,12 +22,13 @@ import densepure_rt
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.export.convert import to_onnx
 from densepure_rt.export.convert.build_options import BuildOptions
-from densepure_rt.export.convert.parity import file_labels, noisy_labels, torch_labels
+from densepure_rt.export.convert.parity import Exported, file_labels, noisy_labels
 from densepure_rt.export.convert.step_graph import StepGraph
-from densepure_rt.export.convert.to_onnx import Exported, classifier_onnx, export_bundle, step_onnx
+from densepure_rt.export.convert.to_onnx import classifier_onnx, export_bundle, step_onnx, torch_labels
 from densepure_rt.export.convert.to_tensorrt import build_plans
+from densepure_rt.export.models.check_images import Images
 from densepure_rt.export.models.classifiers import ClassifierModel, zoo_classifier
-from densepure_rt.export.models.sources import Images, Models
+from densepure_rt.export.models.sources import Models
 from densepure_rt.export.models.unets import DiffusionModel, no_unet, zoo_unet
 from densepure_rt.export.zoo.models import ZOO
 from densepure_rt.images.datasets import LabelledImage, open_images

@@ -22,7 +22,7 @@ from onnx import TensorProto, helper
 
 from densepure_rt.commands.export import export
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
-from densepure_rt.export.convert import to_onnx, to_tensorrt
+from densepure_rt.export.convert import lowering, to_onnx, to_precision, to_tensorrt
 from densepure_rt.export.convert.build_options import TILING, BuildOptions
 from densepure_rt.export.convert.to_onnx import contents, lowered
 from densepure_rt.export.convert.to_tensorrt import (
@@ -34,9 +34,10 @@ from densepure_rt.export.convert.to_tensorrt import (
     refuse_missing_dla,
     source_bundle,
 )
+from densepure_rt.export.models.check_images import CALIBRATION, Images
 from densepure_rt.export.models.classifiers import zoo_classifier
-from densepure_rt.export.models.onnx_graph import SCOPES, scopes
-from densepure_rt.export.models.sources import CALIBRATION, Images, Models
+from densepure_rt.export.models.onnx_graph import SCOPES, checked, scopes
+from densepure_rt.export.models.sources import Models
 from densepure_rt.export.models.unets import zoo_unet
 from densepure_rt.runtime.bundle import (
     Bundle,
@@ -47,8 +48,10 @@ from densepure_rt.runtime.bundle import (
     read_sidecar,
     sha256_of,
     shipped_engine,
+    sidecar_path,
 )
 from tests.support.bundles import engines_copied, write_sidecars
+from tests.support.cli import edit_sidecar, in_a_process
 
 trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
 
@@ -391,6 +394,76 @@ def test_a_precision_that_no_plan_has_is_refused_by_name(tmp_path: Path, kind: s
         source_bundle(tmp_path, kind)
 
 
+def copied(out: Path, **changes: object) -> None:
+    """The shipped float32 bundle in a folder; changes: of both sidecars."""
+    out.mkdir(exist_ok=True)
+    for name in ("unet.onnx", "classifier.onnx"):
+        for path in (SHIPPED.with_name(name), sidecar_path(SHIPPED.with_name(name))):
+            shutil.copy(path, out)
+        if changes:
+            edit_sidecar(out / name, **changes)
+
+
+def lowering_to(out: Path, made: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a bundle be lowered into `out` by copying the shipped one, noting from what."""
+
+    def lower_bundle(bundle: Bundle, out: Path, kind: str, *_: object, **__: object) -> SimpleNamespace:
+        made.append(f"{kind} of {bundle.unet_path}")
+        copied(out)
+        return SimpleNamespace(unet=out / "unet.onnx")
+
+    monkeypatch.setattr(to_precision, "lower_bundle", lower_bundle)
+
+
+def test_plans_of_the_model_that_ships_are_fp16_unless_told_and_it_is_said(tmp_path: Path) -> None:
+    said: list[str] = []
+    assert source_bundle(tmp_path, say=said.append).unet_path == SHIPPED.with_name("unet.fp16.onnx")
+    assert said == ["building the model that ships in fp16, as GPUs run it; `precision` fp32 is for float32"]
+    copied(tmp_path)  # as in a checkout, where --out is the folder of the shipped engines
+    assert source_bundle(tmp_path, say=said.append).unet_path == SHIPPED.with_name("unet.fp16.onnx")
+    said.clear()
+    assert source_bundle(tmp_path, "fp32", say=said.append).unet_path == tmp_path / "unet.onnx"
+    assert source_bundle(tmp_path, "fp16", say=said.append).unet_path == SHIPPED.with_name("unet.fp16.onnx")
+    assert source_bundle(tmp_path / "other", "fp32", say=said.append).unet_path == SHIPPED
+    assert source_bundle(tmp_path / "other", engine=tmp_path / "unet.onnx", say=said.append).unet.precision == "fp32"
+    assert said == []
+
+
+def test_plans_of_another_model_are_in_its_own_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    lowering_to(tmp_path, made, monkeypatch)
+    copied(tmp_path, weights_sha256="a" * 64)
+    assert source_bundle(tmp_path).unet_path == tmp_path / "unet.onnx"
+    source_bundle(tmp_path, "fp16")
+    assert made == [f"fp16 of {tmp_path / 'unet.onnx'}"]
+
+
+def test_a_precision_that_is_not_there_is_made_of_the_float32_engines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    lowering_to(tmp_path, made, monkeypatch)
+    source_bundle(tmp_path / "out", "int8")
+    source_bundle(tmp_path / "out", "bf16", engine=SHIPPED)
+    assert made == [f"int8 of {SHIPPED}", f"bf16 of {SHIPPED}"]
+
+
+def test_a_plan_is_no_source_of_plans(tmp_path: Path, built: tuple[Path, float]) -> None:
+    with pytest.raises(UsageError, match=r"unet\.rtx\.plan is a plan: give the ONNX engine"):
+        source_bundle(tmp_path, engine=built[0] / "unet.rtx.plan")
+
+
+def test_the_shipped_fp16_bundle_is_built_where_pytorch_cannot_be_imported(tmp_path: Path) -> None:
+    given = ("--target", "tensorrt-rtx", "--out", tmp_path, "--compute-capability", "8.9", "--batch", 4)
+    done = in_a_process("export", *given, without=("torch", "diffusers", "onnxruntime"))
+    assert done.returncode == 0, done.stderr
+    assert "building the model that ships in fp16, as GPUs run it; --precision fp32 is for float32" in done.stderr
+    plan = read_sidecar(tmp_path / "unet.fp16.rtx.plan").plan
+    assert plan is not None
+    assert plan.types["HALF"] > 0.9 * sum(plan.types.values())
+    assert plan.onnx == open_bundle(SHIPPED.with_name("unet.fp16.onnx")).unet.file
+
+
 def test_a_failed_step_engine_leaves_no_classifier_plan_behind(tmp_path: Path) -> None:
     bundle = open_bundle(SHIPPED)
     wrong = dataclasses.replace(bundle.unet, file=FileRef("unet.onnx", "0" * 64))
@@ -461,6 +534,16 @@ def test_a_quantized_graph_for_the_cpu_is_refused_by_name(tmp_path: Path) -> Non
     )
     with pytest.raises(CheckFailed, match="quantize_mean has UINT8 values; TensorRT takes S8"):
         built_from(toy_bundle(tmp_path, constants[0], (constants[1], quantize, back)), tmp_path / "out")
+
+
+@pytest.mark.parametrize(("kind", "multiplied"), [("fp16", "HALF"), ("bf16", "BF16")])
+def test_a_lowered_graph_is_built(tmp_path: Path, kind: str, multiplied: str) -> None:
+    for name in ("unet.onnx", "classifier.onnx"):
+        content = checked(lowering.lowered(onnx.load(SHIPPED.with_name(name)), kind))
+        options = BuildOptions(batches=(8,))
+        plan, types = build(trt, "tensorrt-rtx", content, tmp_path / name, kind, options, ("8.9",))
+        assert plan[:4] == b"vtrt"
+        assert types[multiplied] > 0.9 * sum(types.values())
 
 
 CIFAR_SIZED = """

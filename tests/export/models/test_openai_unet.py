@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from densepure_rt.errors import DensePureError, UsageError
+from densepure_rt.export.convert.casting import cast
 from densepure_rt.export.convert.parity import noisy_states
-from densepure_rt.export.convert.precision import cast
 from densepure_rt.export.convert.step_graph import StepGraph
 from densepure_rt.export.convert.to_onnx import step_onnx
 from densepure_rt.export.models.checkpoints import load_into, read_state_dict

@@ -27,31 +27,34 @@ from densepure_rt.cli import main
 from densepure_rt.errors import UsageError
 from densepure_rt.export.convert import to_onnx
 from densepure_rt.export.convert.to_onnx import step_onnx
+from densepure_rt.export.models.check_images import (
+    LABEL_IMAGES,
+    LARGE_IMAGE,
+    PARITY_IMAGES,
+    calibration_pixels,
+    check_images,
+    comparison_images,
+    made_up,
+)
 from densepure_rt.export.models.classifiers import ClassifierModel, zoo_classifier
 from densepure_rt.export.models.model_options import ModelOptions
 from densepure_rt.export.models.openai_unet import Architecture, Heads, OpenAIUNet
 from densepure_rt.export.models.programs import load_callable
 from densepure_rt.export.models.sources import (
     CLASSIFYING,
-    LABEL_IMAGES,
-    LARGE_IMAGE,
     LAYOUT,
-    PARITY_IMAGES,
     TRAINING,
     Models,
-    calibration_pixels,
-    check_images,
     clip_of,
-    comparison_images,
     image_of,
-    made_up,
     open_models,
     open_unet,
     scale_of,
     steps_of,
 )
 from densepure_rt.export.models.unets import DiffusersNetwork, NoNetwork, no_unet, zoo_unet
-from densepure_rt.export.zoo.models import CLASS_NAMES, ZOO
+from densepure_rt.export.zoo.make_data import CLASS_NAMES
+from densepure_rt.export.zoo.models import ZOO
 from densepure_rt.images.datasets import SHIPPED_SHAPE, open_images
 from densepure_rt.runtime.bundle import StepSidecar, read_sidecar, sha256_of, shipped_engine
 from densepure_rt.runtime.device import STEP_INPUTS, STEP_OUTPUTS
