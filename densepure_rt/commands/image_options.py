@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from densepure_rt.commands.groups import TypedOptions
+from densepure_rt.commands.groups import TypedOptions, Value, as_plain
 from densepure_rt.commands.options import IMAGES
 from densepure_rt.errors import UsageError
 
@@ -77,6 +77,10 @@ class ImageOptions(TypedOptions):
         ),
     ] = None
 
+    def kept(self) -> dict[str, Value]:
+        """Return what a run keeps of one image file that was named without an option; several are named again."""
+        return {"images": as_plain(self.files[0])} if self.files and len(self.files) == 1 else {}
+
     def open(self, smoothed: SmoothedClassifier) -> ImageSet:
         """Open the images that are asked for, of the size and with the class names of the engines.
 
@@ -86,7 +90,7 @@ class ImageOptions(TypedOptions):
         from densepure_rt.images.datasets import open_images
         from densepure_rt.runtime.bundle import read_class_names
 
-        if self.files and self.images is not None:
+        if self.files and "images" in self.typed:
             raise UsageError("image files and --images were named: give one of them")
         if self.labels is not None:
             smoothed.name_classes(read_class_names(self.labels, len(smoothed.class_names)))

@@ -136,9 +136,11 @@ def identity_of(
 
 
 def images_identity(images: ImageSet) -> ImagesIdentity:
-    """Hash the images, all being read; those that cannot be are named."""
+    """Hash the images, all being read; those that cannot be are named. Raises UsageError where none can be read."""
     sha256, how = images.sha256(), images.prepared
     unreadable = tuple(idx for idx in images.order if idx in images.unhashed or idx in images.unreadable)
+    if images.unreadable and len(unreadable) == len(images):
+        raise UsageError(next(iter(images.unreadable.values())))
     prepared = PreparedIdentity(how.fit, how.convert, how.background, PILLOW)
     return ImagesIdentity(len(images), sha256, unreadable or None, prepared if how else None)
 

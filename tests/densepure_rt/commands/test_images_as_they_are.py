@@ -102,6 +102,11 @@ def test_files_are_named_without_an_option(folder: Path, tmp_path: Path) -> None
     done = run("certify", "a.png", "--out", tmp_path / "run", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert manifest(tmp_path / "run")["identity"]["images"]["count"] == 1
+    assert cli("certify", "--resume", "--out", tmp_path / "run").returncode == 0
+    done = run("certify", "a.png", "ü d.png", "--out", tmp_path / "two", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    done = cli("certify", "a.png", "ü d.png", "--resume", "--out", tmp_path / "two", cwd=folder)
+    assert done.returncode == 0, done.stderr
     done = run("predict", "a.png", "--images", folder, cwd=folder)
     assert (done.returncode, "give one of them" in done.stderr) == (2, True)
 
