@@ -22,6 +22,7 @@ PINS := constraints.txt
 DEV := $(ENV)/.installed
 TOOLS := .venv-tools/.installed
 EDGE := .venv-edge/.installed
+DOCS := .venv-docs/.installed
 # Files in their order: those that take longest are not those with most tests, and come early.
 SPREAD = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 DEV_EXTRAS := cpu,export,report,cluster,serve,dev
@@ -29,7 +30,7 @@ DEV_EXTRAS := cpu,export,report,cluster,serve,dev
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo accuracy table paired load soak test test-fast test-slow fuzz test-gpu pack-gpu lint test-pythons demo-pythons \
-  lock check-install sbom licences zoo engines schemas clean distclean python
+  lock check-install sbom licences docs pictures zoo engines schemas clean distclean python
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,7 +39,7 @@ demo: $(USE) ## certify ten real images on the shipped engines, without torch an
 	rm -rf runs/demo
 	.venv/bin/densepure-rt certify $(DEMO)
 
-accuracy: $(USE) ## the README's table of certified accuracy (an hour on two cores)
+accuracy: $(USE) ## the second table of docs/project/accuracy.md (an hour on two cores)
 	for sigma in 0.25 0.5; do for steps in 1 2; do \
 	  .venv/bin/densepure-rt certify --method fixed --sigma $$sigma --steps $$steps --votes 5 --n 1000 --skip 5 --max 100 \
 	    --seed 1 --out runs/accuracy/sigma$$sigma-steps$$steps || exit; \
@@ -117,6 +118,13 @@ sbom: $(EDGE) $(TOOLS) ## write runs/sbom.json (CycloneDX): what requirements-ed
 licences: $(DEV) ## write docs/licences.md from the metadata of the installed packages
 	$(ENV)/bin/python -m tests.licences
 
+docs: $(DOCS) ## build the documentation into build/docs; a warning is an error
+	.venv-docs/bin/python -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "wrote build/docs/index.html"
+
+pictures: $(DEV) ## draw the pictures of README and docs from a real certificate
+	$(ENV)/bin/python -m tests.pictures
+
 zoo: $(DEV) ## train the default model into runs/zoo, or go on where it stopped (hours)
 	$(ENV)/bin/python -m densepure_rt.export.zoo.train --out runs/zoo
 
@@ -128,7 +136,7 @@ engines: $(DEV) ## export the default model's weights to engines/, and write the
 	$(ENV)/bin/densepure-rt export --precision fp16 --engine engines/unet.onnx --out engines --force
 
 clean: ## remove build outputs and caches; runs/ stays
-	rm -rf build dist *.egg-info .mypy_cache .import_linter_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf build dist docs/_generated *.egg-info .mypy_cache .import_linter_cache .ruff_cache .pytest_cache .hypothesis
 	find densepure_rt export runtime tests -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## clean, and remove the virtual environments
@@ -169,6 +177,13 @@ $(EDGE): pyproject.toml requirements-edge.txt | python
 	.venv-edge/bin/python $(PIP_INSTALL) --no-deps .
 	rm -rf build
 	.venv-edge/bin/densepure-rt doctor
+	@touch $@
+
+# Sphinx and MyST need Python 3.11.
+$(DOCS): pyproject.toml constraints.txt | python
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make docs needs Python 3.11 or newer: name one: make docs PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python $(PIP_INSTALL) -c constraints.txt -e ".[docs]"
 	@touch $@
 
 $(TOOLS): Makefile | python

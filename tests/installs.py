@@ -132,7 +132,7 @@ def stranger(home: Path) -> dict[str, str]:
 def compile_command(uv: str, chosen: Sequence[str], constraints: Path | None) -> list[str]:
     """`uv pip compile` of these extras."""
     words = [uv, "pip", "compile", "--no-config", "--quiet", "--python", sys.executable]
-    words += ["--prerelease", "disallow", "--no-header", "--no-annotate", str(ROOT / "pyproject.toml")]
+    words += ["--prerelease", "explicit", "--no-header", "--no-annotate", str(ROOT / "pyproject.toml")]
     words += [word for extra in chosen for word in ("--extra", extra)]
     return words + ([] if constraints is None else ["--constraints", str(constraints)])
 

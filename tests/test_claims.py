@@ -51,6 +51,7 @@ SOURCES = sorted(
     if not (top == "densepure_rt" and path.relative_to(ROOT).parts[1] in ("export", "runtime"))  # links
 )
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+NOISE = (ROOT / "docs" / "concepts" / "noise-and-secrets.md").read_text(encoding="utf-8")
 
 # What is rounded to the nearest where it is printed. None of it claims anything: times, speeds, counts, sizes, places
 # on a page, sigma, what a network was declared with. A claim goes through `densepure_rt.rounding` instead.
@@ -59,10 +60,10 @@ NO_CLAIM = {
     "densepure_rt/cluster/ray_workers.py": "some.get(name, 0) | timeout",
     "densepure_rt/commands/bench_tables.py": """100 * found.main_thread | 100 * full | 100 * route.of_peak |
         100 * stage.share | 1000 * route.seconds.lower | 1000 * route.seconds.median | 1000 * route.seconds.upper |
-        1000000.0 * seconds.lower | 1000000.0 * seconds.median | 1000000.0 * seconds.upper | cost.lower | cost.median |
-        cost.unet_calls | cost.upper | found.ours.samples |
-        found.samples_judged | found.sigma | gflops | load | number | others | ratio.lower | ratio.median |
-        ratio.upper | route.gflops | work""",
+        1000000.0 * seconds.lower | 1000000.0 * seconds.median | 1000000.0 * seconds.upper | cost.lower |
+        cost.median | cost.unet_calls | cost.upper | found.ours.samples | found.samples_judged | found.sigma |
+        gflops | load | ms | ms / total | number | others | ratio.lower | ratio.median | ratio.upper | route.gflops |
+        total | work""",
     "densepure_rt/commands/certify.py": "2 * sigma | sigma | summary.samples | value",
     "densepure_rt/commands/diagnosis.py": "seconds",
     "densepure_rt/commands/export.py": """error | found.error[sigma] | found.other_error[sigma] |
@@ -95,6 +96,7 @@ NO_CLAIM = {
     "export/zoo/train.py": "smooth_loss",
     "runtime/noise.py": "float(std)",
     "runtime/schedule.py": "sigma | timestep",
+    "runtime/tensorrt_device.py": "needed | room",
 }
 
 
@@ -368,11 +370,11 @@ def test_the_server_claims_no_more_than_was_found() -> None:
     assert 0 <= 1 - Fraction(BOUND) - Fraction(float(confidence)) < Fraction(1, 10**15)
 
 
-# Figures of the README that follow from others
+# Figures of README and docs that follow from others
 
 
-def test_the_charge_in_the_readme_is_that_of_the_defaults_rounded_up() -> None:
-    (said,) = re.findall(r"([\d.]+e-\d+) at the defaults", README)
+def test_the_charge_in_the_docs_is_that_of_the_defaults_rounded_up() -> None:
+    (said,) = re.findall(r"([\d.]+e-\d+) at the defaults", NOISE)
     charge = Settings().rule(28 * 28, True).charge
     assert charge <= float(said) <= 1.1 * charge
 

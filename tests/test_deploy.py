@@ -1,4 +1,4 @@
-"""docs/deploy.md: what a data set costs follows from its inputs, and those are what docs/performance.md says."""
+"""docs/deploy.md: capacity follows from what docs/performance.md states. docs/guides/serving.md: the systemd unit."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = (ROOT / "docs/deploy.md").read_text(encoding="utf-8")
+SERVING = (ROOT / "docs/guides/serving.md").read_text(encoding="utf-8")
 PERFORMANCE = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
 GFLOP = {"CIFAR-10": 16.8, "ImageNet": 2240.0}  # a UNet call
 TFLOPS = {"H100 SXM": 989.0, "A100": 312.0}  # dense, in 16 bit
 SHARE_OF_PEAK = 0.4
-COLUMNS = ["data set, images", "GPU", "UNet calls a second (prediction)", "procedure", "UNet calls a certificate"]
+COLUMNS = ["data set, images", "GPU", "UNet calls per second (prediction)", "procedure", "UNet calls per certificate"]
 COLUMNS += ["GPU-hours", "GPUs for a day"]
 
 
@@ -83,7 +84,7 @@ def test_the_roofline_is_that_of_the_performance_page() -> None:
 
 def test_samples_and_calls_are_those_of_the_performance_page() -> None:
     assert {calls(row)[0] for row in ROWS} == {254, 100_100}
-    assert "with 254 samples in the mean" in PERFORMANCE
+    assert "with 254 samples on average" in PERFORMANCE
     assert "| published, priced     100,100  40,040,000".lstrip("| ") in PERFORMANCE
     assert 100_100 * 400 == 40_040_000
     for procedure, nothing_shared, agreeing in (("K = 5, b = 2", 10, 4), ("K = 40, b = 10", 400, 181)):
@@ -96,7 +97,7 @@ def test_samples_and_calls_are_those_of_the_performance_page() -> None:
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
 def test_the_unit_is_one_that_systemd_takes(tmp_path: Path) -> None:
-    found = re.search(r"^```ini\n(\[Unit\].*?)^```", DEPLOY, re.DOTALL | re.MULTILINE)
+    found = re.search(r"^```ini\n(\[Unit\].*?)^```", SERVING, re.DOTALL | re.MULTILINE)
     assert found is not None
     program = re.search(r"^ExecStart=(\S+)", found[1], re.MULTILINE)
     assert program is not None

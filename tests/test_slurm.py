@@ -1,4 +1,4 @@
-"""The scripts of docs/deploy.md, section Slurm: their bash, their commands, and what they come to on one machine."""
+"""The scripts of docs/guides/slurm.md: their bash, their commands, and what they come to on one machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FENCE = re.compile(r"^```bash\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 def scripts() -> list[str]:
     """Those of the section: the job array, the merge, and how they are submitted."""
-    text = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "guides" / "slurm.md").read_text(encoding="utf-8")
     section = re.search(r"^## Slurm\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)
     assert section
     return FENCE.findall(section[1])

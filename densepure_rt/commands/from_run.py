@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from densepure_rt.commands.console import command, stderr
 from densepure_rt.commands.groups import Elsewhere, Value, named, typed_before
 from densepure_rt.errors import UsageError
-from densepure_rt.text import printable
 
 if TYPE_CHECKING:
     from densepure_rt.commands.options import RunOptions
     from densepure_rt.smoothing.settings import Settings
 
 PRESET = ("steps", "votes", "method", "n0", "n")  # what --preset says
-FILES = ("images", "engine", "classifier")  # options that name what may have been moved
+PATHS = ("images", "engine", "classifier", "labels", "labels-csv")  # options that name what may have been moved
 # Options of one call, no part of what is run. No folder that somebody else made may say the last four: a cluster is
 # sent code, and a plan that is trusted is code. Nor does any result depend on them.
 OF_A_CALL = (
@@ -48,6 +47,8 @@ def to_keep(asked: RunOptions, settings: Settings) -> dict[str, Value]:
         given |= {name: getattr(settings, name) for name in PRESET}
     if RULES[settings.method].anytime:
         given.pop("n0", None)
+    if not given.get("convert") and given.get("fit") != "pad":
+        given.pop("background", None)
     return given
 
 
@@ -57,14 +58,16 @@ def taken(run: Path, typed: Collection[str], configured: Collection[str]) -> Ite
 
     if not (run / MANIFEST).exists():
         return
-    known = named(command("certify"))
+    known, sources = named(command("certify")), {"images", "files"}
+    if not sources.isdisjoint(configured) or not sources.isdisjoint(typed):
+        configured = sources.union(configured)
     options = {
         name: value
         for name, value in options_of(run).items()
         if name not in configured and known.get(name) not in typed
     }
     say(run, options)
-    for name in FILES:
+    for name in PATHS:
         if name in options:
             there(run, name, options[name])
     yield Elsewhere(f"the run in {run}", options, as_typed=False)
@@ -73,12 +76,21 @@ def taken(run: Path, typed: Collection[str], configured: Collection[str]) -> Ite
 def file_of(run: Path, name: str, given: Path | None) -> Path | None:
     """Return the file that was named, else the one that a run was made with, and say so; None for the shipped one.
 
-    name: of the option, one of FILES. Raises UsageError where nothing is there any more.
+    name: of the option, one of PATHS. Raises UsageError where nothing is there any more.
     """
     if given is not None or (recorded := options_of(run).get(name)) is None:
         return given
     say(run, {name: recorded})
     return there(run, name, recorded)
+
+
+def images_of(run: Path, given: Path | None) -> Path | Sequence[Path] | None:
+    """As `file_of` for images, which may have been named one by one."""
+    files = options_of(run).get("files")
+    if given is not None or not isinstance(files, list | tuple):
+        return file_of(run, "images", given)
+    say(run, {"files": files})
+    return [Path(file) for file in files]
 
 
 def there(run: Path, name: str, recorded: Value) -> Path:
@@ -96,5 +108,7 @@ def say(run: Path, options: Mapping[str, Value]) -> None:
     """Say which options are taken from a run."""
     if not options:
         return
-    words = " ".join(f"--{name} {printable(str(value))}" for name, value in options.items())
-    stderr.print(f"as the run in {run} was made: {words}")
+    files = options.get("files")
+    words = [f"--{name} {value}" for name, value in options.items() if name != "files"]
+    words += files if isinstance(files, list | tuple) else []
+    stderr.print(f"as the run in {run} was made: {' '.join(words)}")

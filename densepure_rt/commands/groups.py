@@ -16,8 +16,9 @@ import typer
 from densepure_rt.errors import UsageError
 from densepure_rt.text import printable
 
-Value = str | int | float | bool
+Value = str | int | float | bool | Sequence[str]
 Command = Any  # Click's, which Typer has a copy of in some versions
+FILES = "files"  # the argument that names image files: in a file of options it is one
 CLICK_ERROR: Any = typer.BadParameter.__mro__[1]  # Click's UsageError: of any option
 
 
@@ -77,7 +78,11 @@ def made(
 ) -> dict[str, Any]:
     """Make the groups of a command of the values of its parameters."""
     names = {key: name for name, key in named(context.command).items()}
-    plain = {names[name]: as_plain(value) for name, value in given.items() if name in names and value is not None}
+    plain = {
+        names[name]: as_plain(value)
+        for name, value in given.items()
+        if name in names and value not in (None, []) and value is not False
+    }
     extra = {"typed": typed, "given": plain}
     return {
         name: group(
@@ -97,15 +102,18 @@ def fill(given: dict[str, Any], typed: frozenset[str], found: Elsewhere, command
 
     Raises UsageError for an option that is none of the command's, or of another type.
     """
-    known, arguments = named(command), []
+    known, arguments, files = named(command), list[str](), list[str]()
     for name, value in found.options.items():
         if name not in known:
             raise UsageError(f'{found.where} names "{printable(name)}", which is no option of this command')
-        text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-        if known[name] not in typed and value is not False:
+        several = isinstance(value, list | tuple)
+        text = ",".join(map(str, value)) if several else str(value)
+        if name == FILES and known[name] not in typed:
+            files += map(str, value) if several else [text]
+        elif known[name] not in typed and value is not False:
             arguments.append(f"--{name}" if value is True else f"--{name}={text}")
     try:
-        context = command.make_context("", arguments)
+        context = command.make_context("", [*arguments, "--", *files])
     except CLICK_ERROR as error:
         raise UsageError(f"{found.where} does not fit: {printable(error.format_message())}") from None
     filled = {known[name] for name in found.options} - typed
@@ -114,8 +122,8 @@ def fill(given: dict[str, Any], typed: frozenset[str], found: Elsewhere, command
 
 
 def named(command: Command) -> dict[str, str]:
-    """The parameters of a command that are options, by the long names of these without their dashes."""
-    options = (each for each in command.params if each.param_type_name == "option")
+    """The parameters of a command that are options, by the long names of these without their dashes, and its files."""
+    options = (each for each in command.params if each.param_type_name == "option" or each.name == FILES)
     return {max(each.opts, key=len).lstrip("-"): each.name for each in options}
 
 
@@ -130,6 +138,8 @@ def as_plain(value: Any) -> Value:
     """Turn an option's value into one that JSON and TOML have; a path into an absolute one."""
     if isinstance(value, Path):
         return os.path.abspath(value)
+    if isinstance(value, list | tuple):
+        return [str(as_plain(one)) for one in value]
     return value if isinstance(value, bool | int | float) else str(value)
 
 

@@ -11,7 +11,7 @@ import typer
 
 from densepure_rt.commands.audit import warn_of_other_arithmetic
 from densepure_rt.commands.console import rows, stderr, stdout
-from densepure_rt.commands.from_run import FILES, file_of
+from densepure_rt.commands.from_run import file_of, images_of
 from densepure_rt.commands.options import Json, RunImages, RunPath
 from densepure_rt.errors import CheckFailed, EnvironmentFault, UsageError
 from densepure_rt.text import all_printable, printable, tsv_cell
@@ -50,10 +50,8 @@ def replay(
     if batch is None and identity.arithmetic is not None:
         batch = identity.arithmetic.batch
     place = sample + (identity.rule.n0 or 0)
-    images, engine, classifier = (
-        file_of(run, name, given) for name, given in zip(FILES, (images, engine, classifier), strict=True)
-    )
-    chosen = open_images(images, identity.image, identity.class_names, identity.images.preparation)
+    engine, classifier = file_of(run, "engine", engine), file_of(run, "classifier", classifier)
+    chosen = open_images(images_of(run, images), identity.image, identity.class_names, identity.images.preparation)
     idx = idx_of(image, chosen, run)
     counted = counted_label(run, idx, place, identity.rule.most_samples)
     engine = engine or shipped_engine_of(identity.engine.sha256)

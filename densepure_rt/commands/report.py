@@ -10,7 +10,7 @@ import typer
 
 from densepure_rt.commands.compare import ALSO
 from densepure_rt.commands.console import stdout
-from densepure_rt.commands.from_run import file_of
+from densepure_rt.commands.from_run import file_of, images_of
 from densepure_rt.errors import EnvironmentFault, UsageError
 
 if TYPE_CHECKING:
@@ -60,8 +60,8 @@ def report(
         first = reports[0].source
         if not isinstance(first, Run):
             raise UsageError(f"--gallery draws samples again, and {first.path} was imported: name an own run first")
-        images, engine = (file_of(first.path, name, given) for name, given in (("images", images), ("engine", engine)))
-        pictures = shown_again(first, gallery, secret_of(first.path, first.manifest), engine, images)
+        engine, certified = file_of(first.path, "engine", engine), images_of(first.path, images)
+        pictures = shown_again(first, gallery, secret_of(first.path, first.manifest), engine, certified)
     makers: Mapping[str, Callable[[], str | bytes]] = {
         "png": lambda: accuracy_png(reports),
         "svg": lambda: accuracy_chart(reports, alone=True),

@@ -28,7 +28,9 @@ class Shown:
     replayed: Replayed
 
 
-def gallery(run: Run, count: int, secret: bytes, engine: Path | None, images: Path | None) -> list[Shown]:
+def gallery(
+    run: Run, count: int, secret: bytes, engine: Path | None, images: Path | Sequence[Path] | None
+) -> list[Shown]:
     """`count` images of the run with their first sample. engine: the run's; images: those that it certified.
 
     Raises UsageError when the images or the classifier are others, CheckFailed when the engine is.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -73,7 +73,7 @@ class RunRequest:
     budget: Budget = UNLIMITED
     shard: Shard | None = None
     falsify: float | None = None
-    options: Mapping[str, str | int | float | bool] | None = None
+    options: Mapping[str, str | int | float | bool | Sequence[str]] | None = None
 
     @property
     def mine(self) -> ImageSet:

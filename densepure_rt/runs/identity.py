@@ -7,7 +7,7 @@ import json
 import math
 import platform
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ OPTIONS = {  # fields of the identity that are parameters as they stand
     **{"budget_seconds.image": "budget", "budget_seconds.run": "run_budget", "public_seed": "seed"},
 }
 CHOSEN_BY = {  # other fields, with the options that a run's manifest has of them
-    "images": ("images", "skip", "max"),
+    "images": ("images", "files", "skip", "max", "fit", "convert", "background", "labels-csv"),
     "engine": ("engine",),
     "classifier": ("classifier",),
     "runs_on": ("provider",),
@@ -66,7 +66,7 @@ def manifest_of(
     budget: Budget,
     seed: int | None,
     shard: Shard | None = None,
-    options: Mapping[str, str | int | float | bool] | None = None,
+    options: Mapping[str, str | int | float | bool | Sequence[str]] | None = None,
 ) -> Manifest:
     """What is to be run. `identity` is all that a result depends on; `provenance` is who runs it where and when.
 

@@ -284,7 +284,7 @@ class Provenance:
     left_out: tuple[LeftOut, ...] | None = None
     grey_repeated: Count | None = None
     images_named: bool | None = None
-    options: Mapping[Text, Text | int | float | bool] | None = None
+    options: Mapping[Text, Text | int | float | bool | tuple[Text, ...]] | None = None
 
     @property
     def of_shards(self) -> bool:

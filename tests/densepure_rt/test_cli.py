@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-import re
-import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -91,31 +89,6 @@ def test_what_is_not_known_exits_2(arguments: list[str]) -> None:
     done = in_a_process(*arguments)
     assert (done.returncode, done.stdout) == (2, "")
     assert "Usage" in done.stderr
-
-
-def commands_of(document: str) -> Iterator[list[str]]:
-    """The words of every `densepure-rt` command in a document, in its code blocks and in running text."""
-    text = (ROOT / document).read_text(encoding="utf-8")
-    fence = re.compile(r"^```[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
-    lines = [line for block in fence.findall(text) for line in block.replace("\\\n", " ").splitlines()]
-    for line in [*lines, *re.findall(r"`([^`]+)`", fence.sub("", text))]:
-        found = re.match(r"\s*(?:\$ )?(?:\S*/)?densepure-rt (.*)", line, re.DOTALL)
-        if found:
-            words = shlex.split(found[1], comments=True)
-            end = next((i for i, word in enumerate(words) if re.match(r"[0-9]?[|&;<>]", word)), len(words))
-            yield words[:end]
-
-
-@pytest.mark.parametrize("document", ["README.md", "docs/deploy.md", "docs/performance.md"])
-def test_every_command_in_a_document_parses(document: str) -> None:
-    known = commands()
-    for name, *arguments in filter(None, commands_of(document)):
-        if name.startswith("-"):
-            assert name in ("--version", "--help", "-h")
-            continue
-        assert name in known
-        arguments = [word for word in arguments if word not in ("-h", "--help")]
-        known[name].make_context(name, arguments)  # raises on an option or a value that does not exist
 
 
 def test_the_help_of_export_names_the_extra() -> None:

@@ -134,6 +134,22 @@ def test_what_has_moved_is_named_anew(half: Path, made: Path, tmp_path: Path) ->
     assert went_on(cli("certify", "--resume", "--out", half, *again), half, made)
 
 
+def test_a_run_of_files_that_were_named_one_by_one_goes_on_with_them(made: Path, tmp_path: Path) -> None:
+    files = [made / "images" / f"{i}.png" for i in (3, 1)]
+    started = cli("certify", *files, *TINY, "--fit", "pad", "--background", "black", "--out", tmp_path / "run")
+    assert started.returncode == 0, started.stderr
+    kept = manifest(tmp_path / "run")["provenance"]["options"]
+    assert (kept["files"], kept["fit"], kept["background"]) == (list(map(str, files)), "pad", "black")
+    done = cli("certify", "--resume", "--out", tmp_path / "run")
+    assert (done.returncode, done.stdout) == (0, started.stdout), done.stderr
+    assert str(files[0]) in done.stderr
+    done = cli("replay", tmp_path / "run", "--image", 1)
+    assert done.returncode == 0, done.stderr
+    done = cli("certify", "--resume", "--out", tmp_path / "run", "--images", made / "images")
+    assert done.returncode == 2
+    assert "another identity (--images not given there" in done.stderr
+
+
 def test_other_images_of_the_same_path_are_refused(half: Path, tmp_path: Path) -> None:
     other = pictures(tmp_path / "other")
     (other / "0.png").unlink()
