@@ -128,7 +128,7 @@ def export(
         Path | None,
         typer.Option(
             help="Folder for the bundle; default: one named after the model (ddpm for --unet ddpm/, mymodel for "
-            "mymodel:unet), engines for the model that ships, and models with triton."
+            "mymodel:unet), that of --engine, engines for the model that ships, and models with triton."
         ),
     ] = None,
     target: Annotated[
@@ -235,7 +235,7 @@ def exported(request: Request) -> dict[str, Any]:
     request.refuse_unused()
     if "triton" in request.targets:
         return {"triton": export_triton(request, request.out or Path("models"))}
-    out = request.out or folder_of_model(request.models)
+    out = request.out or folder_of(request.models, request.engine)
     report: dict[str, Any] = {}
     if "onnx" in request.targets:
         report["onnx"] = export_onnx(request, out) if request.engine is None else lower(request.engine, request, out)
@@ -244,11 +244,13 @@ def exported(request: Request) -> dict[str, Any]:
     }
 
 
-def folder_of_model(models: ModelOptions) -> Path:
+def folder_of(models: ModelOptions, engine: Path | None = None) -> Path:
     """Return the folder for a bundle that names none: after the UNet or, without one of your own, the classifier.
 
-    `engines`, which a checkout tracks, is for the weights that ship alone.
+    `engines`, which a checkout tracks, is for the weights that ship alone. engine: what is made of it lies beside it.
     """
+    if engine is not None:
+        return engine if engine.is_dir() else engine.parent
     if models.weights is not None:
         return Path(models.weights.resolve().name)
     spec = models.classifier if models.unet in (None, "none") else models.unet

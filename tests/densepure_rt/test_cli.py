@@ -118,7 +118,7 @@ def test_export_without_its_packages_exits_3_with_the_pip_command(tmp_path: Path
 
 @pytest.mark.parametrize("command", ["export", "parity", "bench"])
 def test_without_any_of_its_packages_a_command_asks_for_pytorch(tmp_path: Path, command: str) -> None:
-    done = cli(command, "--out", tmp_path / "new", without=("torch", "ml_dtypes", "onnx", "diffusers"))
+    done = cli(command, cwd=tmp_path, without=("torch", "ml_dtypes", "onnx", "diffusers"))
     refused(done, 3, f"{command} needs PyTorch, and torch is not installed", "pip install 'densepure-rt[cpu,export]'")
 
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from densepure_rt.commands.console import finite, in_options, write_report
-from densepure_rt.commands.export import folder_of_model
+from densepure_rt.commands.export import folder_of
 from densepure_rt.errors import EnvironmentFault
 from densepure_rt.export.models.model_options import ModelOptions
 from densepure_rt.runtime.bundle import shipped_engine
@@ -90,7 +90,9 @@ def test_a_bundle_goes_into_a_folder_named_after_its_model(tmp_path: Path, monke
         (ModelOptions(unet="none", classifier="mymodel:classifier"), "mymodel"),
         (ModelOptions(weights=Path("..")), "models"),
     ):
-        assert folder_of_model(given) == Path(folder)
+        assert folder_of(given) == Path(folder)
+    for engine in (Path("../ddpm"), Path("../ddpm/unet.onnx")):
+        assert folder_of(ModelOptions(), engine) == Path("../ddpm")
 
 
 def test_the_options_that_were_given_are_named() -> None:
