@@ -18,10 +18,7 @@ OWN = [name for name in RUNS if name != "imported"]
 
 
 def identity(run: Path) -> dict[str, Any]:
-    """Return it without the hashes of the sidecars: those of the shipped engines say more by now, of the same files."""
     found: dict[str, Any] = json.loads((run / "manifest.json").read_text())["identity"]
-    for engine in (found["engine"], found["classifier"]):
-        del engine["sidecar_sha256"]
     return found
 
 
