@@ -64,9 +64,10 @@ FLAVOURS: tuple[Flavour, ...] = get_args(Flavour)
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 FULL = ("fp32", "fp16")  # precisions that must build wherever the library runs; the others need newer GPUs
 # What a plan may lose to the float32 graph on the CPU, in relative L2. Of float32, between what Winograd's convolutions
-# and what TensorFloat-32 lose: test_bar.py. Of halves, as much as export/parity.py allows. A quantized one is judged by
-# its labels.
-RELATIVE_L2 = {"fp32": 2e-5, "fp16": 3e-3, "bf16": 2e-2}
+# and what TensorFloat-32 lose: test_bar.py. Of fp16, above what the shipped UNet loses when every result is rounded,
+# 3.5e-3 (ONNX Runtime's CPU keeps some in float32). Of bf16, as much as export/convert/parity.py allows. A quantized
+# one is judged by its labels.
+RELATIVE_L2 = {"fp32": 2e-5, "fp16": 6e-3, "bf16": 2e-2}
 LABELS = {"fp32": 0.005, "fp16": 0.02, "bf16": 0.05, "int8": 0.1, "fp8": 0.1}  # the share that may differ
 LABEL_IMAGES, LABEL_SAMPLES = 20, 50
 SIGMA, STEPS = 0.5, 2

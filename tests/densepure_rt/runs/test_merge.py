@@ -224,7 +224,7 @@ def refused(kind: type[DensePureError], words: str, paths: Sequence[Path], out: 
 
 def test_shards_of_another_run_are_refused_with_the_fields_that_differ(tmp_path: Path) -> None:
     one, other = make(tmp_path / "1", "1/2"), make(tmp_path / "2", "2/2", processor="two", sigma=0.25)
-    words = r"of another run than .*1 \(processor: .one. in .*1, .two. in .*2; sigma: 0.5 in .*1, 0.25 in .*2\)"
+    words = r"of another run than .*1 \(`sigma` 0.5 in .*1, 0.25 in .*2; processor: .one. in .*1, .two. in .*2\)"
     refused(UsageError, words, [one, other], tmp_path / "merged")
 
 
