@@ -39,41 +39,49 @@ def bench(
     sigma: Annotated[
         float | None,
         typer.Option(
-            help="Standard deviation of the noise, in [0, 1] units; default: 0.5, with --procedure 0.25, which is the "
-            "radius too."
+            help="Standard deviation of the noise, in [0, 1] pixel units. Default: 0.5; with --procedure 0.25, "
+            "which is also the radius."
         ),
     ] = None,
-    batch: Annotated[int | None, typer.Option(help="Items a call; default: as certify runs the engine.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Cores for each route; default: all.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Images per call of the engine. Default: as certify runs it.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Cores for each of the compared programs. Default: all.")] = None,
     provider: ProviderName = "cpu",
-    rounds: Annotated[int | None, of_step(help="Calls of each route, in turns; default: 20.")] = None,
+    rounds: Annotated[int | None, of_step(help="Timed calls of each program, in turns. Default: 20.")] = None,
     compiled: Annotated[
         bool | None,
-        of_step("--compile/--no-compile", help="Time torch.compile too, which takes a minute to start; default: yes."),
+        of_step("--compile/--no-compile", help="Also time torch.compile, which takes a minute to start. Default: yes."),
     ] = None,
     profile: Annotated[
-        bool, of_step("--profile", help="Time each layer of a plan, on its GPU, without PyTorch.")
+        bool, of_step("--profile", help="Time each layer of a TensorRT plan on its GPU. Needs no PyTorch.")
     ] = False,
     procedure: Annotated[
         bool,
         of_procedure(
             "--procedure",
-            help="Compare whole certifications: the published procedure in PyTorch, run small and priced at n = "
-            "100,000, with ours, run for real, which can take minutes an image.",
+            help="Compare whole certifications: ours, and the published procedure in PyTorch, which is run with "
+            "few samples and extrapolated to n = 100,000. Can take minutes per image.",
         ),
     ] = False,
-    limit: Annotated[int | None, of_procedure("--max", help="How many images; default: 10, or what there is.")] = None,
-    steps: Annotated[int | None, of_procedure(help="Reverse steps (b) of both; default: 10.")] = None,
-    votes: Annotated[int | None, of_procedure(help="Votes a noise sample (K) of both; default: 40.")] = None,
-    n: Annotated[int | None, of_procedure(help="Samples of an image that ours takes at most; default: 10000.")] = None,
-    seed: Annotated[int | None, of_procedure(help="Public seed of both; default: 0.")] = None,
+    limit: Annotated[
+        int | None, of_procedure("--max", help="Number of images. Default: 10, or all if there are fewer.")
+    ] = None,
+    steps: Annotated[int | None, of_procedure(help="Reverse steps (b) of both procedures. Default: 10.")] = None,
+    votes: Annotated[
+        int | None, of_procedure(help="Votes per noise sample (K) of both procedures. Default: 40.")
+    ] = None,
+    n: Annotated[
+        int | None, of_procedure(help="Maximum number of samples per image of our procedure. Default: 10000.")
+    ] = None,
+    seed: Annotated[int | None, of_procedure(help="Public seed of both procedures. Default: 0.")] = None,
     out: Annotated[Path | None, of_procedure(help="Folder for procedure.json and procedure.png.")] = None,
     host: Annotated[
         bool,
         typer.Option(
             "--host",
-            help="Time what the host does for a batch of a GPU, on a device that takes no time; --batch and --rounds "
-            "alone belong to it.",
+            help="Time the host's work for a batch on a GPU, with a device that takes no time. Takes only --batch "
+            "and --rounds.",
         ),
     ] = False,
     as_json: Json = False,

@@ -66,35 +66,36 @@ def certify(
     budget: Annotated[
         str | None,
         typer.Option(
-            help="Time an image may take, such as 30s, 5min or 1h: then its best radius so far is its answer.",
+            help="Time limit per image, such as 30s, 5min or 1h. When it is up, the answer is the best radius so far.",
             rich_help_panel=CERTIFICATES,
         ),
     ] = None,
     run_budget: Annotated[
         str | None,
         typer.Option(
-            help="Time that this call may take, such as 2h; a run that goes on has it anew.",
+            help="Time limit of this call, such as 2h. A resumed run gets it again.",
             rich_help_panel=CERTIFICATES,
         ),
     ] = None,
     falsify: Annotated[
         float | None,
         typer.Option(
-            help="Share of the samples, such as 0.05, to attack the certificates with afterwards, inside their radii; "
-            "exit code 1 when one is broken. By gradients too, of the shipped model where PyTorch is here.",
+            help="Attack the certificates afterwards, inside their radii, with this share of the samples, such as "
+            "0.05. Exit code 1 if one is broken. Attacks by gradients need PyTorch and the shipped model.",
             rich_help_panel=CERTIFICATES,
         ),
     ] = None,
     shard: Annotated[
         str | None,
         typer.Option(
-            help="Certify a part of the images, such as 2/8: every eighth one, from the second on. All shards take the "
-            "same options and the same --key or --seed, and each its own --out; `merge` makes one run of them.",
+            help="Certify a part of the images: 2/8 takes every eighth one, from the second on. All shards need "
+            "the same options and the same --key or --seed, and each its own --out. `merge` joins them into "
+            "one run.",
             rich_help_panel=IMAGES,
         ),
     ] = None,
 ) -> None:
-    """Certify images: for each, a label and the l2 radius within which the smoothed classifier keeps to it."""
+    """Certify images: find a label and the l2 radius within which the smoothed classifier keeps it."""
     from densepure_rt.runs.certify import RunRequest, certify_images, unwatched
     from densepure_rt.runs.falsify import check_share, no_proposals
     from densepure_rt.runs.shards import Shard

@@ -25,21 +25,23 @@ MOST_CHANGES = 10  # images of each kind that `compare` prints
 
 
 def compare(
-    a: Annotated[Path, typer.Argument(metavar="A", help="The folder of a run.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="That of another one over the same images.")],
+    a: Annotated[Path, typer.Argument(metavar="A", help="Folder of a run.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Folder of another run on the same images.")],
     radius: Annotated[
-        float | None, typer.Option(help="Compare at this l2 radius; default: at all that both were asked.")
+        float | None, typer.Option(help="Compare at this l2 radius. Default: at every radius that both runs decided.")
     ] = None,
     level: Annotated[
         float,
         typer.Option(
-            help="B is worse at a radius where the exact McNemar test says so at this level. Over k radii a false "
-            "alarm has probability k * level / 2 at most."
+            help="Level of the exact McNemar test that says whether B is worse at a radius. Over k radii, a false "
+            "alarm has probability at most k * level / 2."
         ),
     ] = 0.05,
     max_lost: Annotated[
         int | None,
-        typer.Option(min=0, help="Fail when more images than this lost radius, by however little, or --radius."),
+        typer.Option(
+            min=0, help="Fail if more images than this lost radius, however little (with --radius: lost that radius)."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -40,21 +40,24 @@ class CheckOptions(Options):
 
     keep_fp32: Annotated[
         list[str] | None,
-        of_checks("--keep-fp32", help="Keep the modules of these names float32; a shell pattern, repeatable."),
+        of_checks("--keep-fp32", help="Keep the modules with these names in float32. A shell pattern; repeatable."),
     ] = None
     images: Annotated[
         Path | None,
-        of_checks(help="Images to compare on; default: the shipped ones if they are the model's, else made up."),
+        of_checks(help="Images to compare on. Default: the shipped ones if they fit the model, else made-up ones."),
     ] = None
-    calibration_images: Annotated[
-        Path | None, of_checks(help="Training images, which int8 and fp8 are calibrated on.")
-    ] = None
+    calibration_images: Annotated[Path | None, of_checks(help="Training images to calibrate int8 and fp8 on.")] = None
     parity_images: Annotated[
-        int | None, of_checks(help="Images whose labels are compared with float32; default: 20.")
+        int | None, of_checks(help="Number of images whose labels are compared with float32. Default: 20.")
     ] = None
-    parity_samples: Annotated[int, of_checks(help="Noisy copies of each of them.")] = PARITY_SAMPLES
+    parity_samples: Annotated[int, of_checks(help="Noisy copies of each image whose labels are compared.")] = (
+        PARITY_SAMPLES
+    )
     strict: Annotated[
-        bool, of_checks("--strict", help="Publish nothing where the UNet denoises better otherwise than as declared.")
+        bool,
+        of_checks(
+            "--strict", help="Write nothing if the UNet denoises better under another declaration than the given one."
+        ),
     ] = False
 
     def images_of(self, models: Pair) -> Images:
@@ -70,31 +73,41 @@ class PlanOptions(Options):
     """How plans are built."""
 
     compute_capability: Annotated[
-        str | None, of_plans(help="tensorrt-rtx: the GPUs to build for; default: 8.6,8.9,12.0.")
+        str | None, of_plans(help="tensorrt-rtx: compute capabilities to build for. Default: 8.6,8.9,12.0.")
     ] = None
     workspace: Annotated[int | None, of_plans(help="MiB of GPU memory that a layer may use.")] = None
-    builder_level: Annotated[int | None, of_plans(help="0 builds fast, 5 builds the fastest plan.")] = None
+    builder_level: Annotated[
+        int | None, of_plans(help="TensorRT's optimisation level: 0 builds fast, 5 builds the fastest plan.")
+    ] = None
     tf32: Annotated[bool, of_plans("--tf32", help="Allow TensorFloat-32 in float32 products.")] = False
     timing_cache: Annotated[
-        Path | None, of_plans(help="tensorrt: keep kernel timings in this file; default: beside the plans.")
+        Path | None, of_plans(help="tensorrt: file that keeps kernel timings. Default: timing.cache beside the plans.")
     ] = None
     timing_cache_strict: Annotated[
-        bool, of_plans("--timing-cache-strict", help="tensorrt: fail where the cache lacks a timing.")
+        bool, of_plans("--timing-cache-strict", help="tensorrt: fail if the timing cache lacks a timing.")
     ] = False
-    hw_compat: Annotated[str | None, of_plans(help="tensorrt: ampere-plus or same-compute-capability.")] = None
+    hw_compat: Annotated[
+        str | None, of_plans(help="tensorrt: GPUs that the plan also runs on: ampere-plus or same-compute-capability.")
+    ] = None
     version_compatible: Annotated[
         bool,
-        of_plans("--version-compatible", help="tensorrt: run on the lean library of this version, beside later ones."),
+        of_plans(
+            "--version-compatible",
+            help="tensorrt: build plans that also run on this version's lean runtime, loaded by later versions.",
+        ),
     ] = False
-    max_aux_streams: Annotated[int | None, of_plans(help="tensorrt: CUDA streams beside the first.")] = None
-    tiling_optimization_level: Annotated[int | None, of_plans(help="tensorrt: 0 searches no tiling, 3 all.")] = None
-    avg_timing: Annotated[int | None, of_plans(help="tensorrt: timings that are averaged for a kernel.")] = None
-    use_dla_core: Annotated[int | None, of_plans(help="tensorrt on a Jetson: the DLA core to run on.")] = None
-    allow_gpu_fallback: Annotated[bool, of_plans("--allow-gpu-fallback", help="The GPU runs what the DLA cannot.")] = (
-        False
-    )
+    max_aux_streams: Annotated[int | None, of_plans(help="tensorrt: maximum number of auxiliary CUDA streams.")] = None
+    tiling_optimization_level: Annotated[
+        int | None, of_plans(help="tensorrt: tiling optimisation level, from 0 (none) to 3 (full search).")
+    ] = None
+    avg_timing: Annotated[int | None, of_plans(help="tensorrt: number of timings to average per kernel.")] = None
+    use_dla_core: Annotated[int | None, of_plans(help="tensorrt on a Jetson: DLA core to run on.")] = None
+    allow_gpu_fallback: Annotated[
+        bool,
+        of_plans("--allow-gpu-fallback", help="With --use-dla-core: run layers that the DLA cannot run on the GPU."),
+    ] = False
     allow_weight_streaming: Annotated[
-        bool, of_plans("--allow-weight-streaming", help="Refused: such plans run in no CUDA graph.")
+        bool, of_plans("--allow-weight-streaming", help="Refused, because such plans cannot run in a CUDA graph.")
     ] = False
 
     def build_options(self, batches: tuple[int, ...]) -> BuildOptions:
@@ -127,40 +140,45 @@ def export(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for the bundle; default: one named after the model (ddpm for --unet ddpm/, mymodel for "
-            "mymodel:unet), that of --engine, engines for the model that ships, and models with triton."
+            help="Folder for the bundle. Default: a folder named after the model (ddpm for --unet ddpm/, mymodel "
+            "for mymodel:unet), the folder of --engine, engines for the shipped model, or models for triton."
         ),
     ] = None,
     target: Annotated[
         str,
         typer.Option(
-            help="onnx, tensorrt, tensorrt-rtx, or several with commas. Plans are built from the ONNX engines in "
-            "--out, else from those that ship. triton, alone: the bundle of --engine as a model repository."
+            help="onnx, tensorrt or tensorrt-rtx, or several separated by commas: plans are built from the ONNX "
+            "engines in --out, else from the shipped ones. triton: package the bundle of --engine as a model "
+            "repository."
         ),
     ] = "onnx",
     engine: Annotated[
         Path | None,
         typer.Option(
-            help="A bundle in place of PyTorch models. onnx: its float32 engines in each --precision, without PyTorch; "
-            "tensorrt: plans of it; triton: it is packaged, ONNX files or plans; default: the one that ships."
+            help="Start from this bundle instead of PyTorch models. onnx: write its float32 engines in each "
+            "--precision, without PyTorch. tensorrt: build its plans. triton: package it; default: the "
+            "shipped bundle."
         ),
     ] = None,
     precision: Annotated[
         str | None,
         typer.Option(
-            help="fp32, fp16, bf16, int8, int8-cpu or fp8; several with commas, a bundle each. Default: fp32; plans of "
-            "the model that ships: fp16."
+            help="fp32, fp16, bf16, int8, int8-cpu or fp8, or several separated by commas, each a bundle of its "
+            "own. Default: fp32; for plans of the shipped model fp16."
         ),
     ] = None,
     force: Annotated[
         bool,
         typer.Option(
-            "--force", help="Replace a bundle of another model, or models of Triton and what was edited in them."
+            "--force", help="Replace a bundle of another model, or a Triton model repository including your edits."
         ),
     ] = False,
     batch: Annotated[
         str | None,
-        of_plans(help="Batch sizes with commas, a fixed profile each; default: 64. triton: that of every call."),
+        of_plans(
+            help="Batch sizes separated by commas, each a fixed profile. Default: 64. triton: the batch size of "
+            "every call."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -27,27 +27,28 @@ class ImageOptions(TypedOptions):
     images: Annotated[
         Path | None,
         typer.Option(
-            help="One split: folder of class folders, folder with labels.csv (file,label), images, .npz (x, y), IDX or "
-            "CIFAR-10 .bin; default: the shipped Fashion-MNIST test images.",
+            help="Images of one split: a folder of class folders, a folder with labels.csv (file,label), loose "
+            "images, .npz (x, y), IDX or CIFAR-10 .bin. Default: the shipped Fashion-MNIST test images.",
             rich_help_panel=IMAGES,
         ),
     ] = None
-    skip: Annotated[int, typer.Option(help="Take every SKIP-th image.", rich_help_panel=IMAGES)] = 1
+    skip: Annotated[int, typer.Option(help="Take only every SKIP-th image.", rich_help_panel=IMAGES)] = 1
     limit: Annotated[
         int | None,
         typer.Option(
-            "--max", help=f"How many images; default: all, {SHIPPED_MAX} of the shipped ones.", rich_help_panel=IMAGES
+            "--max", help=f"Number of images. Default: all; of the shipped ones {SHIPPED_MAX}.", rich_help_panel=IMAGES
         ),
     ] = None
 
     files: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[IMAGE]...", help="Image files, in place of --images.", show_default=False),
+        typer.Argument(metavar="[IMAGE]...", help="Image files, instead of --images.", show_default=False),
     ] = None
     fit: Annotated[
         str | None,
         typer.Option(
-            help="Bring image files to the engine's size: crop, resize, pad. The radius is that of the changed image.",
+            help="Fit image files to the engine's size: crop, resize or pad. The radius is in pixels of the fitted "
+            "image.",
             rich_help_panel=IMAGES,
         ),
     ] = None
@@ -55,24 +56,26 @@ class ImageOptions(TypedOptions):
         bool,
         typer.Option(
             "--convert",
-            help="Lay transparent images on --background, turn grey to colour and colour to grey, 16 bits to 8. The "
-            "radius is that of the changed image.",
+            help="Convert image files: transparent ones onto --background, grey to colour, colour to grey, 16 bits "
+            "to 8. The radius is in pixels of the converted image.",
             rich_help_panel=IMAGES,
         ),
     ] = False
-    background: Annotated[str, typer.Option(help="A colour for --convert and --fit pad.", rich_help_panel=IMAGES)] = (
+    background: Annotated[str, typer.Option(help="Colour for --convert and --fit pad.", rich_help_panel=IMAGES)] = (
         "white"
     )
     labels: Annotated[
         Path | None,
         typer.Option(
-            help="Class names, one a line, in place of those of the classifier's export.", rich_help_panel=IMAGES
+            help="File of class names, one per line, instead of those in the classifier's sidecar.",
+            rich_help_panel=IMAGES,
         ),
     ] = None
     labels_csv: Annotated[
         Path | None,
         typer.Option(
-            help="Table file,label of the images, its files relative to --images, or as they are named.",
+            help="CSV table file,label with the labels of the images. Files are relative to --images, or as given "
+            "as arguments.",
             rich_help_panel=IMAGES,
         ),
     ] = None

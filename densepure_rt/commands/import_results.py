@@ -52,32 +52,36 @@ def import_(
     ],
     sigma: Annotated[
         float | None,
-        typer.Option(help="Noise of the log, in [0, 1] pixel units; of a folder with several: which one."),
+        typer.Option(help="Sigma of the log, in [0, 1] pixel units. For a folder with several: which one to read."),
     ] = None,
     n: Annotated[
         int | None,
-        typer.Option(help="Samples an image that the log was made with; with --sigma, its reach is checked."),
+        typer.Option(
+            help="Samples per image that the log was made with. With --sigma, the reach of its radii is checked."
+        ),
     ] = None,
     alpha: Annotated[
         float,
         typer.Option(
-            help="Probability, at most, that an image gets a wrong certificate; 0.001 is what the older tools start "
-            "from."
+            help="Maximum probability that an image gets a wrong certificate. 0.001 is the default of the older tools."
         ),
     ] = 0.001,
     merged: Annotated[
-        Path | None, typer.Option(help="Folders: the file that DensePure's merge_results.py made of it, to compare.")
+        Path | None,
+        typer.Option(help="Folders: the file that DensePure's merge_results.py made from it, to compare with."),
     ] = None,
     labels: Annotated[
         Path | None,
         typer.Option(help="Folders: a log whose idx and label columns name the images' labels; default: --merged."),
     ] = None,
-    votes: Annotated[int | None, typer.Option(help="Folders: the first VOTES seeds alone; default: all.")] = None,
-    classes: Annotated[int | None, typer.Option(help="Folders: refuse labels from CLASSES on.")] = None,
-    radii: Annotated[str, typer.Option(help="Radii of the table, with commas, in [0, 1] pixel units.")] = RADII,
+    votes: Annotated[int | None, typer.Option(help="Folders: read only the first VOTES seeds. Default: all.")] = None,
+    classes: Annotated[int | None, typer.Option(help="Folders: number of classes; larger labels are refused.")] = None,
+    radii: Annotated[str, typer.Option(help="Radii of the table, separated by commas, in [0, 1] pixel units.")] = RADII,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for results.tsv, results.jsonl, imported.json; it must not hold any of them yet."),
+        typer.Option(
+            help="Folder for results.tsv, results.jsonl and imported.json. It must not contain any of them yet."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -15,7 +15,7 @@ from densepure_rt.commands.options import Json
 def inspect(
     file: Annotated[Path, typer.Argument(help="An engine file, its sidecar, or the folder of a bundle.")],
     layers: Annotated[
-        bool, typer.Option("--layers", help="What TensorRT made of each layer of a plan, on the plan's GPU.")
+        bool, typer.Option("--layers", help="Show how TensorRT implements each layer of a plan. Needs the plan's GPU.")
     ] = False,
     as_json: Json = False,
 ) -> None:

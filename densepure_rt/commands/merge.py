@@ -17,14 +17,14 @@ from densepure_rt.text import plural
 
 def merge(
     shards: Annotated[
-        list[Path], typer.Argument(metavar="SHARD", help="The folders of certify --shard, all of one run.")
+        list[Path], typer.Argument(metavar="SHARD", help="Folders of certify --shard: all shards of one run.")
     ],
     out: Annotated[
         Path,
         typer.Option(
             parser=folder_of,
             metavar="PATH",
-            help="Folder for the whole run; a merge that was cut short is made again.",
+            help="Folder for the whole run. An interrupted merge is repeated.",
         ),
     ],
     as_json: Json = False,

@@ -32,18 +32,18 @@ SECRET, CLUSTER, RESULTS, MESSAGES = "Secret", "Cluster", "Results", "Messages"
 ProviderName = Annotated[
     str,
     typer.Option(
-        "--provider", help="What ONNX Runtime runs .onnx engines on: cpu, cuda or tensorrt.", rich_help_panel=ENGINES
+        "--provider", help="Where ONNX Runtime runs .onnx engines: cpu, cuda or tensorrt.", rich_help_panel=ENGINES
     ),
 ]
 RunImages = Annotated[
-    Path | None, typer.Option(help="What was certified; default: the shipped images, where it was those.")
+    Path | None, typer.Option(help="The images that were certified. Default: those that the run names.")
 ]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]  # of every command
 EngineFile = Annotated[
     Path | None,
     typer.Option(
-        "--engine", help="Step engine, ONNX file or plan, or the folder of its bundle; default: the one that ships."
+        "--engine", help="Step engine (ONNX file or plan), or the folder of its bundle. Default: the shipped one."
     ),
 ]
 
@@ -55,26 +55,30 @@ class EngineOptions(TypedOptions):
     engine: Annotated[
         Path | None,
         typer.Option(
-            help="Step engine, such as mymodel/unet.onnx, or the folder of its bundle; default: the one that ships.",
+            help="Step engine, such as mymodel/unet.onnx, or the folder of its bundle. Default: the shipped one.",
             rich_help_panel=ENGINES,
         ),
     ] = None
     classifier: Annotated[
         Path | None,
-        typer.Option(help="Classifier engine; default: the one that the sidecar names.", rich_help_panel=ENGINES),
+        typer.Option(
+            help="Classifier engine. Default: the one named in the sidecar of the step engine.", rich_help_panel=ENGINES
+        ),
     ] = None
     provider: ProviderName = "cpu"
     batch: Annotated[
         int | None,
         typer.Option(
-            help="Items in one call of the engine. Part of the run's identity where a result's bits depend on it. "
-            "Default: 32, or what a plan was built for.",
+            help="Images per call of the engine. Part of the run's identity if the bits of a result depend on it. "
+            "Default: 32, or the batch that a plan was built for.",
             rich_help_panel=ENGINES,
         ),
     ] = None
     threads: Annotated[
         int | None,
-        typer.Option(help="Callers of the engine; default: one for each core, two on a GPU.", rich_help_panel=ENGINES),
+        typer.Option(
+            help="Threads that call the engine. Default: one per core, two on a GPU.", rich_help_panel=ENGINES
+        ),
     ] = None
     engine_sha256: Annotated[
         str | None,
@@ -82,7 +86,11 @@ class EngineOptions(TypedOptions):
     ] = None
     trust: Annotated[
         bool,
-        typer.Option("--trust", help="Take a plan without a sidecar for what its name says.", rich_help_panel=ENGINES),
+        typer.Option(
+            "--trust",
+            help="Accept a plan without a sidecar. A plan is code for the GPU: trust its source.",
+            rich_help_panel=ENGINES,
+        ),
     ] = False
 
     def open(self, secret: bytes | None) -> SmoothedClassifier:
@@ -130,18 +138,18 @@ class SamplingOptions(TypedOptions):
             rich_help_panel=SAMPLING,
         ),
     ] = 2
-    votes: Annotated[int, typer.Option(help="Votes a noise sample (K).", rich_help_panel=SAMPLING)] = 5
+    votes: Annotated[int, typer.Option(help="Votes per noise sample (K).", rich_help_panel=SAMPLING)] = 5
     timestep_rule: Annotated[
         str | None,
         typer.Option(
-            help="Which timestep belongs to sigma: nearest, or as published: densepure, carlini; default: the "
+            help="Rule that maps sigma to a timestep: nearest, or as published densepure or carlini. Default: the "
             "engine's.",
             rich_help_panel=SAMPLING,
         ),
     ] = None
     alpha: Annotated[
         float,
-        typer.Option(help="Probability, at most, that an image gets a wrong answer.", rich_help_panel=SAMPLING),
+        typer.Option(help="Maximum probability that an image gets a wrong answer.", rich_help_panel=SAMPLING),
     ] = 0.001
 
 
@@ -151,7 +159,7 @@ class PredictionOptions(SamplingOptions):
 
     n: Annotated[
         int,
-        typer.Option(help="Noise samples an image at most; 13 that agree are enough.", rich_help_panel=SAMPLING),
+        typer.Option(help="Maximum number of samples per image. 13 that agree are enough.", rich_help_panel=SAMPLING),
     ] = 1000
 
     def settings(self) -> Settings:
@@ -184,22 +192,22 @@ class CertificateOptions(SamplingOptions):
     radii: Annotated[
         str | None,
         typer.Option(
-            help="sequential: l2 radii with commas, in [0, 1] pixel units; default: 0 and sigma.",
+            help="sequential: l2 radii separated by commas, in [0, 1] pixel units. Default: 0 and sigma.",
             rich_help_panel=CERTIFICATES,
         ),
     ] = None
     radii_sigma: Annotated[
         str | None,
-        typer.Option(help="The same in multiples of sigma, such as 0,0.5,1.", rich_help_panel=CERTIFICATES),
+        typer.Option(help="sequential: the same in multiples of sigma, such as 0,0.5,1.", rich_help_panel=CERTIFICATES),
     ] = None
     radius_loss: Annotated[
         float | None,
         typer.Option(
-            help="radius: the share of the radius to give up for stopping early; default: 0.05.",
+            help="radius: share of the radius to give up for stopping early. Default: 0.05.",
             rich_help_panel=CERTIFICATES,
         ),
     ] = None
-    n: Annotated[int, typer.Option(help="Samples an image, at most.", rich_help_panel=CERTIFICATES)] = 10_000
+    n: Annotated[int, typer.Option(help="Maximum number of samples per image.", rich_help_panel=CERTIFICATES)] = 10_000
 
     def settings(self) -> Settings:
         """Return what the options ask for. Raises UsageError."""
@@ -225,26 +233,28 @@ class RunOptions(CertificateOptions):
     method: Annotated[
         str,
         typer.Option(
-            help="sequential: stop as soon as it is clear which of --radii hold. radius: stop near the largest radius. "
-            "fixed: Cohen et al. 2019, n0 and n samples an image. With the first two, the label of an image that has "
-            "one is the class that is asked about: it must not come from a run with the same secret.",
+            help="sequential: stop as soon as it is clear which of --radii hold. radius: stop near the largest "
+            "radius. fixed: Cohen et al. 2019, n0 and n samples per image. The first two test only the label "
+            "of a labelled image; that label must not come from a run with the same secret.",
             rich_help_panel=CERTIFICATES,
         ),
     ] = "sequential"
     n: Annotated[
         int,
         typer.Option(
-            help="Samples an image: at most; fixed: those that bound its probability.", rich_help_panel=CERTIFICATES
+            help="Maximum number of samples per image. fixed: samples that bound the probability of the class.",
+            rich_help_panel=CERTIFICATES,
         ),
     ] = 10_000
     n0: Annotated[
         int,
-        typer.Option(help="fixed: samples that select the class, before the n.", rich_help_panel=CERTIFICATES),
+        typer.Option(help="fixed: samples that select the class, before the n others.", rich_help_panel=CERTIFICATES),
     ] = 100
     preset: Annotated[
         str | None,
         typer.Option(
-            help="paper: --steps 10 --votes 40 --n0 100 --n 100000, as published.", rich_help_panel=CERTIFICATES
+            help="paper: the published settings, --method fixed --steps 10 --votes 40 --n0 100 --n 100000.",
+            rich_help_panel=CERTIFICATES,
         ),
     ] = None
 
@@ -270,14 +280,14 @@ class SecretOptions(TypedOptions):
     seed: Annotated[
         int | None,
         typer.Option(
-            help="A public seed, for reproduction; default: a new secret from the system.", rich_help_panel=SECRET
+            help="Public seed, for reproduction. Default: a new secret from the system.", rich_help_panel=SECRET
         ),
     ] = None
     key: Annotated[
         Path | None,
         typer.Option(
-            help="Regular file, no pipe, with the secret that keys all noise, made where there is none; not with "
-            "--seed. To reveal one run makes public what all runs of its key file are keyed with.",
+            help="File with the secret that keys all noise; made if it does not exist. Not with --seed. Revealing "
+            "one run publishes the secret of all runs with the same key file.",
             rich_help_panel=SECRET,
         ),
     ] = None
@@ -299,19 +309,21 @@ class ClusterOptions(TypedOptions):
     cluster: Annotated[
         str | None,
         typer.Option(
-            help="ray: on this machine's cores, or on the cluster of RAY_ADDRESS; ray://HOST:PORT: on that cluster. A "
-            "worker a GPU, or for each --threads CPUs (1), opens --engine on its own machine; no result depends on it.",
+            help="ray: use this machine's cores, or the cluster of RAY_ADDRESS. ray://HOST:PORT: use that cluster. "
+            "There is one worker per GPU, or per --threads CPUs (1). Each opens --engine on its own machine. "
+            "No result depends on it.",
             rich_help_panel=CLUSTER,
         ),
     ] = None
     workers: Annotated[
         int | None,
-        typer.Option(help="cluster: how many; default: as many as there is room for.", rich_help_panel=CLUSTER),
+        typer.Option(help="Number of workers. Default: as many as there is room for.", rich_help_panel=CLUSTER),
     ] = None
     group: Annotated[
         str | None,
         typer.Option(
-            help="cluster: of machines of several kinds, those whose hash begins so; default: the most.",
+            help="If the machines are of several kinds: use those whose hash begins with this. Default: the "
+            "largest group.",
             rich_help_panel=CLUSTER,
         ),
     ] = None
@@ -341,11 +353,12 @@ class MessageOptions(TypedOptions):
     """What a command says while it works."""
 
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Say what comes of each image or request.", rich_help_panel=MESSAGES)
+        bool,
+        typer.Option("--verbose", "-v", help="Print the result of each image or request.", rich_help_panel=MESSAGES),
     ] = False
     log_json: Annotated[
         Path | None,
-        typer.Option(help="Append what happens to this file, a JSON object a line.", rich_help_panel=MESSAGES),
+        typer.Option(help="Append a log to this file, one JSON object per line.", rich_help_panel=MESSAGES),
     ] = None
 
     def set_up(self) -> None:
@@ -359,7 +372,7 @@ class RunMessageOptions(MessageOptions):
 
     quiet: Annotated[
         bool,
-        typer.Option("--quiet", "-q", help="Results, warnings and errors alone.", rich_help_panel=MESSAGES),
+        typer.Option("--quiet", "-q", help="Print only results, warnings and errors.", rich_help_panel=MESSAGES),
     ] = False
 
 
@@ -372,7 +385,7 @@ class OutputOptions(TypedOptions):
         typer.Option(
             parser=folder_of,
             metavar="PATH",
-            help="Folder for the results; a run that is there goes on. Default: runs/certify-TIME, new.",
+            help="Folder for the results. A run in it is continued. Default: a new one, runs/certify-TIME.",
             rich_help_panel=RESULTS,
         ),
     ] = None
@@ -380,13 +393,17 @@ class OutputOptions(TypedOptions):
         bool,
         typer.Option(
             "--resume",
-            help="Go on with the run in --out, with its own options: no other is needed.",
+            help="Continue the run in --out with the options that it was started with.",
             rich_help_panel=RESULTS,
         ),
     ] = False
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Print the cost and the reach, certify nothing.", rich_help_panel=RESULTS),
+        typer.Option(
+            "--dry-run",
+            help="Print the cost and the largest possible radius; certify nothing.",
+            rich_help_panel=RESULTS,
+        ),
     ] = False
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the result as JSON on stdout.", rich_help_panel=RESULTS)
@@ -394,13 +411,13 @@ class OutputOptions(TypedOptions):
     config: Annotated[
         Path | None,
         typer.Option(
-            help='TOML file of options, such as sigma = 0.25 or run-budget = "2h"; what is typed counts before it.',
+            help='TOML file of options, such as sigma = 0.25 or run-budget = "2h". Options that you type override it.',
             rich_help_panel=RESULTS,
         ),
     ] = None
     save_config: Annotated[
         Path | None,
-        typer.Option(help="Write the options of this run to a file for --config.", rich_help_panel=RESULTS),
+        typer.Option(help="Write the options of this run to a file that --config reads.", rich_help_panel=RESULTS),
     ] = None
 
     def check(self) -> None:

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from densepure_rt.export.compare.agreement import Agreement
 
 ComparisonImages = Annotated[
-    Path | None, typer.Option(help="Images of the engine's size; default: the shipped ones, or made up.")
+    Path | None,
+    typer.Option(help="Images of the engine's size. Default: the shipped ones if they fit, else made-up ones."),
 ]
 COMPARED = 5  # images, by `parity`, unless told
 PARITY_SAMPLES = 20
@@ -42,18 +43,20 @@ def parity(
     models: ModelOptions,
     engine: EngineFile = None,
     images: ComparisonImages = None,
-    limit: Annotated[int | None, typer.Option("--max", help="How many images; default: 5, or what there is.")] = None,
+    limit: Annotated[
+        int | None, typer.Option("--max", help="Number of images. Default: 5, or all if there are fewer.")
+    ] = None,
     sigma: Annotated[float, typer.Option(help="Standard deviation of the smoothing noise, in [0, 1] units.")] = 0.5,
     steps: Annotated[int, typer.Option(help="Reverse steps (b).")] = 2,
-    votes: Annotated[int, typer.Option(help="Votes a noise sample (K).")] = 5,
-    n: Annotated[int, typer.Option(help="Samples of each image.")] = 50,
-    alpha: Annotated[float, typer.Option(help="Probability, at most, that an image gets a wrong certificate.")] = 0.001,
-    batch: Annotated[int | None, typer.Option(help="Items a call of the engine.")] = None,
+    votes: Annotated[int, typer.Option(help="Votes per noise sample (K).")] = 5,
+    n: Annotated[int, typer.Option(help="Samples per image.")] = 50,
+    alpha: Annotated[float, typer.Option(help="Maximum probability that an image gets a wrong certificate.")] = 0.001,
+    batch: Annotated[int | None, typer.Option(help="Images per call of the engine.")] = None,
     threads: Annotated[
-        int | None, typer.Option(help="Callers of the engine; default: one for each core, two on a GPU.")
+        int | None, typer.Option(help="Threads that call the engine. Default: one per core, two on a GPU.")
     ] = None,
     provider: ProviderName = "cpu",
-    trust: Annotated[bool, typer.Option("--trust", help="Take a plan without a sidecar.")] = False,
+    trust: Annotated[bool, typer.Option("--trust", help="Accept a plan without a sidecar.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for parity.json and parity.png.")] = None,
     as_json: Json = False,
 ) -> None:

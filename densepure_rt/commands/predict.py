@@ -28,11 +28,12 @@ def predict(
     asked: PredictionOptions,
     engines: EngineOptions,
     noise: SecretOptions,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line on stdout.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line on stdout.")] = False,
 ) -> None:
     """Label images with the smoothed classifier, or abstain (-1). Without --seed every call draws new noise.
 
-    An image is sampled until one class has more than half of all votes but for probability alpha, or n are taken.
+    An image is sampled until one class has more than half of all votes, except with probability alpha, or until n
+    samples are taken.
     Without a label, label and correct are -. Exit code 1 when an image could not be read.
     """
     MessageOptions().set_up()

@@ -23,12 +23,20 @@ if TYPE_CHECKING:
 
 def replay(
     run: RunPath,
-    image: Annotated[str, typer.Option(metavar="IDX|NAME", help="Its idx in the results, or its name.")],
-    sample: Annotated[int, typer.Option(help="Which of its samples, from 0; fixed: of the n, not of the n0.")] = 0,
-    engine: Annotated[Path | None, typer.Option(help="The engine that was run; default: as the run says.")] = None,
-    classifier: Annotated[Path | None, typer.Option(help="The classifier engine, where it was named.")] = None,
+    image: Annotated[
+        str, typer.Option(metavar="IDX|NAME", help="Index of the image in the results (idx), or its file name.")
+    ],
+    sample: Annotated[
+        int, typer.Option(help="Number of the sample, from 0. fixed: among the n samples, not the n0.")
+    ] = 0,
+    engine: Annotated[
+        Path | None, typer.Option(help="The engine that was run. Default: the one that the run names.")
+    ] = None,
+    classifier: Annotated[
+        Path | None, typer.Option(help="The classifier engine. Default: the one that the run names.")
+    ] = None,
     images: RunImages = None,
-    batch: Annotated[int | None, typer.Option(help="Items a call of the engine.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Images per call of the engine.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the pictures; default: RUN/replay-IMAGE-SAMPLE.")] = None,
     as_json: Json = False,
 ) -> None:

@@ -20,21 +20,25 @@ if TYPE_CHECKING:
 def report(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN", help="Folders of runs, finished or not, and of what import --out kept."),
+        typer.Argument(metavar="RUN", help="Folders of runs, finished or not, or of import --out."),
     ],
-    out: Annotated[Path, typer.Option(help="The page: one HTML file that needs no network.")] = Path("report.html"),
+    out: Annotated[Path, typer.Option(help="The report: one HTML file that needs no network.")] = Path("report.html"),
     also: Annotated[
-        str, typer.Option(help="Beside it, with commas: png, svg (the curve), md (the papers' table).")
+        str,
+        typer.Option(
+            help="More files beside it, separated by commas: png or svg (the curve), md (the table of the papers)."
+        ),
     ] = "",
     gallery: Annotated[
         int | None,
-        typer.Option(help="Show so many images of the first run with noise and purified: runs its engine again."),
+        typer.Option(help="Number of images of the first run to show, noisy and purified. Runs its engine again."),
     ] = None,
     engine: Annotated[
-        Path | None, typer.Option(help="For --gallery: the engine that was run; default: as the run says.")
+        Path | None, typer.Option(help="For --gallery: the engine that was run. Default: the one that the run names.")
     ] = None,
     images: Annotated[
-        Path | None, typer.Option(help="For --gallery: what was certified; default: as the run says.")
+        Path | None,
+        typer.Option(help="For --gallery: the images that were certified. Default: those that the run names."),
     ] = None,
 ) -> None:
     """Make a page of one or several runs: certified accuracy with its band, abstentions, cost and what was run.

@@ -15,7 +15,7 @@ def reveal(
     run: RunPath,
     key: Annotated[
         Path | None,
-        typer.Option(help="The file that the run was keyed with: renamed to FILE.revealed, and refused from then on."),
+        typer.Option(help="The run's key file. It is renamed to FILE.revealed and refused from then on."),
     ] = None,
 ) -> None:
     """Make the secret of a run public: anybody can then draw its noise again, and no more may be drawn with it.

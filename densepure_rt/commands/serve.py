@@ -30,16 +30,16 @@ class ServerSecretOptions(SecretOptions):
     key: Annotated[
         Path | None,
         typer.Option(
-            help="Regular file, no pipe, with the secret that keys all noise, made where there is none; default: a new "
-            "one.",
+            help="File with the secret that keys all noise; made if it does not exist. Default: a new secret that "
+            "is not kept.",
             rich_help_panel=SECRET,
         ),
     ] = None
     rotate: Annotated[
         str | None,
         typer.Option(
-            help="Draw a new secret after this time, such as 24h, and keep it in --key. Under one secret wrong answers "
-            "repeat: who asks about r images finds about r * alpha of them.",
+            help="Draw a new secret after this time, such as 24h, and write it to --key. Under one secret wrong "
+            "answers repeat: a client that asks about r images finds about r * alpha of them.",
             rich_help_panel=SECRET,
         ),
     ] = None
@@ -62,49 +62,54 @@ class ServerOptions:
     host: Annotated[
         str,
         typer.Option(
-            help="Address to listen at; 0.0.0.0 for all. There is no login: others must be trusted.",
+            help="Address to listen at; 0.0.0.0 for all. There is no login: anyone who can reach the address can ask.",
             rich_help_panel=SERVER,
         ),
     ] = "127.0.0.1"
-    port: Annotated[int, typer.Option(help="0: any that is free; it is printed.", rich_help_panel=SERVER)] = 8000
+    port: Annotated[
+        int, typer.Option(help="Port to listen at. 0: any free port, which is printed.", rich_help_panel=SERVER)
+    ] = 8000
     allow_host: Annotated[
         list[str] | None,
         typer.Option(
-            help="Name by which it may be asked besides localhost and its address, such as a proxy's; may be repeated. "
-            "Without one, a server at --host 0.0.0.0 or the like goes by any name.",
+            help="Host name that requests may use besides localhost and the address, such as a proxy's; "
+            "repeatable. Without it, a server at --host 0.0.0.0 accepts any name.",
             rich_help_panel=SERVER,
         ),
     ] = None
-    no_demo: Annotated[bool, typer.Option("--no-demo", help="No page at /demo/.", rich_help_panel=SERVER)] = False
+    no_demo: Annotated[
+        bool, typer.Option("--no-demo", help="Serve no demo page at /demo/.", rich_help_panel=SERVER)
+    ] = False
     queue: Annotated[
         int,
         typer.Option(
-            help="Images that may be open at a time; what comes beyond is told to come again (503).",
+            help="Maximum number of open images. Further requests get 503 with Retry-After.",
             rich_help_panel=LIMITS,
         ),
     ] = 256
     deadline: Annotated[
         str,
         typer.Option(
-            help="Time of a request that names no deadline_ms, such as 30s: then what is known so far.",
+            help="Deadline of a request without deadline_ms, such as 30s. When it is up, the answer is what is "
+            "known so far.",
             rich_help_panel=LIMITS,
         ),
     ] = "30s"
     max_deadline: Annotated[
-        str, typer.Option(help="Time that a request may ask for, at most.", rich_help_panel=LIMITS)
+        str, typer.Option(help="Longest deadline that a request may ask for.", rich_help_panel=LIMITS)
     ] = "5min"
     drain: Annotated[
         str,
         typer.Option(
-            help="Time to answer what is open, after SIGTERM, SIGHUP or Ctrl-C; a second one ends it. Then a batch has "
-            "4 s more to end: one that hangs is left, exit code 3.",
+            help="Time to answer open requests after SIGTERM, SIGHUP or Ctrl-C; a second signal ends it. A running "
+            "batch then has 4 s; if it hangs, the exit code is 3.",
             rich_help_panel=LIMITS,
         ),
     ] = "20s"
     decoders: Annotated[
         int,
         typer.Option(
-            help="Processes that decode the pictures that come; each is started when needed.",
+            help="Number of processes that decode pictures. Each is started when it is needed.",
             rich_help_panel=LIMITS,
         ),
     ] = 1

@@ -34,58 +34,79 @@ class ModelOptions(Options):
         str | None,
         of_unet(
             help="Checkpoint in OpenAI's layout (.pt, .safetensors), diffusers folder, program (.pt2), "
-            "module:callable, or none for plain smoothing; default: the model that ships."
+            "module:callable, or none for plain smoothing. Default: the shipped model."
         ),
     ] = None
     unet_weights: Annotated[Path | None, of_unet(help="State dict for a module:callable.")] = None
-    unet_prefix: Annotated[str, of_unet(help="Take the names in the file that start so, such as model.")] = ""
-    image_size: Annotated[str | None, of_unet(help="Where the network does not say: 32, 3x32x48 (channels first).")] = (
+    unet_prefix: Annotated[str, of_unet(help="Load only the tensors whose names start with this, such as model.")] = ""
+    image_size: Annotated[
+        str | None, of_unet(help="Image size if the network does not say it: 32, or 3x32x48 (channels first).")
+    ] = None
+    num_heads: Annotated[int | None, of_unet(help="Number of attention heads at every width.")] = None
+    num_head_channels: Annotated[int | None, of_unet(help="Channels per attention head, instead of --num-heads.")] = (
         None
     )
-    num_heads: Annotated[int | None, of_unet(help="Attention heads at every width.")] = None
-    num_head_channels: Annotated[int | None, of_unet(help="Channels of an attention head, in its place.")] = None
     attention_order: Annotated[
-        str | None, of_unet(help="legacy, or new where it was trained with guided-diffusion's use_new_attention_order.")
+        str | None,
+        of_unet(help="Order of the attention channels: legacy, or new for guided-diffusion's use_new_attention_order."),
     ] = None
     schedule: Annotated[
-        str | None, of_unet(help="linear, scaled_linear, cosine, or continuous for a network that is told sigma.")
+        str | None,
+        of_unet(help="Noise schedule: linear, scaled_linear, cosine, or continuous for a network that takes sigma."),
     ] = None
-    diffusion_steps: Annotated[int | None, of_unet(help="Timesteps that it was trained with.")] = None
-    beta_start: Annotated[float | None, of_unet(help="First beta of a linear schedule, 0.0001 unless told.")] = None
-    beta_end: Annotated[float | None, of_unet(help="Last beta of it, 0.02 unless told.")] = None
-    timestep_scale: Annotated[float | None, of_unet(help="It is told timestep times this.")] = None
-    prediction: Annotated[str | None, of_unet(help="What it gives: epsilon, v, x0 or denoiser.")] = None
+    diffusion_steps: Annotated[int | None, of_unet(help="Number of timesteps of the training.")] = None
+    beta_start: Annotated[float | None, of_unet(help="First beta of a linear schedule. Default: 0.0001.")] = None
+    beta_end: Annotated[float | None, of_unet(help="Last beta of a linear schedule. Default: 0.02.")] = None
+    timestep_scale: Annotated[
+        float | None, of_unet(help="Factor by which timesteps are multiplied before the network gets them.")
+    ] = None
+    prediction: Annotated[str | None, of_unet(help="What the network predicts: epsilon, v, x0 or denoiser.")] = None
     variance: Annotated[
         str | None,
-        of_unet(help="fixed_small, fixed_large, learned_range, learned, or renoised for consistency models."),
+        of_unet(
+            help="Variance of a reverse step: fixed_small, fixed_large, learned_range, learned, or renoised for "
+            "consistency models."
+        ),
     ] = None
-    clip: Annotated[str | None, of_unet(help="Range that x0 is clipped to, or none.")] = None
+    clip: Annotated[str | None, of_unet(help="Range to clip x0 to, or none.")] = None
     timestep_rule: Annotated[
-        str, of_unet(help="nearest, or as published: densepure, carlini. Runs follow it unless told otherwise.")
+        str,
+        of_unet(
+            help="Rule that maps sigma to a timestep: nearest, or as published densepure or carlini. The default "
+            "of later runs."
+        ),
     ] = "nearest"
     classifier: Annotated[
         str | None,
         of_classifier(
-            help="timm:NAME, transformers folder, program (.pt2), .onnx file or module:callable; default: the one that "
-            "ships."
+            help="timm:NAME, transformers folder, program (.pt2), .onnx file or module:callable. Default: the "
+            "shipped classifier."
         ),
     ] = None
     classifier_weights: Annotated[Path | None, of_classifier(help="State dict for timm:NAME or a module:callable.")] = (
         None
     )
-    classifier_prefix: Annotated[str, of_classifier(help="Take the names in that file that start so.")] = ""
-    labels: Annotated[Path | None, of_classifier(help="Class names, one a line.")] = None
-    pixel_range: Annotated[str | None, of_classifier(help="Pixels that it was trained on: 0,1 or 0,255 or -1,1.")] = (
+    classifier_prefix: Annotated[str, of_classifier(help="Load only the tensors whose names start with this.")] = ""
+    labels: Annotated[Path | None, of_classifier(help="File of class names, one per line.")] = None
+    pixel_range: Annotated[
+        str | None, of_classifier(help="Range of the pixels that it was trained on: 0,1 or 0,255 or -1,1.")
+    ] = None
+    mean: Annotated[str | None, of_classifier(help="Mean to subtract per channel, in the units of --pixel-range.")] = (
         None
     )
-    mean: Annotated[str | None, of_classifier(help="Subtracted, in that range, for each channel.")] = None
-    std: Annotated[str | None, of_classifier(help="Divided by.")] = None
-    channel_order: Annotated[str | None, of_classifier(help="RGB, BGR or grey.")] = None
-    resize: Annotated[str | None, of_classifier(help="What it takes, HEIGHTxWIDTH.")] = None
-    interpolation: Annotated[str | None, of_classifier(help="bicubic, bilinear or nearest.")] = None
-    antialias: Annotated[bool | None, of_classifier("--antialias/--no-antialias", help="Of --resize.")] = None
-    crop: Annotated[str | None, of_classifier(help="Centre crop after the resize, HEIGHTxWIDTH.")] = None
+    std: Annotated[str | None, of_classifier(help="Standard deviation to divide by per channel.")] = None
+    channel_order: Annotated[str | None, of_classifier(help="Order of the channels: RGB, BGR or grey.")] = None
+    resize: Annotated[str | None, of_classifier(help="Size to resize to, HEIGHTxWIDTH.")] = None
+    interpolation: Annotated[
+        str | None, of_classifier(help="Interpolation of --resize: bicubic, bilinear or nearest.")
+    ] = None
+    antialias: Annotated[
+        bool | None, of_classifier("--antialias/--no-antialias", help="Antialias when --resize shrinks.")
+    ] = None
+    crop: Annotated[str | None, of_classifier(help="Size of the centre crop after the resize, HEIGHTxWIDTH.")] = None
     weights: Annotated[
         Path | None,
-        typer.Option(help="Folder of the shipped model's unet.safetensors and classifier.safetensors, trained anew."),
+        typer.Option(
+            help="Folder with the shipped model's unet.safetensors and classifier.safetensors, after new training."
+        ),
     ] = None
