@@ -188,5 +188,5 @@ def seeded_secret(seed: int) -> bytes:
 
 
 def commitment(secret: bytes) -> str:
-    """What may be published before the first sample: SHA-256 of the secret."""
+    """Return what may be published before the first sample: the SHA-256 of the secret."""
     return hashlib.sha256(secret).hexdigest()

@@ -77,7 +77,7 @@ class FileRef:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a TensorRT plan was built from, by what and for which GPUs.
+    """The origin of a TensorRT plan: what it was built from, by what and for which GPUs.
 
     flavour, version: the library; a plan runs on that flavour and version alone, or where it is `version_compatible`
     on that version's lean library, beside a later one. batches: the batch sizes that it
@@ -108,7 +108,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How far an ONNX file was from its float32 source when it was made: from PyTorch, or from a float32 bundle.
+    """The distance of an ONNX file from its float32 source when it was made: PyTorch, or a float32 bundle.
 
     by: what evaluated it. relative_l2: the worst of so many comparisons of its outputs. labels: how many labels of its
     bundle were compared, on equal noise, and labels_differ: how many were not the source's; both 0 where none were.
@@ -126,7 +126,7 @@ Verdict = Literal["as declared", "doubted", "not judged"]
 
 @dataclass(frozen=True)
 class Denoising:
-    """How well a network denoised in one step when it was exported, as it was declared and otherwise.
+    """The result of the denoising check at export: one step, as declared and under the alternatives.
 
     images: how many; made_up: whether they are no real ones. error, shrinkage, other_error: mean squared errors against
     the clean images in [-1, 1], by sigma: as declared, of the best affine estimate, and of the declaration that came
@@ -146,7 +146,7 @@ class Denoising:
 
 @dataclass(frozen=True)
 class Sidecar:
-    """What an engine file is.
+    """The description of an engine file.
 
     image: [channels, height, width]. pixel_range: of the pixels that the engine works on. plan: None for an ONNX file.
     data: the file of weights beside a graph that is too large to hold them; the graph names its hash too, so that the
@@ -219,7 +219,7 @@ class Bundle:
 
 
 def data_mark(data: FileRef) -> str:
-    """What a graph's metadata says of its file of weights: hash and name, so that the graph's own hash binds both."""
+    """Return a graph's metadata on its file of weights: hash and name, so that the graph's own hash binds both."""
     return f"{data.sha256} {data.name}"
 
 
@@ -392,7 +392,7 @@ def rebuild_command(engine: Path, sidecar: Sidecar) -> str:
 
 
 def trusted_sidecar(plan: Path) -> StepSidecar | ClassifierSidecar:
-    """What a plan without a sidecar is, if it is what its name says: all but the plan from the ONNX file's sidecar.
+    """Make the sidecar of a plan that has none, taking its name's word: the rest is the ONNX file's sidecar.
 
     The plan's hash is taken as found, so nothing vouches for its bytes.
     """
@@ -520,12 +520,12 @@ def open_bundle(
 
 
 def written_sha256(engine: Path) -> str | None:
-    """Of its sidecar's file, where there is one."""
+    """Hash its sidecar's file, where there is one."""
     return sha256_of(sidecar_path(engine)) if sidecar_path(engine).exists() else None
 
 
 def flavour_of(sidecar: Sidecar) -> str:
-    """What runs an engine: ONNX Runtime, or a flavour of TensorRT."""
+    """Return what runs an engine: ONNX Runtime, or a flavour of TensorRT."""
     return sidecar.plan.flavour if sidecar.plan else "onnxruntime"
 
 

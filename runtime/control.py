@@ -26,13 +26,13 @@ class Listed(Protocol):
 
 
 def layout(*sizes: int) -> tuple[list[int], int]:
-    """Where regions of these sizes start when each is aligned, and how long they are together."""
+    """Return where regions of these sizes start when each is aligned, and how long they are together."""
     padded = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
     return [0, *accumulate(padded)][:-1], sum(padded)
 
 
 def control_layout(batch: int) -> tuple[list[int], int]:
-    """Where the items, t and coef of a batch start, and the bytes of all."""
+    """Return where the items, t and coef of a batch start, and the bytes of all."""
     return layout(ITEM.itemsize * batch, 4 * batch, 24 * batch)
 
 

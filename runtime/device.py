@@ -78,7 +78,7 @@ class Batch:
 
 
 class Device(Protocol):
-    """What the reverse loop asks of a device.
+    """The operations that the reverse loop needs of a device.
 
     Batches may finish in any order, but none is kept waiting for ever: of those that are finished, `collect` hands out
     the oldest. One reverse loop at a time.
@@ -112,7 +112,7 @@ class Device(Protocol):
         """Copies of mean and std, float32 [n, C, H, W] each: for replay, pictures and parity."""
 
     def describe(self) -> Mapping[str, str | int | bool]:
-        """What a record must say about the device, by name."""
+        """Describe the device, by name, as a record must say it."""
 
     def close(self) -> None:
         """Free everything. Safe to call twice."""

@@ -107,7 +107,7 @@ class KernelNoise:
 
     @translating_cuda_errors()
     def _draw(self, images: Sequence[OpenImage], drawn: Drawn, launch: Any) -> Floats:
-        """One launch for up to a batch of items; one thread at a time."""
+        """Launch one kernel for up to a batch of items; one thread at a time."""
         with self._lock:
             if self._process != os.getpid():
                 raise forked("and its noise is drawn on a GPU")

@@ -31,7 +31,7 @@ class OpenImage:
 
 
 class Drawn(NamedTuple):
-    """What tells draws of the same images apart, int64 [n] each."""
+    """The numbers that tell draws of the same images apart, int64 [n] each."""
 
     sample: NDArray[np.int64]
     vote: NDArray[np.int64]

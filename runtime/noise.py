@@ -41,7 +41,7 @@ TAIL = 12  # standard deviations; the mass beyond is below 2^-107
 
 
 def image_sha256(pixels: NDArray[np.uint8]) -> bytes:
-    """Of the shape and the pixels of an image."""
+    """Hash the shape and the pixels of an image."""
     digest = hashlib.sha256(struct.pack(f"<{1 + pixels.ndim}q", pixels.ndim, *pixels.shape))
     digest.update(np.ascontiguousarray(pixels).tobytes())
     return digest.digest()
@@ -83,11 +83,11 @@ class RoundedNormal:
 
     @property
     def sha256(self) -> str:
-        """Of the lowest value and the thresholds, little-endian: the noise law as a number."""
+        """Hash the lowest value and the thresholds, little-endian: the noise law as a number."""
         return hashlib.sha256(struct.pack("<q", self.lowest) + self.thresholds.astype("<u8").tobytes()).hexdigest()
 
     def __call__(self, words: NDArray[np.uint64]) -> NDArray[np.int32]:
-        """One integer a word, int32 of the same shape."""
+        """Return one integer per word, int32 of the same shape."""
         reached = np.searchsorted(self.thresholds, words, side="right")
         return (reached + self.lowest).astype(np.int32)
 

@@ -37,7 +37,7 @@ EXACT_INT8 = ("session.x64quantprecision", "1")
 
 @dataclass(frozen=True)
 class Place:
-    """Where a graph runs.
+    """The place where a graph runs.
 
     Attributes:
         provider: Of ONNX Runtime.
@@ -175,7 +175,7 @@ def refuse_absent(provider: Provider) -> None:
 
 
 class Network:
-    """One engine, loaded: feed -> outputs, whole batches. On a GPU both are bound there, and copied once each way."""
+    """A loaded engine: feed -> outputs, whole batches. On a GPU both are bound there, and copied once each way."""
 
     def __init__(
         self,

@@ -31,7 +31,7 @@ Run = Callable[[dict[str, Floats]], Sequence[Floats]]  # a feed -> mean_next, st
 
 @dataclass(frozen=True)
 class Probed:
-    """What a probe has found.
+    """The result of a probe.
 
     Attributes:
         fingerprint: SHA-256, hex, of what the fixed items give at the batch that runs.

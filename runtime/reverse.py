@@ -32,7 +32,7 @@ NO_SLOT = -1  # of a vote that has still to leave its sample's
 
 
 class Ballot(Protocol):
-    """What the loop asks of an empty ballot; see `densepure_rt.smoothing.voting.Ballot`."""
+    """The part of an empty ballot that the loop uses; see `densepure_rt.smoothing.voting.Ballot`."""
 
     remaining: int  # votes at most
 
@@ -41,11 +41,11 @@ class Ballot(Protocol):
         """The fewest votes that can decide it."""
 
     def count(self, labels: NDArray[np.int32]) -> tuple[Integers, NDArray[np.int32]]:
-        """Of ballots as this one, [votes, n] in order, UNCAST behind: how many votes each needs yet, and who leads."""
+        """Return the votes that each ballot still needs, and who leads. labels: [votes, n] in order, UNCAST behind."""
 
 
 class Outcome(NamedTuple):
-    """One decided sample: its label or NOT_FINITE, and what it cost."""
+    """A decided sample: its label or NOT_FINITE, and its cost."""
 
     image: int
     sample: int
@@ -117,7 +117,7 @@ def decide(
 
 
 def slots_of(batch: int, in_flight: int) -> tuple[int, int]:
-    """How many samples may be under way, a slot each, and how many slots their votes take at a time.
+    """Return how many samples may be under way, a slot each, and how many slots their votes take at a time.
 
     With a batch of each kind waiting and a batch on every caller, some batch is full whenever work is left. A vote gets
     its slot with its first draw; as votes that have one go first, no more hold one than wait to be classified, which is

@@ -28,7 +28,7 @@ LOG_OF_ZERO = -1000.0  # exp(LOG_OF_ZERO / 2) underflows to exactly 0; -inf woul
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a network was noised in training.
+    """The noise schedule of a network's training.
 
     name: "linear" (Ho et al. 2020, section 4), "scaled_linear" (linear in the square root of beta),
     "cosine" (Nichol & Dhariwal 2021, eq. 17), or "continuous" for a denoiser that is told sigma itself (Karras et al.
@@ -67,7 +67,7 @@ def cosine_alpha_bar(u: float) -> float:
 
 
 class Coefficients(NamedTuple):
-    """One reverse step, in the column order of the step graph's `coef` input."""
+    """The coefficients of a reverse step, in the column order of the step graph's `coef` input."""
 
     sigma: float
     signal: float
@@ -154,7 +154,7 @@ def karras_levels(sigma: float, steps: int) -> list[float]:
 
 
 def posterior(ab: float, ab_next: float, variance: Variance) -> Coefficients:
-    """One step from alpha-bar `ab` to the larger `ab_next` (Ho et al. 2020, eq. 6-7, with beta = 1 - ab / ab_next).
+    """Take a step from alpha-bar `ab` to the larger `ab_next` (Ho et al. 2020, eq. 6-7, with beta = 1 - ab / ab_next).
 
     Fixed variance has logvar_min = logvar_max: the posterior variance ("fixed_small") or beta ("fixed_large"). A
     learned range lies between the two (Nichol & Dhariwal 2021, eq. 15); a head that gives the log-variance itself

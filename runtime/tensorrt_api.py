@@ -69,7 +69,7 @@ GUARDED = {
 
 @dataclass(frozen=True)
 class Library:
-    """What runs a plan.
+    """A library that runs a plan.
 
     Attributes:
         name: As a record names it: a flavour, or tensorrt-lean.

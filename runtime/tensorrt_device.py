@@ -120,12 +120,12 @@ def refuse_misfit(bundle: Bundle, batch: int | None, memory: int = 0) -> int:
 
 
 def most_states(size: int, memory: int) -> int:
-    """How many states of `size` values a GPU with so much memory, in bytes, may be asked to hold; see `reserve`."""
+    """Count the states of `size` values that a GPU with so many bytes may be asked to hold; see `reserve`."""
     return (min(MOST_STATE_BYTES, memory // 2) if memory else MOST_STATE_BYTES) // state_bytes(size)
 
 
 def state_bytes(size: int) -> int:
-    """Of a slot: mean and std of `size` values, float32, and whether they are finite."""
+    """Return the bytes of a slot: mean and std of `size` values, float32, and whether they are finite."""
     return 8 * size + 1
 
 

@@ -28,7 +28,7 @@ class Cancelled(DensePureError):
 
 
 class BlsNetwork:
-    """One engine as a model of this Triton: feed -> outputs, whole batches. backend: triton_python_backend_utils.
+    """An engine as a model of this Triton: feed -> outputs, whole batches. backend: triton_python_backend_utils.
 
     cancelled: asked before each call.
     """

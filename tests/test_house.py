@@ -129,6 +129,16 @@ def test_a_function_of_more_than_eight_parameters_says_why(path: Path) -> None:
                 assert "so many parameters because" in (ast.get_docstring(node) or ""), f"{node.name} has {count}"
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_a_docstring_says_what_is_done_and_begins_with_no_question(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and (
+            said := ast.get_docstring(node)
+        ):
+            first = said.split()[0].strip(".,:")
+            assert first not in ("What", "Whether", "Of", "How", "One", "Where", "At"), f"{node.name}: {said}"
+
+
 def test_the_public_names_are_these() -> None:
     assert densepure_rt.__all__ == sorted(densepure_rt.__all__)
     assert set(densepure_rt.__all__) == {

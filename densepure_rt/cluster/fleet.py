@@ -152,7 +152,7 @@ class Fleet:
         return [member for member in self.members if member.engines is not None]
 
     def status(self) -> str:
-        """How the workers are: how many are there, what each of them does, how often one was lost."""
+        """Say how the workers are: how many are there, what each of them does, how often one was lost."""
         there = self.there
         said = f"{len(there)} of {plural(self.size, 'worker')}"
         if there and self.started is not None:
@@ -179,7 +179,7 @@ class Fleet:
 
 
 class _Driver:
-    """One `decide` of a fleet: hands tasks out, takes what comes back."""
+    """A single `decide` of a fleet: hands tasks out, takes results back."""
 
     def __init__(self, fleet: Fleet, chain: Chain, votes: int, work: Iterator[tuple[int, int] | None]) -> None:
         self.fleet, self.chain, self.votes, self.work = fleet, chain, votes, work
@@ -231,7 +231,7 @@ class _Driver:
         return under_way or bool(self.again) or not (there or self.exhausted)
 
     def next_portion(self, member: Member) -> Portion | None:
-        """What was lost comes first. A suspect waits for a worker to be alone with, and no other work keeps it busy.
+        """Choose the next work: what was lost comes first. A suspect waits for a worker that it has to itself.
 
         One suspect of an image is tried at a time, so that no more workers die of it than it takes.
         """
@@ -433,7 +433,7 @@ def lost_samples(strips: Iterable[Strip]) -> Iterator[LostSample]:
 
 
 def cause_of(error: Exception) -> str:
-    """One line on why a task or a worker was lost."""
+    """Say in one line why a task or a worker was lost."""
     if isinstance(error, ray.exceptions.RayTaskError):
         return f"{type(error.cause).__name__}: {last_line(error.cause)}"
     if isinstance(error, ray.exceptions.OutOfMemoryError):
@@ -444,5 +444,5 @@ def cause_of(error: Exception) -> str:
 
 
 def last_line(error: BaseException) -> str:
-    """Of what it says, which may be nothing."""
+    """Return the last line of an error, which may be empty."""
     return next(reversed(str(error).strip().splitlines()), "")

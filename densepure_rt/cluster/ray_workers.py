@@ -45,7 +45,7 @@ LOCAL, REMOTE = "ray", "ray://"
 
 @dataclass(frozen=True)
 class WorkerEngines:
-    """How a worker opens its engines; see `smoothing.load`."""
+    """The engines of a worker and how it opens them; see `smoothing.load`."""
 
     engine: Path | None
     classifier: Path | None
@@ -252,7 +252,7 @@ def open_fleet(
 
 
 def room_for(needs: Mapping[str, float]) -> int:
-    """How many workers fit, machine by machine, into what is free. Raises UsageError where none does."""
+    """Count the workers that fit, machine by machine, into what is free. Raises UsageError where none does."""
     machines: list[Mapping[str, float]] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     each = [min(int(machine.get(name, 0) // amount) for name, amount in needs.items()) for machine in machines]
     free: Mapping[str, float] = ray.available_resources()
@@ -287,7 +287,7 @@ def chosen(opened: Sequence[Engines], group: str | None) -> Engines:
 
 
 def warn_of_others(members: Sequence[Member]) -> None:
-    """Of workers that draw nothing, since their labels would be those of another classifier."""
+    """Warn of workers that draw nothing, because their labels would be those of another classifier."""
     groups = Counter((member.engines.sha256[:8], member.engines.node) for member in members if member.engines)
     found = ", ".join(f"{count} of group {group} on {node}" for (group, node), count in sorted(groups.items()))
     said = "they have another engine, version or arithmetic, and one kind draws all samples of a run: `group` names it"
@@ -302,7 +302,7 @@ def dismiss(member: Member) -> None:
 
 
 def opened_by(members: Sequence[Member], timeout: float) -> list[Engines]:
-    """What each member has opened. Raises what the first that could not says."""
+    """Return what each member has opened. Raises the error of the first that could not."""
     try:
         found: list[Engines] = ray.get([member.opening for member in members], timeout=timeout)
     except ray.exceptions.GetTimeoutError:

@@ -111,7 +111,7 @@ def stage_table(found: Benchmark) -> Table:
 
 
 def print_host_costs(found: HostCosts, console: Console = stdout) -> None:
-    """What the host takes for a batch, and the UNet calls that it can keep a GPU supplied with."""
+    """Print the host's time for a batch, and the UNet calls that it can keep a GPU supplied with."""
     table = Table(
         title=f"the host's part of a batch, us, {found.rounds} rounds, CPU time of one core of {found.processor}",
         title_justify="left",

@@ -69,14 +69,14 @@ def track(
 
 
 class Pace:
-    """How far the work is, in words. total, text, before, left: as `track` has them."""
+    """The progress of the work, in words. total, text, before, left: as in `track`."""
 
     def __init__(self, total: int, text: Callable[[], str], before: int, left: Callable[[], Range | None]) -> None:
         self.total, self.text, self.done, self._before, self._left = total, text, before, before, left
         self._started = time.monotonic()
 
     def rate(self) -> str:
-        """What an item takes; nothing before the first."""
+        """Say the time per item; nothing before the first."""
         came = self.done - self._before
         return f"{duration((time.monotonic() - self._started) / came)} an image" if came else ""
 

@@ -78,7 +78,7 @@ except BaseException as error:
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: what was looked at, whether it is well, what was found, and whether nothing works without it."""
+    """A finding of `doctor`: what was looked at, whether it is well, what was found, and whether all else needs it."""
 
     what: str
     state: Literal["ok", "missing", "broken"]
@@ -93,7 +93,7 @@ class Diagnosis:
 
     @property
     def healthy(self) -> bool:
-        """Whether this machine can certify."""
+        """Return whether this machine can certify."""
         return all(finding.state == "ok" for finding in self.findings if finding.needed)
 
 

@@ -36,7 +36,7 @@ of_checks, of_plans = (partial(typer.Option, rich_help_panel=panel) for panel in
 
 @dataclass(frozen=True)
 class CheckOptions(Options):
-    """What changes ONNX engines, and what they are checked on."""
+    """The options that change ONNX engines, and what they are checked on."""
 
     keep_fp32: Annotated[
         list[str] | None,
@@ -70,7 +70,7 @@ class CheckOptions(Options):
 
 @dataclass(frozen=True)
 class PlanOptions(Options):
-    """How plans are built."""
+    """The options of building plans."""
 
     compute_capability: Annotated[
         str | None, of_plans(help="tensorrt-rtx: compute capabilities to build for. Default: 8.6,8.9,12.0.")
@@ -208,7 +208,7 @@ def export(
 
 @dataclass(frozen=True)
 class Request:
-    """What `export` was asked for. batch: as typed, for plans several. quiet: print nothing of what is made.
+    """A request to `export`. batch: as typed, for plans several. quiet: print nothing of what is made.
 
     precisions: empty for those that suit what is to be made.
     """

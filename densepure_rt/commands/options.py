@@ -123,7 +123,7 @@ class EngineOptions(TypedOptions):
 
 @dataclass(frozen=True)
 class SamplingOptions(TypedOptions):
-    """What one sample is: noise, reverse steps and votes; and how often an answer may be wrong."""
+    """The noise, reverse steps and votes of a sample, and how often an answer may be wrong."""
 
     sigma: Annotated[
         float,
@@ -155,7 +155,7 @@ class SamplingOptions(TypedOptions):
 
 @dataclass(frozen=True)
 class PredictionOptions(SamplingOptions):
-    """What a smoothed prediction is made of."""
+    """The options of a smoothed prediction."""
 
     n: Annotated[
         int,
@@ -180,7 +180,7 @@ class PredictionOptions(SamplingOptions):
 
 @dataclass(frozen=True)
 class CertificateOptions(SamplingOptions):
-    """What a certificate is made of, by a rule that may stop at any sample."""
+    """The options of a certificate by a rule that may stop at any sample."""
 
     method: Annotated[
         str,
@@ -228,7 +228,7 @@ class CertificateOptions(SamplingOptions):
 
 @dataclass(frozen=True)
 class RunOptions(CertificateOptions):
-    """What the certificates of a run are made of, by any rule."""
+    """The options of the certificates of a run, by any rule."""
 
     method: Annotated[
         str,
@@ -275,7 +275,7 @@ class RunOptions(CertificateOptions):
 
 @dataclass(frozen=True)
 class SecretOptions(TypedOptions):
-    """What keys all noise."""
+    """The options of the secret that keys all noise."""
 
     seed: Annotated[
         int | None,
@@ -350,7 +350,7 @@ class ClusterOptions(TypedOptions):
 
 @dataclass(frozen=True)
 class MessageOptions(TypedOptions):
-    """What a command says while it works."""
+    """The messages of a command while it works."""
 
     verbose: Annotated[
         bool,
@@ -368,7 +368,7 @@ class MessageOptions(TypedOptions):
 
 @dataclass(frozen=True)
 class RunMessageOptions(MessageOptions):
-    """What a run says while it works."""
+    """The messages of a run while it works."""
 
     quiet: Annotated[
         bool,
@@ -378,7 +378,7 @@ class RunMessageOptions(MessageOptions):
 
 @dataclass(frozen=True)
 class OutputOptions(TypedOptions):
-    """Where the results of a run go."""
+    """The place of a run's results."""
 
     out: Annotated[
         Path | None,

@@ -25,7 +25,7 @@ SERVER, LIMITS = "Server", "Limits"  # panels of --help
 
 @dataclass(frozen=True)
 class ServerSecretOptions(SecretOptions):
-    """What keys all noise of a server."""
+    """The options of the secret that keys all noise of a server."""
 
     key: Annotated[
         Path | None,
@@ -57,7 +57,7 @@ class ServerSecretOptions(SecretOptions):
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """Where a server listens, and what it takes on."""
+    """The address of a server and the load that it takes."""
 
     host: Annotated[
         str,

@@ -18,7 +18,7 @@ Fit = Literal["crop", "resize", "pad"]
 
 @dataclass(frozen=True)
 class Preparation:
-    """What is done to image files before they are certified.
+    """The changes made to image files before they are certified.
 
     Attributes:
         fit: "crop": the largest part in the middle that has the engine's proportions, scaled; "resize": scaled as it

@@ -368,7 +368,7 @@ def read_idx(path: Path, shape: Shape) -> tuple[Pixels, list[int] | None]:
 
 
 def _idx_label_files(images: Path) -> list[Path]:
-    """Where labels may lie: beside the images, under the name the MNIST family gives them, gzipped or not."""
+    """List where labels may lie: beside the images, under the name the MNIST family gives them, gzipped or not."""
     name = re.sub(r"images([-.])idx3", r"labels\1idx1", images.name).removesuffix(".gz")
     renamed = name != images.name.removesuffix(".gz")
     endings = (".gz", "") if images.suffix == ".gz" else ("", ".gz")

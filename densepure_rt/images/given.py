@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class Tensor(Protocol):
-    """What is asked of a torch tensor; torch itself is imported by whoever has one."""
+    """The part of a torch tensor that is used; torch itself is imported by whoever has one."""
 
     def detach(self) -> Tensor: ...
     def numpy(self) -> NDArray[Any]: ...

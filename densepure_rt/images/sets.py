@@ -35,7 +35,7 @@ class LeftOut:
 
 @dataclass(frozen=True, eq=False)
 class LabelledImage:
-    """One image: `idx` numbers it in results, `pixels` is uint8 [C, H, W], `label` is None where it is not known.
+    """An image: `idx` numbers it in results, `pixels` is uint8 [C, H, W], `label` is None where it is not known.
 
     name: its file, relative to the source, and `FILE:POSITION` in a file of several; as whoever made it wrote it, and
     part of no hash. None for an image of no file.

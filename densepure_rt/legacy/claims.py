@@ -48,7 +48,7 @@ class Flag:
 
 @dataclass(frozen=True)
 class Claim:
-    """What is left of a result on a sound reading; a line of an import's results.jsonl.
+    """The part of a result that a sound reading leaves; a line of an import's results.jsonl.
 
     label: None where it is not known. predict, radius: None abstains. printed: the radius as the older tool printed it.
     Counts and bound are known where labels were voted again. correct: None without a label.
@@ -77,7 +77,7 @@ class Claim:
         return cls(**values | {"correct": None if label is None else predict == label})
 
     def covers(self, radius: float) -> bool:
-        """Whether the label is certified at `radius`, on the sound reading."""
+        """Return whether the label is certified at `radius`, on the sound reading."""
         return self.correct is True and self.radius is not None and self.radius >= radius
 
     def covers_as_printed(self, radius: float) -> bool:
@@ -190,7 +190,7 @@ def abstaining(claim: Claim) -> Claim:
 
 
 def flags_of(log: Log) -> Iterable[Flag]:
-    """What a log says of itself that does not fit together."""
+    """Flag what a log says of itself that does not fit together."""
     rows = log.rows
     right = [int(row.predict is not None and row.predict == row.label) for row in rows]
     if (correct := [row.correct for row in rows]) != right:
@@ -212,7 +212,7 @@ def flags_of(log: Log) -> Iterable[Flag]:
 
 
 def rounded_up(claims: Sequence[Claim], radii: Sequence[float]) -> Iterable[Flag]:
-    """At each radius, the images that reach it only because their radius was printed rounded."""
+    """List, at each radius, the images that reach it only because their radius was printed rounded."""
     for radius in radii:
         images = tuple(
             claim.idx
@@ -304,7 +304,7 @@ def claim_of(idx: int, label: int | None, found: Retaken, row: Row | None) -> Cl
 
 
 def flags_of_agreement(agreements: Mapping[tuple[int, int], SeedAgreement]) -> Iterable[Flag]:
-    """Whether neighbouring runs voted on equal noise. All did if each did with the next one."""
+    """Flag neighbouring runs that voted on equal noise. All did if each did with the next one."""
     if apart := [pair for pair, agreement in agreements.items() if agreement.verdict == "other noise"]:
         says = (
             f"seeds {pairs(apart)} agree no more than by chance, as runs of different smoothing noise do: their votes "
@@ -329,7 +329,7 @@ def pairs(seeds: Sequence[tuple[int, int]]) -> str:
 
 
 def flags_of_merged(merged: Log, retaken: Mapping[int, Retaken], named: Mapping[int, int]) -> Iterable[Flag]:
-    """Where the merged file is not what these arrays give, at the alpha that the official merge knows."""
+    """Flag where the merged file is not what these arrays give, at the alpha that the official merge knows."""
     rows = [row for row in merged.rows if row.idx in retaken]
     renamed = tuple(row.idx for row in rows if row.label != named[row.idx])
     if renamed:

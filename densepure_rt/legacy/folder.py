@@ -68,7 +68,7 @@ def read_imported(path: Path) -> ImportedRun:
 
 
 def report(found: Imported, grid: Sequence[float]) -> dict[str, Any]:
-    """What `--json` prints and imported.json keeps. accuracy: None where it is not known or beyond reach."""
+    """Collect what `--json` prints and imported.json keeps. accuracy: None where it is not known or beyond reach."""
     names = [exact(radius) for radius in grid]
     return {
         "settings": found.settings.told(),

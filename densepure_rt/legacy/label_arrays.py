@@ -82,7 +82,7 @@ class Retaken(NamedTuple):
 
 @dataclass
 class SeedAgreement:
-    """How often two runs give a sample the same label, over images; chance: with one run's samples in random order.
+    """The share of samples with equal labels in two runs, over images; chance: with one run's samples in random order.
 
     most: how often they could agree, given how many samples of each label they have. variance: of `equal` by chance.
     """

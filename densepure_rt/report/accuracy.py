@@ -23,7 +23,7 @@ RHO = 0.05  # of `right_of_these`, which does not hold for much smaller ones
 
 
 class Answer(Protocol):
-    """What came of an image, own or imported. radius: None for an abstention. correct: None without a label."""
+    """The answer for an image, own or imported. radius: None for an abstention. correct: None without a label."""
 
     @property
     def label(self) -> int | None: ...
@@ -99,12 +99,12 @@ def shares_certified(records: Sequence[Answer], radii: Sequence[float]) -> tuple
 
 
 def holds(record: Answer, radius: float) -> bool:
-    """Whether the image is certified at `radius`, and for its own label where it has one."""
+    """Return whether the image is certified at `radius`, and for its own label where it has one."""
     return record.correct is not False and record.radius is not None and record.radius >= radius
 
 
 def breakpoints(run: Run) -> tuple[float, ...]:
-    """Where the curve of a run that measures radii may fall: 0, every image's radius and the largest one asked for."""
+    """Return where the curve of a run that measures radii may fall: 0, each image's radius, the largest asked for."""
     radii = {record.radius for record in run.records if record.radius is not None}
     return tuple(sorted({0.0, rule_of(run.manifest.identity).sought()} | radii))
 

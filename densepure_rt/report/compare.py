@@ -43,7 +43,7 @@ class Change:
 
     @property
     def gain(self) -> float:
-        """What b has more than a; infinite where only one of them has a certificate."""
+        """The radius that b has more than a; infinite where only one of them has a certificate."""
         had, has = (-math.inf if radius is None else radius for radius in (self.a, self.b))
         return has - had
 

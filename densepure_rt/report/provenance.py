@@ -30,7 +30,7 @@ class FlagWords:
 
 @dataclass(frozen=True)
 class ImportedNote:
-    """What imported results are, and what is wrong with them. kind: of what was read."""
+    """A note on imported results and what is wrong with them. kind: of the file that was read."""
 
     name: str
     kind: str

@@ -41,7 +41,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Look:
-    """What tells a line apart. colour: a class of the theme."""
+    """The looks that tell a line apart. colour: a class of the theme."""
 
     colour: str
     dashes: str

@@ -64,7 +64,7 @@ from densepure_rt.text import numbered
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was checked, and what was found. faults: what does not hold, each in a line; none when it does."""
+    """The result of one check. faults: what does not hold, each in a line; none when it does."""
 
     what: str
     said: str
@@ -131,7 +131,7 @@ def check_identity(identity: Identity, claimed: str) -> Finding:
 
 
 def check_derived(identity: Identity) -> Finding:
-    """What of the identity follows from the rest: timesteps and coefficients, noise tables, what alpha is charged."""
+    """Check what of the identity follows from the rest: timesteps, coefficients, noise tables, the charge on alpha."""
     if identity.schedule.steps > MAX_STEPS:
         return Finding("derived values", "not computed", (f"a schedule of {identity.schedule.steps} steps is none",))
     settings, pixels = settings_of(identity), math.prod(identity.image)
@@ -208,7 +208,7 @@ def check_records(done: list[DoneImage], manifest: Manifest) -> Finding:
 
 
 def check_shards(done: list[DoneImage], manifest: Manifest) -> Finding:
-    """Whether the shards that a run says it was merged from hold each image once; of a shard, what it holds."""
+    """Check that the shards of a merged run hold each image once; of a shard, what it holds."""
     provenance, count = manifest.provenance, manifest.identity.images.count
     if provenance.merged_from is None:
         return Finding("shard", f"{provenance.shard}: {len(done)} of its {manifest.asked} images, of {count}")
@@ -321,7 +321,7 @@ def check_seal(path: Path, ledger: Ledger, complete: bool) -> Finding:
 
 
 def check_attacks(path: Path, records: Mapping[int, ImageRecord]) -> Finding:
-    """Whether an attack has broken a certificate, and whether the attacks are on certificates of this run."""
+    """Check whether an attack has broken a certificate, and whether the attacks are on certificates of this run."""
     attacks, faults = read_lines(path / ATTACKS, Falsification), []
     for attack in attacks:
         record = records.get(attack.idx)

@@ -59,7 +59,7 @@ def unwatched(
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What a run certifies, how, and where its results go.
+    """A request for a run: the images, how they are certified, and where the results go.
 
     images: all that the run is about. shard: the part of them to certify here; None for all. seed: public; None where a
     secret keys the noise. falsify: the share of their samples to attack the certificates with, once all are there.

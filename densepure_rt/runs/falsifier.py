@@ -63,7 +63,7 @@ Attack = Literal["nothing tried", "proposals", "random directions", "evolution o
 
 @dataclass(frozen=True)
 class Falsification:
-    """What an attack on the certificate of image `idx` came to, as a line of falsify.jsonl.
+    """The result of an attack on the certificate of image `idx`, as a line of falsify.jsonl.
 
     radius: of the certificate. tried: candidates that samples were spent on; tested: those of them that were put to the
     test. samples: drawn, for the search and the tests. broken: a test has shown that the smoothed classifier answers
@@ -104,7 +104,7 @@ def squares(pixels: Pixels, candidate: Pixels) -> int:
 
 
 def inside(pixels: Pixels, candidate: Pixels, radius: float) -> bool:
-    """Whether a candidate is another image, of the same shape, inside the open l2 ball of `radius` around `pixels`."""
+    """Return whether a candidate is another image, of the same shape, inside the open l2 ball around `pixels`."""
     alike = candidate.dtype == np.uint8 and candidate.shape == pixels.shape
     return alike and 0 < squares(pixels, candidate) <= most_squares(radius)
 
@@ -149,7 +149,7 @@ def within(pixels: Pixels, push: Levels, radius: float) -> Pixels | None:
 
 
 def unit(direction: Levels) -> Levels:
-    """At length 1; zeros stay zeros."""
+    """Scale to length 1; zeros stay zeros."""
     found: Levels = direction / (float(np.linalg.norm(direction)) or 1.0)
     return found
 
@@ -172,7 +172,7 @@ def majority(labels: NDArray[np.int64]) -> int | None:
 
 
 def hopeful(labels: NDArray[np.int64], rival: int, rule: SequentialRule, errors: float) -> bool:
-    """Whether the rival's share of these labels, raised by so many standard errors, would do at a test's last look."""
+    """Return whether the rival's share, raised by so many standard errors, would do at a test's last look."""
     share = float((labels == rival).mean()) + errors * 0.5 / math.sqrt(len(labels))
     return share * rule.n_max >= certify_at(rule.tests[0], rule.n_max)
 
@@ -251,7 +251,7 @@ def falsify(
 
 
 class _Attack:
-    """One attack under way: what is left of the samples, and where the labels change.
+    """An attack under way: what is left of the samples, and where the labels change.
 
     push: the sum, over all samples so far, of where a sample lies from the middle of those that were drawn with it,
     times whether its label is another one, less the mean of that. It points to where labels change.
@@ -290,7 +290,7 @@ class _Attack:
             yield "evolution of the noise" if middle.any() else "random directions", self._new(pair)
 
     def affordable(self) -> int:
-        """How many candidates can be looked at so that one of them can still be tested."""
+        """Count the candidates that can be looked at so that one of them can still be tested."""
         agreeing = self._agreeing()
         return 0 if agreeing is None else max(0, self.left - agreeing) // PILOT
 
@@ -303,7 +303,7 @@ class _Attack:
         return list(zip(population, self._drawn(population, "select", range(PILOT)), strict=True))
 
     def tested_at(self, candidate: Pixels, pilot: NDArray[np.int64]) -> tuple[Falsification, Pixels] | None:
-        """What a test of the candidate shows, should it show that the certificate is broken.
+        """Test the candidate; returns a falsification if it shows that the certificate is broken.
 
         It is made where a rival has the majority of the pilot's labels, and such a one as would do with what is left.
         """
@@ -345,7 +345,7 @@ class _Attack:
         )
 
     def _decision(self, candidate: Pixels, rule: SequentialRule, rival: int, pilot: NDArray[np.int64]) -> Decision:
-        """Of fresh noise, as long as there is hope. The pilot has a say in that, and in nothing else.
+        """Test fresh noise, as long as there is hope. The pilot has a say in that, and in nothing else.
 
         It is drawn in blocks of a fixed size, so that what is drawn does not depend on the device.
         """
@@ -370,24 +370,24 @@ class _Attack:
 
     @property
     def _level(self) -> float:
-        """Of the next test."""
+        """The level of the next test."""
         return LEVEL / ((self.tests + 1) * (self.tests + 2))
 
     @property
     def _charge(self) -> float:
-        """What a sample of a test takes off its level, its noise not being exactly normal."""
+        """The part of its level that a sample of a test costs, its noise not being exactly normal."""
         return self.pixels.size * smoothing_law(self.settings.sigma).total_variation
 
     def _rule(self, n: int) -> SequentialRule:
-        """Of the next test: whether any class has more than half of the votes, looked at after each of n samples."""
+        """Make the rule of the next test: does any class have more than half of the votes, after each sample?"""
         return prediction_rule(n, self._level, n * self._charge)
 
     def _most(self) -> int:
-        """How many samples the next test may take: those that are left, and that its level pays for."""
+        """The most samples of the next test: those that are left, and that its level pays for."""
         return min(self.left, int(NOISE_SHARE * self._level / self._charge))
 
     def _agreeing(self) -> int | None:
-        """How many samples the next test takes when all agree; None when it may not take so many."""
+        """Return how many agreeing samples the next test takes; None when it may not take so many."""
         most = self._most()
         return self._rule(most).needed(0.0) if most else None
 

@@ -53,7 +53,7 @@ from densepure_rt.smoothing.classifier import Certified
 
 
 class RunFolder(AbstractContextManager["RunFolder"]):
-    """One run's folder, new or gone on with: a context manager. `add` is durable when it returns.
+    """The folder of a run, new or continued: a context manager. `add` is durable when it returns.
 
     done: (record, timing) of the images that were finished before, in their order.
 
@@ -100,7 +100,7 @@ class RunFolder(AbstractContextManager["RunFolder"]):
 
     @property
     def named(self) -> bool:
-        """Whether the run names its images: one that goes on keeps the columns that it began with."""
+        """Return whether the run names its images: a continued run keeps the columns that it began with."""
         return bool(self.manifest.provenance.images_named)
 
     def add(self, result: Certified, place: int | None = None) -> None:
@@ -175,7 +175,7 @@ class RunFolder(AbstractContextManager["RunFolder"]):
         self.ledger.set_value("identity_sha256", self.manifest.identity_sha256)
 
     def read_done(self) -> None:
-        """What is done, from the ledger."""
+        """Read the images that are done from the ledger."""
         if (owner := self.ledger.value("identity_sha256")) != self.manifest.identity_sha256:
             raise CheckFailed(f"{self.path / LEDGER} belongs to a run of another identity ({owner})")
         done = []

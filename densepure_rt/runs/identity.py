@@ -68,7 +68,7 @@ def manifest_of(
     shard: Shard | None = None,
     options: Mapping[str, str | int | float | bool | Sequence[str]] | None = None,
 ) -> Manifest:
-    """What is to be run. `identity` is all that a result depends on; `provenance` is who runs it where and when.
+    """Make the manifest. `identity` is all that a result depends on; `provenance` is who runs it where and when.
 
     images: all, also where a shard of them alone is run. options: those that it was asked for by, where it was.
     """
@@ -161,7 +161,7 @@ def arithmetic_of(device: Mapping[str, str | int | bool]) -> ArithmeticIdentity:
 
 
 def settings_of(identity: Identity) -> Settings:
-    """What a run was asked for."""
+    """Return the settings of a run."""
     rule = identity.rule
     return Settings(
         sigma=identity.sigma,
@@ -178,7 +178,7 @@ def settings_of(identity: Identity) -> Settings:
 
 
 def rule_of(settings: Settings, pixels: int) -> RuleIdentity:
-    """How samples become certificates."""
+    """Describe the rule by which samples become certificates."""
     given: dict[str, Any] = {"method": settings.method, "n": settings.n, "alpha": settings.alpha}
     rule = settings.rule(pixels, labelled=False)
     names = ("n0", "radii", "reserve", "radius_loss", "look")

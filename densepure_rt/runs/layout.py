@@ -26,7 +26,7 @@ ABSTAIN = -1  # in the TSV alone, as in locuslab/smoothing
 
 
 class Lines(NamedTuple):
-    """What one image adds to each of RESULTS."""
+    """The lines that one image adds to each of RESULTS."""
 
     tsv: str
     record: str

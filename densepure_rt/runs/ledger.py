@@ -236,14 +236,14 @@ class Ledger(contextlib.AbstractContextManager["Ledger"]):
 
     @property
     def empty(self) -> bool:
-        """Whether nothing has been sampled."""
+        """Return whether nothing has been sampled."""
         with translating_sqlite_errors(self.path):
             query = "select exists (select 1 from samples) or exists (select 1 from images)"
             return not self._database.execute(query).fetchone()[0]
 
     @property
     def count(self) -> int:
-        """How many images are done."""
+        """Count the images that are done."""
         return sum(1 for _ in self._ascending("select place from images order by place"))
 
     def value(self, name: str) -> str | None:
@@ -256,7 +256,7 @@ class Ledger(contextlib.AbstractContextManager["Ledger"]):
             self._database.execute("insert or replace into run values (?, ?)", (name, value))
 
     def saved(self, idx: int) -> SavedLabels:
-        """Of an image under way: the labels that were committed, up to the first gap; what is beyond one is dropped."""
+        """Return the committed labels of an image under way, up to the first gap; those beyond one are dropped."""
         query = "select first, labels, unet_calls, classifier_calls from samples where idx = ? order by first"
         parts, unets, classifiers, count = [np.empty(0, np.int32)], 0, 0, 0
         for first, blob, unet_calls, classifier_calls in self._ascending(query, idx):
@@ -335,7 +335,7 @@ class Ledger(contextlib.AbstractContextManager["Ledger"]):
                 yield row
 
     def content_sha256(self) -> str:
-        """Of everything that the ledger says, whatever its pages look like."""
+        """Hash everything that the ledger says, whatever its pages look like."""
         digest = hashlib.sha256()
         with translating_sqlite_errors(self.path):
             if (found := self._database.execute("pragma integrity_check").fetchone()[0]) != "ok":

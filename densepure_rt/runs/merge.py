@@ -216,7 +216,7 @@ def provenance_of(parts: Sequence[Part]) -> Provenance:
 
 
 def merged_before(out: Path, manifest: Manifest) -> bool:
-    """Whether `out` is the whole run already. Raises UsageError when it is another run's, or of other shards."""
+    """Return whether `out` is the whole run already. Raises UsageError when it is another run's, or of other shards."""
     if not (out / MANIFEST).exists():
         return False
     there = read_manifest(out)

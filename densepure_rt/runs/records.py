@@ -91,7 +91,7 @@ class NamedFile:
 
 @dataclass(frozen=True)
 class PreparedIdentity:
-    """What was done to image files before they were certified; see `densepure_rt.images.changes.Preparation`.
+    """The changes made to image files before they were certified; see `densepure_rt.images.changes.Preparation`.
 
     pillow: the version that did it. radius: of which pixels certificates speak.
     """
@@ -137,7 +137,7 @@ class NoiseIdentity:
 
 @dataclass(frozen=True)
 class RuleIdentity:
-    """How samples become certificates; what a method does not have is None.
+    """The rule by which samples become certificates; a field that a method does not have is None.
 
     alpha_charged_for_noise: what the noise's finite precision costs of alpha. tested: which classes are asked about.
     """
@@ -156,7 +156,7 @@ class RuleIdentity:
 
     @property
     def most_samples(self) -> int:
-        """Of an image."""
+        """The most samples of an image."""
         return (self.n0 or 0) + self.n
 
 
@@ -171,7 +171,7 @@ class BudgetIdentity:
 
 @dataclass(frozen=True)
 class ArithmeticIdentity:
-    """How the engines compute where they run: machines, libraries and batches that round otherwise differ in it.
+    """The arithmetic of the engines where they run: machines, libraries and batches that round otherwise differ.
 
     Attributes:
         fingerprint: SHA-256 of what fixed items give at the batch that runs; see `densepure_rt.runtime.probe`.
@@ -288,7 +288,7 @@ class Provenance:
 
     @property
     def of_shards(self) -> bool:
-        """Whether it is of one, or was merged from some."""
+        """Return whether the run is a shard, or was merged from shards."""
         return self.shard is not None or self.merged_from is not None
 
 
@@ -309,7 +309,7 @@ class Manifest:
 
     @property
     def asked(self) -> int:
-        """How many images that is."""
+        """The number of images that were asked for."""
         return self.shard.size(self.identity.images.count)
 
 

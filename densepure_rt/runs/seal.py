@@ -28,7 +28,7 @@ def refuse_broken_seal(path: Path, ledger: Ledger) -> None:
 
 
 def hashes(path: Path, ledger: Ledger) -> dict[str, str]:
-    """What a seal holds: the SHA-256 of each file of a run."""
+    """Compute the content of a seal: the SHA-256 of each file of a run."""
     names = (*SEALED, *((ATTACKS,) if (path / ATTACKS).exists() else ()))
     found = {name: files.sha256_of(path / name, "results file") for name in names}
     return found | {LEDGER: ledger.content_sha256()}

@@ -23,7 +23,7 @@ class Shard:
 
     @classmethod
     def parsed(cls, text: str) -> Shard:
-        """Of a text such as 2/8. Raises UsageError when it is none."""
+        """Parse a shard such as 2/8. Raises UsageError for any other text."""
         if re.fullmatch(PATTERN, text):
             number, of = map(int, text.split("/"))
             if number <= of:
@@ -34,11 +34,11 @@ class Shard:
         return f"{self.number}/{self.of}"
 
     def places(self, images: int) -> range:
-        """Of its images, from 0, among all of a run."""
+        """Return the places of its images, from 0, among all of a run."""
         return range(self.number - 1, images, self.of)
 
     def size(self, images: int) -> int:
-        """How many of all are its own; of any count, where a range has a length up to 2^63 alone."""
+        """Count its images among all; of any count, where a range has a length up to 2^63 alone."""
         return (images - self.number) // self.of + 1
 
     def select(self, images: ImageSet) -> ImageSet:

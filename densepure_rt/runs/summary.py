@@ -43,7 +43,7 @@ def summarize(
 
 
 def radii_of(settings: Settings) -> tuple[float, ...]:
-    """At which a run's accuracy is told."""
+    """Return the radii at which a run's accuracy is told."""
     return RADII if settings.decided is None else settings.decided
 
 

@@ -176,7 +176,7 @@ class Api:
         return self.models[name]
 
     async def asked(self, request: Request, model: Model) -> InferRequest:
-        """What a request asks for; of one whose body is a picture, which is not read yet, without images.
+        """Parse a request; one whose body is a picture, which is not read yet, has no images.
 
         Raises HTTPException for a body that is too large, too slow or of another type.
         """
@@ -210,7 +210,7 @@ class Api:
 
     @functools.cached_property
     def most_bytes(self) -> int:
-        """Of a body: as many images as a request may have, in JSON."""
+        """The most bytes of a body: as many images as a request may have, in JSON."""
         most_images = max(model.most_images for model in self.models.values())
         return HEAD_BYTES + JSON_BYTES * most_images * math.prod(self.input.shape[1:])
 
@@ -222,7 +222,7 @@ async def parsed(model: Model, body: bytes, header_length: str | None) -> InferR
 
 
 def outcome_of(answers: list[Predicted] | list[Certified]) -> RequestOutcome:
-    """Of a request of several images: what came of any of them, the worst first."""
+    """Return the outcome of a request of several images: that of any of them, the worst first."""
     found = [answer.certificate if isinstance(answer, Certified) else answer for answer in answers]
     if any(each.stopped for each in found):
         return "stopped"
@@ -244,13 +244,13 @@ def busy(message: str, why: str) -> Response:
 
 
 async def http_error(request: Request, error: Exception) -> Response:
-    """What Starlette finds wrong, such as a path that is not there, as the protocol says it."""
+    """Put an error of Starlette, such as a path that is not there, into the protocol's form."""
     assert isinstance(error, HTTPException)
     return refusal(error.status_code, error.detail, error.headers)
 
 
 async def our_error(request: Request, error: Exception) -> Response:
-    """Of a route that has no words for it."""
+    """Answer for a route that failed without words of its own."""
     path: str = request.scope["path"]
     logs.say(f"{path!r}: {error!r}", logging.ERROR, path=path, error=type(error).__name__)
     return refusal(500, FAILED)

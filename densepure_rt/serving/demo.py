@@ -54,7 +54,7 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 
 def routes(served: Served, provider: Provider, pictures: Pictures) -> list[Route]:
-    """What to mount at the server's root. provider: what the server runs .onnx engines on; see `SecondDevice`."""
+    """Return the routes of the demo page. provider: what the server runs .onnx engines on; see `SecondDevice`."""
     demo = Demo(served, provider, pictures)
     return [
         Route("/demo/", page(), methods=["GET"]),
@@ -91,7 +91,7 @@ def data(name: str) -> str:
 
 
 def inline_hash(text: str, tag: str) -> str:
-    """What a Content-Security-Policy calls the one inline `tag` of the page."""
+    """Return the name that a Content-Security-Policy has for the one inline `tag` of the page."""
     (content,) = re.findall(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
     return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
 
@@ -154,7 +154,7 @@ class Demo:
             ]
 
     def draw(self, pixels: Pixels, sample: int) -> dict[str, Any]:
-        """One sample of `predict`, its pictures as data: addresses. A label of -1 is no label: NaN or Inf came out."""
+        """Draw one sample of `predict`, its pictures as data: addresses. A label of -1: NaN or Inf came out."""
         classifier = SmoothedClassifier(self.served.bundle, OnDevice(self.device.opened()), self.served.secret())
         found = replay(classifier, LabelledImage(0, pixels, None), self.served.settings, sample, "predict")
         votes = enumerate(zip(found.purified, found.labels, strict=True))
@@ -194,7 +194,7 @@ class SecondDevice:
 
 
 def smallest_batch(bundle: Bundle) -> int | None:
-    """What suits one sample, which fills no batch; None where plans do not say theirs.
+    """Return the batch that suits one sample, which fills no batch; None where plans do not say theirs.
 
     On the engines that ship `replay` takes 69 ms of a CPU at a batch of 1 and 156 ms at 8 (two steps, five votes).
     """
@@ -203,7 +203,7 @@ def smallest_batch(bundle: Bundle) -> int | None:
 
 
 def facts(served: Served) -> dict[str, Any]:
-    """What the page says of the model before it is given a picture. radii: those asked about, or 0 and the largest."""
+    """Collect what the page says of the model at first. radii: those asked about, or 0 and the largest."""
     settings, unet = served.settings, served.bundle.unet
     reach = reach_of(settings, math.prod(unet.image))
     asked = [0.0, float(raised(reach or 0.0))] if settings.decided is None else settings.decided

@@ -68,7 +68,7 @@ class FairShare(Generic[D]):
 
     @property
     def _overdue(self) -> bool:
-        """Whether it is the turn of an image that is not urgent."""
+        """Return whether it is the turn of an image that is not urgent."""
         return self._urgent_draws >= URGENT_LOOKS * LOOK
 
     def _next(self) -> QueuedImage[D] | None:
@@ -107,7 +107,7 @@ class FairShare(Generic[D]):
 
     @property
     def under_way(self) -> bool:
-        """Whether an outcome is still to come."""
+        """Return whether an outcome is still to come."""
         return any(not image.idle for image in self._by_handle.values())
 
     def settled(self) -> Iterator[int]:

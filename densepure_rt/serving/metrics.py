@@ -51,7 +51,7 @@ class Metrics:
 
 
 class ServiceCollector(Collector):
-    """What the service itself has counted, looked at when it is asked for."""
+    """The counts of the service itself, read when they are asked for."""
 
     def __init__(self, service: Service) -> None:
         self._service = service

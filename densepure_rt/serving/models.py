@@ -37,12 +37,12 @@ def models_of(served: Served, runs_on: Mapping[str, Any], most_open: int) -> dic
 
 
 def pixels_of(image: tuple[int, int, int]) -> Tensor:
-    """What both models take. image: [channels, height, width]."""
+    """Return the input of both models. image: [channels, height, width]."""
     return Tensor("image", "UINT8", (-1, *image))
 
 
 def outputs_of(classes: int) -> dict[ModelName, tuple[Tensor, ...]]:
-    """What each model gives."""
+    """Return the outputs of each model."""
     answer = (Tensor("label", "INT64", EACH), Tensor("abstain", "BOOL", EACH))
     effort = (Tensor("n", "INT64", EACH), Tensor("stopped", "BOOL", EACH))
     predict = (*answer, Tensor("confidence", "FP64", EACH), Tensor("votes", "INT64", (-1, classes)), *effort)
@@ -51,7 +51,7 @@ def outputs_of(classes: int) -> dict[ModelName, tuple[Tensor, ...]]:
 
 
 def about(served: Served, runs_on: Mapping[str, Any], model: ModelName) -> dict[str, Any]:
-    """What answers depend on, but for the secret, and its hash as their identity."""
+    """Collect what answers depend on, except the secret, and its hash as their identity."""
     bundle, settings = served.bundle, served.settings
     method: dict[str, Any] = {"method": "sequential", "n": PREDICT_N, "radii": [0.0]}
     if model == "certify" and settings.method == "radius":

@@ -25,7 +25,7 @@ class Busy(DensePureError):
 
 
 class Pictures:
-    """What a server does with the pictures that are sent to it. shape: [C, H, W] of its engine."""
+    """The pictures that are sent to a server: their limits and decoders. shape: [C, H, W] of its engine."""
 
     def __init__(self, shape: Shape, decoders: Decoders) -> None:
         self.shape, self.decoders = shape, decoders
@@ -73,7 +73,7 @@ def media_type(request: Request) -> str:
 
 
 async def body(request: Request) -> bytes:
-    """What was sent. Raises HTTPException for more than MOST_BYTES, for what is slow, and for a form."""
+    """Read the body. Raises HTTPException for more than MOST_BYTES, for a slow one, and for a form."""
     kind = media_type(request)
     if not kind.startswith("image/") and kind not in ("", "application/octet-stream"):
         raise HTTPException(415, f"a picture is sent as image/... or application/octet-stream, got {kind[:40]!r}")

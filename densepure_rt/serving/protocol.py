@@ -50,7 +50,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Model:
-    """What a client may ask of a model. most_images: in one request. about: what else its metadata says."""
+    """A model as clients may ask it. most_images: in one request. about: what else its metadata says."""
 
     name: str
     input: Tensor
@@ -147,7 +147,7 @@ def parse_request(model: Model, body: bytes, header_length: str | None = None) -
 
 
 def parse_address(model: Model, query: Mapping[str, str]) -> InferRequest:
-    """What is asked of a picture, which is all of the body: ?name=, which is told in the answer, and &deadline_ms=.
+    """Parse the address of a request whose body is a picture: ?name=, which is in the answer, and &deadline_ms=.
 
     Its images are none yet. Raises ProtocolError, and nothing else.
     """

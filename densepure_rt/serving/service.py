@@ -56,7 +56,7 @@ class DeviceFailed(EnvironmentFault):
 
 @dataclass(frozen=True)
 class Served:
-    """What a page or a protocol may do with a classifier that is being served.
+    """The part of a classifier being served that a page or a protocol may use.
 
     settings: of certificates; a prediction takes PREDICT_N samples at most. secret: what noise is keyed with now; it
     must never leave the process. predict, certify: coroutines (image, deadline) for uint8 [C, H, W]; deadline: the
@@ -75,7 +75,7 @@ class Served:
 
 @dataclass(frozen=True)
 class ServiceMeter:
-    """What a service has done so far. open: requests without an answer yet. batches, items: of the device, by kind.
+    """The work of a service so far. open: requests without an answer yet. batches, items: of the device, by kind.
 
     device_seconds: in which the device had work. batch: items that one holds.
     """
@@ -143,21 +143,21 @@ class Service(AbstractContextManager["Service"]):
 
     @property
     def ready(self) -> bool:
-        """Whether a request would be taken, or refused for being one too many."""
+        """Return whether a request would be taken, or refused for being one too many."""
         return not self.broken and not self._draining
 
     @property
     def broken(self) -> bool:
-        """Whether the device has failed."""
+        """Return whether the device has failed."""
         return self._failed is not None
 
     @property
     def stuck(self) -> bool:
-        """Whether a batch has not come to its end with `drain`: the device is in use and must not be closed."""
+        """Return whether a batch has not ended with `drain`: the device is in use and must not be closed."""
         return self._ended and self._thread.is_alive()
 
     def describe(self) -> Mapping[str, str | int | bool]:
-        """What the device says of itself."""
+        """Return the device's description of itself."""
         return self._device.describe()
 
     def meter(self) -> ServiceMeter:

@@ -200,12 +200,12 @@ class TritonModel:
         return [certified.get(image.idx) or self.no_certificate(image) for image in labelled]
 
     def no_prediction(self, image: LabelledImage) -> Predicted:
-        """Of an image that was not come to in time."""
+        """Abstain for an image that was not reached in time."""
         decider, classes = self.rule.start(), len(self.bundle.classifier.class_names)
         return prediction_of(image, decider, self.rule.charge, classes, Cost(), stopped=True)
 
     def no_certificate(self, image: LabelledImage) -> Certified:
-        """Of an image that was not come to in time."""
+        """Abstain for an image that was not reached in time."""
         return Certified(image, self.rule.start().certificate(stopped=True), Cost())
 
     def opened(self) -> TritonDevice:

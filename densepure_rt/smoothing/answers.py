@@ -104,7 +104,7 @@ def with_picture(image: LabelledImage, told: Mapping[str, str]) -> str:
 def prediction_of(
     image: LabelledImage, decider: Decider, charge: float, classes: int, cost: Cost, stopped: bool = False
 ) -> Predicted:
-    """What a decider says by `prediction_rule`, which took `charge` off its alpha."""
+    """Return the prediction of a decider by `prediction_rule`, which took `charge` off its alpha."""
     found, counts = decider.certificate(stopped), decider.votes
     votes = np.array([counts.get(label, 0) for label in range(classes)])
     bound = None if found.predict is None else error_at_most(found.n_a, found.n) + charge

@@ -25,7 +25,7 @@ Result = Literal["certified", "gave up", "abstained", "skipped", "not reached", 
 
 @dataclass(frozen=True)
 class EpsOutcome:
-    """What came of one eps: after n samples, n_a of them for the class. None: its test had no such moment.
+    """The result of the test of one eps: after n samples, n_a of them for the class. None: its test had no such moment.
 
     "gave up": more samples were thought futile; "abstained": all n_max were taken. "skipped": n_max agreeing samples
     would not do. "not reached": a smaller eps failed. "undecided": sampling was stopped from outside.
@@ -58,7 +58,7 @@ class Certificate:
     stopped: bool = False
 
     def covers(self, label: int | None, radius: float) -> bool:
-        """Whether `label` is certified at `radius`."""
+        """Return whether `label` is certified at `radius`."""
         return self.predict is not None and self.predict == label and self.radius is not None and self.radius >= radius
 
     def to_dict(self) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def certified_accuracy(
 
 
 class Decided(Protocol):
-    """What `abstention` reads: a certificate, or its line in a run."""
+    """The fields that `abstention` reads: a certificate, or its line in a run."""
 
     @property
     def predict(self) -> int | None: ...

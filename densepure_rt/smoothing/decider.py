@@ -59,7 +59,7 @@ class Decider(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class Rule(ABC):
-    """How the labels of an image become its certificate.
+    """A rule by which the labels of an image become its certificate.
 
     sigma: std of the smoothing noise in [0, 1] pixel units. charge: taken off alpha for the noise that is drawn not
     being exactly normal: n * pixels * total variation a pixel. tested: which classes are asked about.
@@ -78,13 +78,13 @@ class Rule(ABC):
 
     @property
     def test_level(self) -> float:
-        """What is left of alpha for the tests themselves."""
+        """The part of alpha that is left for the tests themselves."""
         return self.alpha - self.charge
 
     @property
     @abstractmethod
     def phases(self) -> Phases:
-        """What its samples are for."""
+        """The purposes of its samples, in order, with their numbers."""
 
     @property
     @abstractmethod
@@ -104,15 +104,15 @@ class Rule(ABC):
         return self.reach() or 0.0
 
     def reachable(self) -> tuple[float, ...]:
-        """Of the radii that it decides one by one, if it does: those that all samples agreeing certify."""
+        """Return the radii that all samples agreeing certify, if it decides radii one by one."""
         return ()
 
     def agreeing(self) -> Mapping[float, int | None]:
-        """How many samples certify each of these radii when all agree; None where the most do not."""
+        """Return how many agreeing samples certify each of these radii; None where the most do not."""
         return {}
 
     def expected_samples(self, p: float) -> float:
-        """Of a labelled image whose label each sample votes for with probability p: those of one run, unless exact."""
+        """Return the samples of a labelled image whose label has probability p per sample: of one run, unless exact."""
         decider, draw = self.start(0), random.Random(0)
         while not decider.add(int(draw.random() > p)):
             pass
@@ -121,7 +121,7 @@ class Rule(ABC):
 
 @dataclass(frozen=True)
 class EpsTest:
-    """Whether p > p0, at `level`: E at every look and, with `reserve` of the level, the exact tail at n_max.
+    """A test of p > p0, at `level`: E at every look and, with `reserve` of the level, the exact tail at n_max.
 
     Certifies when E >= 1 / ((1 - reserve) level), or at n_max when P(Bin(n_max, p0) >= S) <= reserve * level. Gives up
     when E of the failures against 1 - p0 reaches 1 / BETA, or when no run of successes could certify any more; that can
@@ -185,7 +185,7 @@ class Decision(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class AnytimeRule(Rule):
-    """What the rules have in common that hold at every look.
+    """The common part of the rules that hold at every look.
 
     look: samples between looks; n_max is always a look. labelled: one class is named before the first sample and only
     that is asked about; else every class is. purpose: of the samples.
@@ -222,11 +222,11 @@ class AnytimeRule(Rule):
 
     @property
     def anytime_level(self) -> float:
-        """What of the level is for the bound that holds at all n at once."""
+        """The part of the level for the bound that holds at all n at once."""
         return self.test_level
 
     def test(self, p0: float, reserve: float) -> EpsTest:
-        """Of p0 at all of the level; at level * p0 where every class is tested (see `certify_at`)."""
+        """Make the test of p0 at all of the level; at level * p0 where every class is tested (see `certify_at`)."""
         return EpsTest(p0, self.test_level * (1.0 if self.labelled else p0), self.n_max, reserve)
 
     def check(self, label: int | None) -> None:
@@ -239,7 +239,7 @@ class AnytimeRule(Rule):
 
 
 class Standing(NamedTuple):
-    """Of a grid: how many of its tests have certified, and how many have not been given up, nor any smaller one."""
+    """The state of a grid: how many tests have certified, and how many have not been given up, nor any smaller one."""
 
     certified: int
     open: int
@@ -249,7 +249,7 @@ class Standing(NamedTuple):
         return self.certified == self.open
 
     def after(self, successes: int, certify: list[int], give_up: list[int]) -> Standing:
-        """At a look, with its limits in ascending order."""
+        """Return the standing after a look, with its limits in ascending order."""
         certified = max(self.certified, min(self.open, bisect_right(certify, successes)))
         return Standing(certified, max(certified, min(self.open, bisect_left(give_up, successes))))
 
@@ -305,11 +305,11 @@ class AnytimeDecider(Decider):
         return self._counts
 
     def so_far(self) -> Decision:
-        """What may be claimed if sampling is stopped from outside now, for whatever reason. Changes nothing."""
+        """Return what may be claimed if sampling is stopped from outside now, for any reason. Changes nothing."""
         return self.decision or self._claim(self._raised(self._best(), self._votes()), "undecided")
 
     def certificate(self, stopped: bool = False) -> Certificate:
-        """What may be claimed now; there was no selection."""
+        """Return what may be claimed now; there was no selection."""
         claimed = self.so_far()
         return Certificate(
             predict=claimed.predict,

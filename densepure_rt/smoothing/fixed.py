@@ -40,7 +40,7 @@ class FixedRule(Rule):
         return FixedDecider(self)
 
     def reach(self) -> float | None:
-        """What an image gets when all n samples agree; None when even that certifies nothing."""
+        """Return the radius of an image whose n samples all agree; None when even that certifies nothing."""
         return l2_radius(clopper_pearson_lower(self.n, self.n, self.test_level), self.sigma)
 
     def certify(self, selection: Counts, estimation: Counts) -> Certificate:

@@ -85,12 +85,12 @@ def require_reach(settings: Settings, pixels: int) -> float:
 
 @lru_cache(4)
 def typical_samples(rule: Rule) -> tuple[float, ...]:
-    """What images like TYPICAL_P take."""
+    """Return the expected samples of images like TYPICAL_P."""
     return tuple(rule.expected_samples(p) for p in TYPICAL_P) if rule.anytime else (float(rule.samples[1]),)
 
 
 def samples_of(rule: Rule) -> Range:
-    """Of one image."""
+    """Return the samples of one image."""
     (least, most), typical = rule.samples, typical_samples(rule)
     return Range(least, sum(typical) / len(typical), most)
 

@@ -31,7 +31,7 @@ class RadiusRule(AnytimeRule):
 
     @cached_property
     def half(self) -> EpsTest:
-        """Whether p > 1/2, without which there is no radius."""
+        """The test of p > 1/2, without which there is no radius."""
         return self.test(0.5, reserve=0.0)
 
     def reach(self) -> float | None:
@@ -39,7 +39,7 @@ class RadiusRule(AnytimeRule):
         return anytime_radius(self.n_max, self.n_max, self.test_level, self.sigma, not self.labelled)
 
     def fixed_radius(self, successes: int, n: int) -> float | None:
-        """What Clopper-Pearson would give for n_max samples at the rate of these n (Cohen et al. 2019)."""
+        """Return the Clopper-Pearson radius of n_max samples at the rate of these n (Cohen et al. 2019)."""
         expected = successes * self.n_max // n
         return l2_radius(clopper_pearson_lower(expected, self.n_max, self.test_level), self.sigma)
 

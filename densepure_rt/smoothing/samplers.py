@@ -41,10 +41,10 @@ class Sampler(Protocol):
         """Wall seconds that an item takes when there is work for all."""
 
     def describe(self) -> Mapping[str, str | int | bool]:
-        """What a record must say about what runs the engines, by name."""
+        """Describe what runs the engines, by name, as a record must say it."""
 
     def status(self) -> str:
-        """What there is to say of how it goes; nothing, of a device that works or raises."""
+        """Say how the work goes; nothing, of a device that works or raises."""
 
     def close(self) -> None:
         """Free everything. Safe to call twice."""
@@ -67,7 +67,7 @@ class OnDevice:
         return reverse.decide(self.device, chain, work, new_ballot)
 
     def seconds_per_item(self, chain: Chain, kind: Kind) -> float:
-        """Of full batches, all callers busy."""
+        """Measure the seconds per item of full batches, all callers busy."""
         device, n = self.device, self.device.batch
         slots = n * device.in_flight
         device.reserve(slots)

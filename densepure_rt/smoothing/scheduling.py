@@ -28,7 +28,7 @@ MOST_OPEN = 256  # images held at a time: enough for the others to go on beside 
 
 @dataclass
 class Cost:
-    """What an image took. samples: those that it was judged by; the calls are of all that were drawn, in vain too."""
+    """The cost of an image. samples: those that it was judged by; the calls are of all that were drawn, in vain too."""
 
     samples: int = 0
     unet_calls: int = 0
@@ -45,7 +45,7 @@ class LostSample(NamedTuple):
 
 
 class SavedLabels(NamedTuple):
-    """What is known of an image from earlier: the labels of its first samples, int32 [n], and the calls they took."""
+    """The labels of an image's first samples from earlier, int32 [n], and the calls they took."""
 
     labels: NDArray[np.int32]
     unet_calls: int
@@ -56,7 +56,7 @@ NOTHING = SavedLabels(np.empty(0, np.int32), 0, 0)
 
 
 class Journal(Protocol):
-    """Where the labels that judge an image are kept as they come, so that a run can go on from them."""
+    """A place where the labels that judge an image are kept as they come, so that a run can be continued from them."""
 
     def saved(self, idx: int) -> SavedLabels: ...
 
@@ -115,17 +115,17 @@ class ImageProgress(Generic[D]):
 
     @property
     def decided(self) -> bool:
-        """Whether no further label is taken."""
+        """Return whether no further label is taken."""
         return self.stopped or self.failed or self.decider.needed == 0
 
     @property
     def idle(self) -> bool:
-        """Whether nothing of it is under way."""
+        """Return whether no sample of it is under way."""
         return self.returned == self.drawn
 
     @property
     def wants(self) -> bool:
-        """Whether another sample is needed for certain."""
+        """Return whether another sample is certainly needed."""
         return len(self._next) < self.decider.needed
 
     @property

@@ -97,7 +97,7 @@ class SequentialRule(AnytimeRule):
 
     @cached_property
     def tests(self) -> tuple[EpsTest, ...]:
-        """Of the radii that n_max agreeing samples certify: the first so many."""
+        """The tests of the radii that n_max agreeing samples certify: the first so many."""
         tests = (self.test_of(eps) for eps in self.radii)
         return tuple(takewhile(lambda test: certify_at(test, self.n_max) <= self.n_max, tests))
 
@@ -112,13 +112,13 @@ class SequentialRule(AnytimeRule):
         return l2_radius(p_lower * (1 - MARGIN), self.sigma)
 
     def needed(self, eps: float) -> int | None:
-        """How many samples certify `eps` when all agree; None when n_max do not."""
+        """Return how many agreeing samples certify `eps`; None when n_max do not."""
         test, looks = self.test_of(eps), tuple(self.looks())
         place = bisect_left(looks, True, key=lambda n: certify_at(test, n) <= n)
         return looks[place] if place < len(looks) else None
 
     def limits(self, n: int) -> tuple[list[int], list[int]]:
-        """At the look n, for each test: the fewest successes that certify and the most that give up. Both ascend."""
+        """Return, at the look n, the fewest successes that certify and the most that give up, per test. Both ascend."""
         certify = accumulate((certify_at(test, n) for test in self.tests), max)
         give_up = accumulate((give_up_at(test, n) for test in self.tests), max)
         return list(certify), list(give_up)
@@ -134,7 +134,7 @@ class SequentialRule(AnytimeRule):
         return self.forecast(p).samples
 
     def forecast(self, p: float) -> Forecast:
-        """What comes of a class that each sample votes for with probability p, were no other asked about. Exact.
+        """Forecast a class that each sample votes for with probability p, were no other asked about. Exact.
 
         The chances of all counts that leave the grid undecided are carried from look to look (binomial steps).
         """

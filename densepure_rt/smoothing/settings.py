@@ -27,7 +27,7 @@ RULES: dict[Method, type[Rule]] = {"fixed": FixedRule, "sequential": SequentialR
 
 @dataclass(frozen=True)
 class Settings:
-    """What is certified, apart from the engines.
+    """The question that is asked of an image, apart from the engines.
 
     sigma: std of the smoothing noise in [0, 1] pixel units. method: "sequential", which decides `radii` one after
     another and stops when all are; "radius", which stops when it has all but `radius_loss` of the largest one; or
@@ -86,7 +86,7 @@ class Settings:
         return prediction_rule(self.n, self.alpha, self._charge(pixels))
 
     def _charge(self, pixels: int) -> float:
-        """What alpha pays for n samples of noise that is not exactly normal."""
+        """Return the part of alpha that n samples of noise cost that is not exactly normal."""
         return self.n * pixels * smoothing_law(self.sigma).total_variation
 
     @property

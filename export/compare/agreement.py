@@ -46,7 +46,7 @@ State = tuple[Floats, Floats]  # mean and std
 
 @dataclass(frozen=True)
 class StepGap:
-    """One step of the chain, taken from the same state with the same noise by both. timestep: None where there is none.
+    """The difference in one step, taken from the same state and noise by both. timestep: None where there is none.
 
     max_abs, relative_l2: of the mean and the std of the next state together.
     """
@@ -60,7 +60,7 @@ class StepGap:
 
 @dataclass(frozen=True)
 class Share:
-    """How many of so many differ; `upper` bounds the share with probability 1 - ALPHA for these images."""
+    """The number that differ, of so many; `upper` bounds the share with probability 1 - ALPHA for these images."""
 
     differ: int
     total: int
@@ -76,7 +76,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Transfer:
-    """One image's certificate, carried over from PyTorch to the engine.
+    """The certificate of an image, carried over from PyTorch to the engine.
 
     votes_differ: of all its samples; differ: of the n that estimate, the others having selected the class. eta: P(the
     votes differ) is below it with probability 1 - alpha / 2. torch, engine: the radii that each would certify alone;
@@ -108,7 +108,7 @@ class Shown:
 
 @dataclass(frozen=True)
 class Agreement:
-    """What was found, level by level."""
+    """The agreement of an engine with PyTorch, level by level."""
 
     engine: str
     precision: str
@@ -230,7 +230,7 @@ def torch_step(unet: DiffusionModel, chain: Chain, step: int, x: Floats) -> Stat
 def torch_chain(
     unet: DiffusionModel, pixels: NDArray[np.uint8], key: Key, chain: Chain, sample: Labels, vote: Labels
 ) -> list[State]:
-    """What `engine_chain` gives, by PyTorch from the image on. The first step is taken once for each sample."""
+    """Compute what `engine_chain` gives, by PyTorch. The first step is taken once for each sample."""
     law = smoothing_law(chain.sigma)
     different, first, place = np.unique(sample, return_index=True, return_inverse=True)
     levels = np.stack([pixels + smoothing_noise(law, key, int(s), pixels.shape) for s in different])
@@ -287,7 +287,7 @@ def transfer(image: LabelledImage, ours: Labels, theirs: Labels, settings: Setti
 
 
 def failures(found: Agreement) -> list[str]:
-    """What is more than the precision may lose, a line each."""
+    """List what differs by more than the precision may lose, one per line."""
     limit, lines = RELATIVE_L2.get(found.precision, math.inf), []
     for gap in found.steps:
         if not gap.relative_l2 <= limit:

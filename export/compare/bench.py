@@ -80,7 +80,7 @@ Feed = Sequence[Tensor]  # of a step graph
 
 @dataclass(frozen=True)
 class StepWork:
-    """What is timed of a step: after noise `sigma`, round by round, `compile`: by torch.compile too."""
+    """The step to be timed: after noise `sigma`, round by round, `compile`: by torch.compile too."""
 
     sigma: float = 0.5
     rounds: int = ROUNDS
@@ -99,7 +99,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Route:
-    """One way to take a step. rounds: seconds an image, round by round.
+    """A way to take a step. rounds: seconds per image, round by round.
 
     engine_speedup: how many times as fast the engine is, round by round. gflops: a second, of the UNet. of_peak: their
     share of the measured float32 peak. absent: why there is nothing of all that.
@@ -125,7 +125,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What was found. An image is one item of a batch; a route is timed over `calls` batches at once.
+    """The result of a benchmark. An image is one item of a batch; a route is timed over `calls` batches at once.
 
     gflop: of one image, two operations a multiply-add; None where PyTorch does not run the model itself. peak: GFLOP/s
     in float32 by what reached it, on the same threads in the same run. relative_l2: of the engine's next means, against
@@ -256,7 +256,7 @@ class Worker:
         return found
 
     def relative_l2(self, graph: nn.Module, feeds: Sequence[Feed]) -> float:
-        """How far the engine's next means are from those of `graph`."""
+        """Return how far the engine's next means are from those of `graph`."""
         expected = torch.cat([graph(*feed)[0].cpu() for feed in feeds]).numpy()
         found, _ = self.device.read(range(self.total, 2 * self.total))
         return float(np.linalg.norm((found - expected).astype(np.float64)) / np.linalg.norm(expected))
@@ -283,7 +283,7 @@ def routes(
     clock: Clock,
     say: Callable[[str], None],
 ) -> tuple[dict[str, Timing], list[Route], float]:
-    """What is to be timed, the routes that cannot be, and how far the engine is from PyTorch."""
+    """Return the routes to be timed, those that cannot be, and how far the engine is from PyTorch."""
     network = copy.deepcopy(unet.network).to("cuda") if clock == "events" else unet.network
     graph = StepGraph(network, unet.clip, unet.learned_variance, unet.prediction).eval()
     stopwatch = STOPWATCHES[clock]
@@ -317,7 +317,7 @@ def routes(
 
 
 def network_inputs(unet: DiffusionModel, feed: Feed) -> Feed:
-    """What the step graph gives its network of such a feed, in which nothing is drawn."""
+    """Return the network's inputs for such a feed of the step graph, in which nothing is drawn."""
     mean, _, _, t, coef = feed
     if unet.prediction == "denoiser":
         sigma, signal = coef[:, 0], coef[:, 1]

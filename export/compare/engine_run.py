@@ -43,7 +43,7 @@ class EngineRun:
             raise UsageError(f"`threads` {self.cores}: between 1 and {MAX_THREADS}")
 
     def on_gpu(self) -> bool:
-        """Whether the engine runs on the GPU. Raises EnvironmentFault when it does and PyTorch could not beside it."""
+        """Return whether the engine runs on the GPU. Raises EnvironmentFault when PyTorch could not run beside it."""
         on_gpu = self.bundle.unet.plan is not None or self.provider != "cpu"
         if on_gpu and not torch.cuda.is_available():
             raise EnvironmentFault(

@@ -30,7 +30,7 @@ reverse_step = inspect.unwrap(reference.reverse_step)
 
 @dataclass(frozen=True)
 class Effort:
-    """What a proposal may cost. ascents: gradients to a proposal; draws: noisy copies to a gradient."""
+    """The cost that a proposal may have. ascents: gradients per proposal; draws: noisy copies per gradient."""
 
     ascents: int = 10
     draws: int = 16

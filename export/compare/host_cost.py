@@ -35,7 +35,7 @@ SIGMA = 0.5
 
 @dataclass(frozen=True)
 class HostCost:
-    """What one batch takes, microseconds: the median and the quartiles of the rounds.
+    """The host's time for one batch, in microseconds: the median and the quartiles of the rounds.
 
     unet_calls: a second, that the host can keep a GPU supplied with at most. slots: that hold states at a time.
     """

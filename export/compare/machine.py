@@ -34,7 +34,7 @@ Stopwatch = Callable[[Callable[[], object]], float]
 
 @dataclass(frozen=True)
 class Machine:
-    """What a benchmark ran on. gpu: None where it ran on the CPU."""
+    """The machine of a benchmark. gpu: None where it ran on the CPU."""
 
     processor: str
     cores: int
@@ -49,7 +49,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Load:
-    """How busy the machine was. average: the system's, of the last minute, before and after.
+    """The load of the machine. average: the system's, of the last minute, before and after.
 
     others: cores that other programs used while the routes were timed; None where the system does not say. gpu: what
     nvidia-smi says, before and after; empty where there is none.
@@ -67,7 +67,7 @@ def by_the_wall(run: Callable[[], object]) -> float:
 
 
 def by_the_core(run: Callable[[], object]) -> float:
-    """Of work on one core: seconds that it ran there, which other programs stretch less than those by the wall."""
+    """Time work on one core: seconds that it ran there, which other programs stretch less than those by the wall."""
     started = time.process_time()
     run()
     return time.process_time() - started

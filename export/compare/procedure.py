@@ -77,7 +77,7 @@ def unwatched(work: Iterable[T], total: int) -> Iterable[T]:
 
 @dataclass(frozen=True)
 class Procedure:
-    """What a procedure takes of one image, in the mean.
+    """The mean cost of one image by a procedure.
 
     samples: noisy copies that were drawn, those in vain among them. unet_calls, classifier_calls: for one noisy copy
     each, however many share a batch. seconds: of the wall, or of one core, see above. certified: the share of images
@@ -113,7 +113,7 @@ class CallSeconds:
 
 @dataclass(frozen=True)
 class Factors:
-    """What the ratios of the published procedure to ours are made of.
+    """The factors of the ratio of the published procedure to ours.
 
     The first three multiply to the ratio of UNet calls, all four to that of time. Samples are counted as they are
     drawn, so that those drawn in vain count against us.
@@ -132,7 +132,7 @@ class Factors:
 
 @dataclass(frozen=True)
 class ProcedureBenchmark:
-    """What was found.
+    """The result of comparing whole procedures.
 
     unet_call_ratio, time_ratio: `published` by `ours`, an image. small: the published procedure as it was run.
     published: priced by `call_seconds`. predicted_seconds: what the same pricing gives for an image of `small`, to hold
@@ -230,7 +230,7 @@ def compare(
 
 
 def with_load(on_gpu: bool, run: Callable[[], T]) -> tuple[T, Load]:
-    """What `run` gives, and how busy the machine was meanwhile."""
+    """Call `run`; return its result, and how busy the machine was meanwhile."""
 
     def gpu() -> dict[str, str | None]:
         return gpu_state() if on_gpu else {}
@@ -242,7 +242,7 @@ def with_load(on_gpu: bool, run: Callable[[], T]) -> tuple[T, Load]:
 
 
 def size_of(settings: Settings) -> str:
-    """How large a run of the published procedure is."""
+    """Return how large a run of the published procedure is."""
     return f"n0 {settings.n0:,}, n {settings.n:,}, K {settings.votes}, b {settings.steps}"
 
 

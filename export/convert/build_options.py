@@ -17,7 +17,7 @@ TIMING_CACHE = "timing.cache"  # beside the plans, unless another is named
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """How a plan is built.
+    """The options of building a plan.
 
     batches: one fixed profile each. compute_capabilities: tensorrt-rtx alone; empty for RTX_CAPABILITIES.
     workspace: MiB. level: TensorRT's optimisation level, 0 to 5. tf32: allow TensorFloat-32 in float32 products.

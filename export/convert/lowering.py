@@ -61,7 +61,7 @@ class _Operands(NamedTuple):
 
 
 class _Lowering:
-    """One graph under way. smaller: tensors of the smaller type; given_back: float32, wanted in the smaller type."""
+    """A graph being lowered. smaller: tensors of the smaller type; given_back: float32, wanted in the smaller type."""
 
     def __init__(self, model: onnx.ModelProto, kind: str, keep: Sequence[str]) -> None:
         self.kind, self.islands = kind, (*TIME_EMBEDDING, PREPROCESSING, *keep)

@@ -98,7 +98,7 @@ def classify_runner(engine: Path, precision: str) -> Run:
 
 
 class Reference(Protocol):
-    """What an engine is compared with: a diffusion network in float32, and how it was trained.
+    """The reference of an engine: a diffusion network in float32, and how it was trained.
 
     x: [n, C, H, W]; t: what the network is told of all of them. step: mean and std of the next state. eps: the noise
     that the network predicts, asked of those that do.
@@ -144,7 +144,7 @@ class NotFinite(CheckFailed):
 
 @dataclass(frozen=True)
 class Difference:
-    """One comparison: what, at which batch, the largest absolute difference and the relative L2 distance."""
+    """A comparison: what, at which batch, the largest absolute difference and the relative L2 distance."""
 
     what: str
     batch: int
@@ -161,7 +161,7 @@ def difference(what: str, batch: int, found: Floats, expected: Floats) -> Differ
 
 @dataclass(frozen=True)
 class Exported:
-    """Where the bundle is, and the worst difference from its float32 sources that was found in it.
+    """The paths of a bundle, and its worst difference from its float32 sources.
 
     by: what evaluated the files. types: of the operands of Conv, MatMul and Gemm, as `onnx_graph.types_of` counts them.
     labels: how many labels change on equal noise; None for fp32. against: what the files were compared with.
@@ -286,7 +286,7 @@ def logits_of(run: Run) -> Callable[[Floats], Floats]:
 
 @dataclass(frozen=True)
 class LabelParity:
-    """How often two engines name another class for the same noisy image, denoised in one step.
+    """The share of noisy images, denoised in one step, for which two engines name another class.
 
     by: what gave the second engine's labels. sigma: of the noise, in [0, 1] pixel units. upper: the disagreeing share
     is below it with probability 1 - ALPHA over the noise, for these images. radii: l2. accuracy: certified at each of
@@ -309,7 +309,7 @@ class LabelParity:
 
 
 def file_labels(unet: Path, classifier: Path, precision: str) -> Labeller:
-    """What a bundle's files label. Not for bf16, which nothing here evaluates fast enough."""
+    """Return a labeller of a bundle's files. Not for bf16, which nothing here evaluates fast enough."""
     step, classify = step_runner(unet, precision), classify_runner(classifier, precision)
     return labeller(lambda *state: step(fed(*state)), logits_of(classify))
 
@@ -317,7 +317,7 @@ def file_labels(unet: Path, classifier: Path, precision: str) -> Labeller:
 def labeller(
     step: Callable[[Floats, np.float32, Coefficients], Sequence[Floats]], classify: Callable[[Floats], Floats]
 ) -> Labeller:
-    """What a step of a diffusion network, see `Reference`, and a classifier label."""
+    """Return a labeller of a step of a diffusion network, see `Reference`, and a classifier."""
 
     def labels(mean: Floats, chain: Chain) -> NDArray[np.int64]:
         denoised, *_ = step(mean, chain.t[0], Coefficients(*chain.coef[0].tolist()))

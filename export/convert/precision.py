@@ -56,7 +56,7 @@ PREPROCESSING = "preprocess"  # the module of a classifier that prepares its pix
 
 @dataclass(frozen=True)
 class Feeds:
-    """What the two graphs are fed along real chains, one dictionary a batch."""
+    """The inputs of the two graphs along real chains, one dictionary per batch."""
 
     step: list[dict[str, Floats]]
     classify: list[dict[str, Floats]]
@@ -94,7 +94,7 @@ def _walk(
 
 
 class _Reader:
-    """One batch, as onnxruntime's calibrators ask for it."""
+    """A reader of one batch, as onnxruntime's calibrators ask for it."""
 
     def __init__(self, feed: Mapping[str, Floats]) -> None:
         self.feeds = [feed]

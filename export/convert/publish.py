@@ -23,7 +23,7 @@ def file_names(kind: str) -> tuple[str, str]:
 
 
 def data_path(path: Path) -> Path:
-    """Where the weights of a graph lie that is too large to hold them: unet.onnx.data beside unet.onnx."""
+    """Return the path of weights that are too large for their graph: unet.onnx.data beside unet.onnx."""
     return path.with_name(path.name + DATA_SUFFIX)
 
 
@@ -62,7 +62,7 @@ class Publication:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """What is written into `folder` by other means than `write` fails in the same words."""
+        """Let what is written into `folder` by other means than `write` fail in the same words."""
         try:
             yield
         except OSError as error:

@@ -13,7 +13,7 @@ from densepure_rt.runtime.bundle import Prediction
 
 
 class StepGraph(nn.Module):
-    """One reverse step, float32 at the boundary.
+    """A reverse step as a graph, float32 at the boundary.
 
     network: (x [B, C, H, W], t [B]) -> what it predicts [B, C, H, W]; where it learns its variance, [B, 2C, H, W], the
     second half being v of Nichol & Dhariwal 2021, eq. 15, in [-1, 1], or the log-variance itself. A "denoiser" is told

@@ -200,7 +200,7 @@ def rounding(file: Path) -> onnx.ModelProto:
 
 
 def rounded_runs(files: Files) -> tuple[parity.Run, parity.Run]:
-    """What evaluates the step graph and the classifier of a smaller type as a GPU would."""
+    """Return functions that evaluate the two graphs of a smaller type as a GPU would."""
     step, classify = (
         parity.runner(rounding(file).SerializeToString(), file.name, inputs, outputs, "fp32")
         for file, inputs, outputs in zip(files, INPUTS, OUTPUTS, strict=True)

@@ -282,7 +282,7 @@ def fix_shapes(network: Any, batch: int) -> None:
 
 
 def add_profile(builder: Any, config: Any, network: Any, batch: int) -> None:
-    """One fixed batch: nothing is chosen for shapes that never come."""
+    """Add a profile of one fixed batch: nothing is chosen for shapes that never come."""
     profile = builder.create_optimization_profile()
     for i in range(network.num_inputs):
         tensor = network.get_input(i)

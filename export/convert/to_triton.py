@@ -89,7 +89,7 @@ def export_repository(bundle: Bundle, out: Path, batch: int | None = None, force
 
 
 def old_config(model: Path, new: bytes) -> bytes | None:
-    """What a model's folder has for a configuration that is not the new one, such as one that was edited, or keeps."""
+    """Return a model folder's configuration that is not the new one, such as an edited one, or the one it keeps."""
     for name in (CONFIG, OLD_CONFIG):
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             if (found := files.content(model / name, "sidecar")) != new:
@@ -235,7 +235,7 @@ def model_config(model: ModelName, bundle: Bundle, shared: Sequence[str]) -> str
 
 
 def shared_parameters(engine: FileRef, classifier: FileRef, batch: int, callers: int) -> list[str]:
-    """What predict and certify know of the engines, and of the key of their noise."""
+    """Return the parameters of predict and certify on the engines and the key of their noise."""
     return [
         parameter("batch", f"{batch}", "items in every call of an engine"),
         parameter("callers", f"{callers}", "calls at the same time; a CPU wants as many as the engines have instances"),

@@ -32,7 +32,7 @@ def check_images(
     label_samples: int = LABEL_SAMPLES,
     say: Callable[[str], None] = lambda line: None,
 ) -> Images:
-    """What an export of these models is checked on, and calibrated on.
+    """Collect the images that an export of these models is checked on, and calibrated on.
 
     images, label_images: see `comparison_images`. calibration: None for the shipped training images if they are the
     model's. label_samples: noisy copies of each image that labels are compared on.
@@ -84,7 +84,7 @@ def comparison_images(
 
 
 def is_shipped(models: Pair) -> bool:
-    """Whether the shipped images are of these models' size and classes."""
+    """Return whether the shipped images are of these models' size and classes."""
     return models.unet.image == SHIPPED_SHAPE and models.classifier.class_names == CLASS_NAMES
 
 
@@ -118,7 +118,7 @@ def made_up(image: tuple[int, int, int], count: int) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class Images:
-    """What an export is checked on, and what a quantized one is calibrated on.
+    """The images that an export is checked on, and that a quantized one is calibrated on.
 
     parity: uint8 [n, C, H, W]. labelled: for the comparison of labels, `samples` noisy copies of each. calibration:
     uint8 [n, C, H, W], images that no certificate is about. denoising: of the denoising check, uint8 [n, C, H, W]; None

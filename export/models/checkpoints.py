@@ -153,7 +153,7 @@ def fitting_prefixes(names: Collection[str], expected: Collection[str]) -> Itera
 
 
 def _content(path: Path) -> Any:
-    """What the file holds, whatever it is."""
+    """Return the content of the file, whatever it is."""
     if not is_checkpoint(path):
         raise UsageError(f"{path} is not named like a checkpoint: {', '.join(CHECKPOINTS)} are known; rename it")
     if not os.path.isfile(path):

@@ -86,7 +86,7 @@ class ClassifierModel:
 
 @dataclass(frozen=True)
 class Declared:
-    """What somebody says that a classifier wants of pixels; None where nothing was said. Fields as in Preprocessing."""
+    """A declaration of the pixels that a classifier expects; None: nothing was said. Fields as in Preprocessing."""
 
     scale: tuple[float, float] | None = None
     mean: tuple[float, ...] | None = None
@@ -105,7 +105,7 @@ class Declared:
         return dataclasses.replace(known, **said)
 
     def alone(self, what: str, image: tuple[int, int, int]) -> Preprocessing:
-        """What was said, for a classifier that says nothing itself. Raises UsageError where that is not enough."""
+        """Use the declaration alone, for a classifier that says nothing. Raises UsageError where that is not enough."""
         if (self.mean is None) != (self.std is None):
             raise UsageError(f"{what}: `mean` and `std` belong together; give both, or neither where it normalises")
         if self.scale is None:
@@ -407,7 +407,7 @@ def _timm(spec: str, image: tuple[int, int, int], weights: Path | None, prefix: 
 
 
 def timm_preprocessing(config: Mapping[str, Any], image: tuple[int, int, int]) -> Preprocessing:
-    """What timm's data configuration asks for, but for its crop: the whole image is resized to the input size.
+    """Read timm's data configuration, except its crop: the whole image is resized to the input size.
 
     That is DensePure's way; timm's own evaluation resizes to the input size / crop_pct and crops.
     """
@@ -466,7 +466,7 @@ def _transformers(
 def transformers_preprocessing(
     config: Mapping[str, Any], image: tuple[int, int, int], channels: int = 3
 ) -> Preprocessing:
-    """What a preprocessor_config.json asks for. Raises UsageError for what this cannot express.
+    """Read a preprocessor_config.json. Raises UsageError for what a Preprocessing cannot express.
 
     Files from before do_rescale mean true by leaving it out; what else decides of the pixels must be there. The resize
     is antialiased as Pillow's, on floats: transformers resizes uint8, which rounds and clips to whole levels.

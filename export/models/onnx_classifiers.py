@@ -200,7 +200,7 @@ def refuse_fixed_batch(model: onnx.ModelProto, shape: tuple[int, ...], name: str
 def merged_onnx(
     preprocess: onnx.ModelProto, classifier: onnx.ModelProto, name: str = "the ONNX classifier", x: Tensor | None = None
 ) -> onnx.ModelProto:
-    """One graph of two: pixels -> what the classifier takes -> its output, named "logits", in the later opset of both.
+    """Merge two graphs into one: pixels -> the classifier's input -> its output, "logits", in the later opset of both.
 
     preprocess: one input, whose name and batch symbol stay, and one output. name: the classifier's, for messages. x:
     what it is fed, to find that a change of opset changes no numbers. Raises CheckFailed where it does, where the older

@@ -125,7 +125,7 @@ def products(content: bytes) -> Iterator[Product]:
 
 
 def types_of(content: bytes) -> dict[str, dict[str, int]]:
-    """How many Conv, MatMul and Gemm there are by the element type of their operands: {"Conv": {"FLOAT16": 36}, ...}.
+    """Count Conv, MatMul and Gemm by the element type of their operands: {"Conv": {"FLOAT16": 36}, ...}.
 
     Operands behind DequantizeLinear count as what is stored before it; two different types are "UINT8 x INT8".
     """

@@ -42,7 +42,7 @@ BLOCK = re.compile(r"(input|output)_blocks\.(\d{1,4})\.")
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the weights tell of a UNet; levels from the finest to the coarsest.
+    """The architecture of a UNet as its weights tell it; levels from the finest to the coarsest.
 
     widths: channels of each level, the public `channel_mult` times model_channels. blocks: `num_res_blocks`, on the way
     down; one more on the way up. attention: which levels have it; the middle always has. resampling between levels:
@@ -72,7 +72,7 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Heads:
-    """How attention is split: a number of heads at every width, or a number of channels for every head.
+    """The split of attention: a number of heads at every width, or a number of channels for every head.
 
     order: what the channels of qkv are split into first, see `attention`.
     """
@@ -370,7 +370,7 @@ def infer(
 def _resampling(
     state: Mapping[str, Tensor], count: int, found: Collection[tuple[str, int]]
 ) -> tuple[Resampling, list[int]]:
-    """How levels are joined, and which of the `count` input blocks end one.
+    """Return how levels are joined, and which of the `count` input blocks end one.
 
     A strided convolution has its own name. A residual block that halves has none, but the one that doubles comes second
     or third in its output block. Bare pooling leaves a gap in the numbers. found: the blocks that have weights at all.
@@ -494,7 +494,7 @@ def _settings(
     schedule: Schedule | None,
     image_size: int | None,
 ) -> tuple[Heads, Schedule, int]:
-    """What the weights do not tell: as given when all of it is, else as published where nothing given contradicts."""
+    """Return what the weights do not tell: as given if complete, else as published where nothing given contradicts."""
     split = {width: heads.at(width) for width in architecture.attended_widths} if heads else {}
     if heads and schedule and image_size is not None:
         return heads, schedule, image_size

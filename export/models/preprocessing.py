@@ -31,7 +31,7 @@ CHANNELS: dict[ChannelOrder, int] = {"RGB": 3, "BGR": 3, "grey": 1}
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What is done, in this order: channels, resize, centre crop, scale, normalise. It is what a sidecar declares.
+    """The steps on pixels, in order: channels, resize, centre crop, scale, normalise. A sidecar declares them.
 
     scale: what the darkest and the brightest pixel are before normalisation, such as (0, 1) or (0, 255). mean, std:
     in that scale, one for each channel or one for all, in the classifier's own order. channels: what it takes; a grey
@@ -50,7 +50,7 @@ class Preprocessing:
 
 
 def described(preprocessing: Preprocessing) -> str:
-    """One line for people."""
+    """Describe the steps in one line for people."""
     p = preprocessing
     sharp = p.interpolation + (", antialiased" if p.antialias and p.interpolation != "nearest" else "")
     steps: list[str] = [p.channels]

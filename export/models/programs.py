@@ -235,7 +235,7 @@ def _refused(name: str, found: str) -> str:
 
 
 def suspicious(value: Any, key: str = "") -> Iterator[str]:
-    """What is more than data in a JSON document of the archive, in words. key: under which `value` stands."""
+    """Find what is more than data in a JSON document of the archive, in words. key: under which `value` stands."""
     if isinstance(value, dict):
         if value.get("use_pickle"):
             yield f"has a pickled tensor in {value.get('path_name')!r}"
@@ -261,7 +261,7 @@ def suspicious(value: Any, key: str = "") -> Iterator[str]:
 
 
 def unused(parent: dict[str, Any], name: str, value: Any) -> bool:
-    """Whether `value`, under `name` in `parent`, is text that may say anything: it is shown, looked up or passed on.
+    """Return whether `value`, under `name` in `parent`, is text that may say anything: it is only shown or passed on.
 
     These are a node's or a graph's metadata, guards, which are not executed here, and operators' arguments, such as
     einsum's equation. A tensor may have any name, so a name alone says nothing.
@@ -277,7 +277,7 @@ def unused(parent: dict[str, Any], name: str, value: Any) -> bool:
 
 
 def permitted(target: object) -> bool:
-    """Whether a node's target is an operator of PyTorch that computes: none that reads files, or memory at will."""
+    """Return whether a target is an operator of PyTorch that computes: none that reads files, or memory at will."""
     if not isinstance(target, str):
         return False
     if aten := ATEN.fullmatch(target):
@@ -295,7 +295,7 @@ def permitted(target: object) -> bool:
 
 
 def is_core(name: str) -> bool:
-    """Whether torch tags an operator of this name as core, and it checks what it reads."""
+    """Return whether torch tags an operator of this name as core, and it checks what it reads."""
     if name.startswith("_") or name.endswith("_backward") or name in RAW:
         return False
     packet = getattr(torch.ops.aten, name, None)
@@ -304,7 +304,7 @@ def is_core(name: str) -> bool:
 
 
 def is_expression(text: str) -> bool:
-    """Whether a text is arithmetic of symbols: sympy evaluates what it is given."""
+    """Return whether a text is arithmetic of symbols: sympy evaluates what it is given."""
     try:
         tree = ast.parse(text, mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -320,7 +320,7 @@ def is_expression(text: str) -> bool:
 
 
 def is_container(text: str) -> bool:
-    """Whether a text is a tree of tuples, lists and dictionaries in torch.utils._pytree's JSON."""
+    """Return whether a text is a tree of tuples, lists and dictionaries in torch.utils._pytree's JSON."""
     try:
         document = json.loads(text)
     except (ValueError, RecursionError):

@@ -37,7 +37,7 @@ DYNAMIC_QUANTIZATION = (
 
 @dataclass(frozen=True)
 class Part:
-    """What one module or node was given and gave, float arrays. name: of it, for a message."""
+    """The inputs and outputs of a module or node, float arrays. name: of it, for a message."""
 
     name: str
     given: Sequence[Floats]

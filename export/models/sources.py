@@ -204,7 +204,7 @@ CLASSIFYING = (
 def declared_training(
     options: ModelOptions,
 ) -> tuple[Image, Schedule, Prediction, Variance, tuple[float, float] | None]:
-    """How a network was trained that does not say so itself. Raises UsageError that names all that is missing."""
+    """Return the declared training of a network that does not say it. Raises UsageError naming what is missing."""
     continuous = options.schedule == "continuous"
     needed = ["image_size", "schedule", "prediction"] + ([] if continuous else ["diffusion_steps"])
     missing = [f"`{name}`" for name in needed if getattr(options, name) is None]

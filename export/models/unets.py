@@ -91,7 +91,7 @@ class DiffusersNetwork(nn.Module):
 
 
 class NoNetwork(nn.Module):
-    """What stands where there is no diffusion network: pixels pass as they are."""
+    """A stand-in where there is no diffusion network: pixels pass as they are."""
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         return x
