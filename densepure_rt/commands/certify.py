@@ -111,7 +111,7 @@ def certify(
     seconds = Budget(seconds_of(budget, "--budget"), seconds_of(run_budget, "--run-budget"))
     settings = asked.settings()
     output.check()
-    kept = source.kept() | to_keep(asked, settings)
+    kept = source.kept() | to_keep(asked.given, settings)
     if output.save_config is not None:
         write_config(output.save_config, kept)
     part = None if shard is None else Shard.parsed(shard)

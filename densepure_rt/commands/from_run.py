@@ -11,7 +11,6 @@ from densepure_rt.commands.groups import Elsewhere, Value, named, typed_before
 from densepure_rt.errors import UsageError
 
 if TYPE_CHECKING:
-    from densepure_rt.commands.options import RunOptions
     from densepure_rt.smoothing.settings import Settings
 
 PRESET = ("steps", "votes", "method", "n0", "n")  # what --preset says
@@ -38,11 +37,11 @@ def options_of(run: Path) -> Mapping[str, Value]:
     return {name: value for name, value in options.items() if name not in OF_A_CALL}
 
 
-def to_keep(asked: RunOptions, settings: Settings) -> dict[str, Value]:
+def to_keep(asked: Mapping[str, Value], settings: Settings) -> dict[str, Value]:
     """Return the options that a run is made again by, those of a preset by what it stands for in its settings."""
     from densepure_rt.smoothing.settings import RULES
 
-    given = {name: value for name, value in asked.given.items() if name not in OF_A_CALL}
+    given = {name: value for name, value in asked.items() if name not in OF_A_CALL}
     if given.pop("preset", None) is not None:
         given |= {name: getattr(settings, name) for name in PRESET}
     if RULES[settings.method].anytime:
