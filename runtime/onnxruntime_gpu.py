@@ -23,7 +23,7 @@ from densepure_rt.errors import EnvironmentFault
 from densepure_rt.runtime import gpu
 from densepure_rt.runtime.bundle import sha256_of
 from densepure_rt.runtime.device import Provider
-from densepure_rt.runtime.machine import installed_versions
+from densepure_rt.runtime.machine import cache_folder, installed_versions
 from densepure_rt.runtime.onnxruntime_api import gpu_wheels
 from densepure_rt.runtime.tensorrt_api import import_flavour
 
@@ -78,8 +78,7 @@ def engine_folder(content: bytes, batch: int | None) -> Path:
     key = [hashlib.sha256(content).hexdigest(), batch, onnxruntime.__version__]
     key += [prepare("tensorrt").facts, installed_versions(*TENSORRT_WHEELS)]
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "densepure-rt" / "onnxruntime-tensorrt" / name
+    return cache_folder() / "onnxruntime-tensorrt" / name
 
 
 def with_engines(folder: Path, open_with: Callable[[Path], T]) -> T:

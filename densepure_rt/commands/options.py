@@ -15,7 +15,7 @@ from densepure_rt.commands.config import read_config
 from densepure_rt.commands.console import in_options, stderr
 from densepure_rt.commands.from_run import PRESET, taken
 from densepure_rt.commands.groups import Elsewhere, TypedOptions
-from densepure_rt.commands.values import folder_of, none_as, radii_of
+from densepure_rt.commands.values import batch_of, folder_of, none_as, radii_of
 from densepure_rt.errors import UsageError
 from densepure_rt.optional import optional
 
@@ -67,10 +67,11 @@ class EngineOptions(TypedOptions):
     ] = None
     provider: ProviderName = "cpu"
     batch: Annotated[
-        int | None,
+        str | None,
         typer.Option(
+            metavar="N|auto",
             help="Images per call of the engine. Part of the run's identity if the bits of a result depend on it. "
-            "Default: 32, or the batch that a plan was built for.",
+            "auto: the fastest, timed once and remembered. Default: 32, or the batch that a plan was built for.",
             rich_help_panel=ENGINES,
         ),
     ] = None
@@ -102,7 +103,7 @@ class EngineOptions(TypedOptions):
             self.engine,
             self.classifier,
             secret=secret,
-            batch=self.batch,
+            batch=None if self.batch is None else batch_of(self.batch),
             threads=self.threads,
             provider=self.provider,
             engine_sha256=self.engine_sha256,
@@ -341,9 +342,11 @@ class ClusterOptions(TypedOptions):
             from densepure_rt.cluster import ray_workers
         engines.say_precision()
         engine, classifier = (path and path.absolute() for path in (engines.engine, engines.classifier))
+        if (batch := None if engines.batch is None else batch_of(engines.batch)) == "auto":
+            raise UsageError("--batch auto times this machine, and --cluster has others: give a number")
         threads = none_as(1, engines.threads)
         recipe = ray_workers.WorkerEngines(
-            engine, classifier, engines.batch, threads, engines.provider, engines.engine_sha256, engines.trust
+            engine, classifier, batch, threads, engines.provider, engines.engine_sha256, engines.trust
         )
         return ray_workers.open_on_cluster(self.cluster, recipe, self.workers, self.group, secret)
 

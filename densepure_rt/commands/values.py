@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from densepure_rt.errors import UsageError
 
@@ -43,6 +44,14 @@ def seconds_of(text: str | None, option: str) -> float:
     if not 0 < seconds < math.inf:
         raise UsageError(f"{option} {text}: a time is a number above 0 with s, min or h behind it, such as 30s")
     return seconds
+
+
+def batch_of(text: str) -> int | Literal["auto"]:
+    """Parse a batch: a number, or auto."""
+    try:
+        return "auto" if text == "auto" else int(text)
+    except ValueError:
+        raise UsageError(f"--batch {text} is neither a number nor auto") from None
 
 
 def none_as(default: int, value: int | None) -> int:

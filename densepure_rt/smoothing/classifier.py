@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from densepure_rt import logs
 from densepure_rt.errors import EnvironmentFault, UsageError
@@ -29,6 +29,7 @@ from densepure_rt.smoothing.answers import Predicted as Predicted
 from densepure_rt.smoothing.answers import prediction_of as prediction_of
 from densepure_rt.smoothing.certificate import Certificate, Method
 from densepure_rt.smoothing.decider import Decider, Phases
+from densepure_rt.smoothing.fastest_batch import fastest_batch
 from densepure_rt.smoothing.samplers import OnDevice, Sampler
 from densepure_rt.smoothing.scheduling import ImageProgress, Journal, Scheduler
 from densepure_rt.smoothing.settings import PREDICT_N, UNLIMITED, Budget, Settings
@@ -314,7 +315,7 @@ def load(
     secret: bytes | None = None,
     seed: int | None = None,
     key: Path | str | None = None,
-    batch: int | None = None,
+    batch: int | Literal["auto"] | None = None,
     threads: int | None = None,
     provider: str = "cpu",
     engine_sha256: str | None = None,
@@ -326,9 +327,9 @@ def load(
 
     classifier: instead of the one that the engine's sidecar names. What keys all noise, one of these: secret: 32
     bytes; seed: public, for reproduction; key: a file with the secret, made where there is none; else 32 new bytes
-    from the system. batch: items a call of the engine, else what suits it. threads: callers of the engine, else one for
-    each core, two on a GPU. provider: of ONNX Runtime, "cpu", "cuda" or "tensorrt". engine_sha256: what the engine must
-    hash to. trust: take plans that have no sidecar.
+    from the system. batch: images per call of the engine; "auto" for the fastest, timed once; else what suits it.
+    threads: callers of the engine, else one for each core, two on a GPU. provider: of ONNX Runtime, "cpu", "cuda" or
+    "tensorrt". engine_sha256: what the engine must hash to. trust: take plans that have no sidecar.
 
     It has so many parameters because each is an option of the command line, and none follows from another.
 
@@ -338,7 +339,8 @@ def load(
         raise UsageError("`secret`, `seed` and `key` are three ways to say what keys the noise: give one")
     known = provider_of(provider)
     threads = default_threads(known) if threads is None else threads
-    for name, count, most in (("batch", 1 if batch is None else batch, MAX_BATCH), ("threads", threads, MAX_THREADS)):
+    asked = batch if isinstance(batch, int) else 1
+    for name, count, most in (("batch", asked, MAX_BATCH), ("threads", threads, MAX_THREADS)):
         if not 1 <= count <= most:
             raise UsageError(f"`{name}` is a count from 1 up to {most}, got {count}")
     bundle = open_bundle(
@@ -347,6 +349,8 @@ def load(
         engine_sha256,
         trust,
     )
+    if batch == "auto":
+        batch = fastest_batch(bundle, threads, known)
     if seed is not None:
         secret = seeded_secret(seed)
     elif key is not None:

@@ -88,7 +88,7 @@ def test_the_manifest_has_the_options_typed(made: Path) -> None:
         "n": 100,
         "engine": str(made / "bundle" / "unet.onnx"),
         "provider": "cpu",
-        "batch": 16,
+        "batch": "16",
         "threads": 1,
         "budget": "5min",
     }
