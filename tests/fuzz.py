@@ -347,6 +347,7 @@ def give_back() -> None:
 def one_case(target: Target, path: Path, data: bytes, found: Found) -> None:
     """Write a case, read it and count what came of it."""
     path.write_bytes(data)
+    give_back()  # what an earlier case has freed, too
     forget_peak()
     before = peak()
     fault = None

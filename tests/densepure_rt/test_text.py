@@ -85,7 +85,7 @@ def fit_to_show(done: Done) -> bool:
 def test_class_names_break_no_table_and_steer_no_terminal(bundle: Path, tmp_path: Path) -> None:
     done = cli("predict", "--engine", bundle, *TINY, "--skip", 1)
     assert (done.returncode, fit_to_show(done)) == (0, True), done.stderr
-    assert {len(row) for row in csv.reader(done.stdout.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)} == {7}
+    assert {len(row) for row in csv.reader(done.stdout.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE)} == {8}
     done = cli("predict", "--engine", bundle, *TINY, "--json")
     assert fit_to_show(done)
     assert [set(json.loads(line)["votes"]) <= set(map(printable, HOSTILE)) for line in done.stdout.splitlines()] == [

@@ -456,7 +456,7 @@ def test_no_batch_takes_more_of_the_gpus_memory_for_its_states_than_is_left_besi
 def test_a_batch_that_is_chosen_for_the_gpus_memory_is_said(
     library: ctypes.CDLL, small: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(host_cuda, "GPU", dataclasses.replace(host_cuda.GPU, memory=200_000))
+    monkeypatch.setattr(host_cuda, "GPU", dataclasses.replace(host_cuda.GPU, memory=12_000))
     with opened_on_host(library, as_plans(small, "tensorrt", (4, 8))) as (device, _):
         assert device.batch == 4
     assert "batches of 4: the states of 8 may take more of the GPU's memory" in caplog.text
@@ -743,7 +743,7 @@ def test_a_plan_that_does_not_deserialise_is_refused_in_its_own_words_with_the_c
     for words in (
         f"{flavour} {HostTensorRT.__version__} refuses classifier.",
         "Serialization assertion failed",
-        f'run "densepure-rt export --target {flavour} --out {small.unet_path.parent} --batch 4',
+        f'run "densepure-rt export --target {flavour} --out {small.unet_path.parent} --precision fp32 --batch 4',
     ):
         assert words in str(error)
 

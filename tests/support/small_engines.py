@@ -126,6 +126,7 @@ def picture(shape: tuple[int, ...]) -> NDArray[np.uint8]:
 
 def trajectory(device: Device, chain: Chain, samples: list[int], slots: list[int], image: NDArray[np.uint8]) -> bytes:
     """Every state of the first sample on its way, and its label, as bytes: samples are run together, step by step."""
+    device.reserve(max(slots) + 1)
     handle = device.open_image(image, KEY, SIGMA, chain.scale)
     assert finish(device, items("smooth", chain, handle, samples, slots)) is None
     seen = []

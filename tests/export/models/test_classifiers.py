@@ -769,7 +769,7 @@ def test_missing_package_is_a_fault_of_the_environment(
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.chdir(tmp_path)
     folder(tmp_path / "folder")
-    with pytest.raises(EnvironmentFault, match=rf"needs {package} .*pip install 'densepure-rt\[classifiers\]'"):
+    with pytest.raises(EnvironmentFault, match=rf"needs {package}, .*pip install 'densepure-rt\[classifiers\]'"):
         open_classifier(spec, RGB)
 
 
