@@ -83,6 +83,7 @@ NO_CLAIM = {
     "densepure_rt/serving/server.py": "FORCE_SECONDS",
     "densepure_rt/serving/service.py": "END_SECONDS",
     "densepure_rt/serving/triton_model.py": "self.parameters.max_deadline_ms",
+    "densepure_rt/smoothing/fastest_batch.py": "1000 * each",
     "densepure_rt/smoothing/settings.py": "self.image | self.run",
     "densepure_rt/text.py": "value",
     "export/compare/agreement.py": "found.sigma",
