@@ -64,7 +64,10 @@ def check(path: Path, kind: Kind, found: os.stat_result | None = None) -> None:
         UnfitFile: That is so.
         OSError: There is no such file, or it cannot be reached.
     """
-    found = os.stat(path) if found is None else found
+    try:
+        found = os.stat(path) if found is None else found
+    except ValueError:  # a null byte, or what no encoding has
+        raise UnfitFile(errno.EINVAL, "no file can have this name", str(path)) from None
     if not stat.S_ISREG(found.st_mode):
         what = next((name for is_such, name in OTHERS if is_such(found.st_mode)), "something else")
         raise UnfitFile(errno.EINVAL, f"it is {what}, not a regular file", str(path))

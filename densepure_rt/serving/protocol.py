@@ -195,6 +195,8 @@ def checked(kind: type[S], value: Any, what: str) -> S:
         return kind.model_validate({name: member for name, member in value.items() if member is not None})
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
+    if not fault["loc"]:  # a lone surrogate
+        raise ProtocolError(f"{what} has a name that is no valid Unicode")
     name, found = str(fault["loc"][0]), fault["input"]
     if fault["type"] == "extra_forbidden":
         known = ", ".join(sorted(kind.model_fields))

@@ -148,6 +148,7 @@ def test_numbers_come_flat_or_in_lists_as_the_shape_says(nested: bool) -> None:
         (request() | {"id": 5}, ["id", "a string"]),
         (request() | {"id": "x" * 257}, ["256"]),
         (request() | {"id": "\ud800"}, ["id", "a string"]),
+        (request() | {"\ud800": 1}, ["the request", "no valid Unicode"]),
         (request() | {"parameters": {"timeout": 5}}, ["timeout", "deadline_ms"]),
         (request() | {"parameters": {"deadline_ms": 0}}, ["above 0"]),
         (request() | {"parameters": {"deadline_ms": 10**400}}, ["deadline_ms", "finite"]),
