@@ -10,8 +10,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from command_line import write_page  # noqa: E402
-from notebook_pages import write_pages  # noqa: E402
+from command_line import write_page  # noqa: E402  found through sys.path above
+from notebook_pages import write_pages  # noqa: E402  found through sys.path above
 
 
 def mathjax() -> Path:

@@ -124,8 +124,8 @@ def gpu_session(content: bytes, name: str, options: Any, place: Place) -> onnxru
                 raise
             try:
                 session = new_session(older, options, providers=providers, enable_fallback=False)
-            except Exception:
-                raise error from None  # of the graph as it is
+            except Exception:  # the older copy is our own attempt: report the error of the user's graph
+                raise error from None
         if (used := session.get_providers()[0]) != wanted:  # it falls back without raising
             raise RuntimeError(f"it took {used} in its place")
         ctypes.CDLL(onnxruntime_gpu.CUDNN)  # else it is missed with the first convolution

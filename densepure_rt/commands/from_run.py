@@ -1,4 +1,4 @@
-"""What a run was asked for, read from its manifest: so that to go on with it takes no option again."""
+"""Read a run's options from its manifest, so that continuing the run needs none of them typed again."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def layer_rows(layers: Iterable[Mapping[str, Any]]) -> list[tuple[str, str, str,
             shape = "x".join(map(str, output.get("Dimensions") or ()))
             outputs.append(" ".join(str(word) for word in (*kinds, shape) if word))
         words = (layer.get("LayerType"), ", ".join(outputs), layer.get("Name"), layer.get("TacticName"))
-        found.append(tuple(printable(str(word or "-")) for word in words))  # type: ignore[arg-type]  # four
+        found.append(tuple(printable(str(word or "-")) for word in words))  # type: ignore[arg-type]  # four words, as mypy cannot count
     return found
 
 

@@ -1,4 +1,4 @@
-"""What is typed behind an option: radii, times, words and numbers with commas between."""
+"""Parse the value of an option: radii, times, words and numbers, separated by commas."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What Pillow does to a picture that is not as an engine takes it: each change by itself, and those asked for.
+"""Change a picture to the form that an engine takes, with Pillow: one function for each change.
 
-Nothing is changed unless it is asked for: what is certified then is the changed picture.
+A picture is changed only where the user asks for it. The certificate then holds for the changed picture.
 """
 
 from __future__ import annotations

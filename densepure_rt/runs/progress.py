@@ -1,4 +1,4 @@
-"""How far a run is: its samples, the time that is left, and the image that it waits for. Any thread may ask."""
+"""Track how far a run is: its samples, the time left and the image in progress. Any thread may ask."""
 
 from __future__ import annotations
 

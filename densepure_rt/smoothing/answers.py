@@ -1,4 +1,4 @@
-"""What is said of an image, a certificate or a prediction, and what it cost: as dicts, in a line, in a notebook."""
+"""Show an image, a certificate or a prediction with its cost: as a dict, as one line, or in a notebook."""
 
 from __future__ import annotations
 

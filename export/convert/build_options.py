@@ -1,4 +1,4 @@
-"""How a TensorRT plan is built: the options of `densepure-rt export`, and which flavour has which."""
+"""Hold the options for building a TensorRT plan, and name which TensorRT flavour has which option."""
 
 from __future__ import annotations
 
